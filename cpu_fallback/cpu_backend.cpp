@@ -1,0 +1,95 @@
+#include "cpu_fallback/cpu_backend.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+#include "cpu_fallback/cpu_features.h"
+#include "cpu_fallback/isa/registry.h"
+
+namespace adaattn::cpu {
+namespace {
+
+void* default_alloc(void*, size_t bytes, size_t alignment, adaattn_stream_t) {
+  void* data = nullptr;
+  return posix_memalign(&data, alignment < sizeof(void*) ? sizeof(void*) : alignment, bytes) == 0 ? data : nullptr;
+}
+
+void default_free(void*, void* data, size_t, adaattn_stream_t) { std::free(data); }
+
+}  // namespace
+
+CpuBackend::CpuBackend(const BackendConfig& config)
+    : allocator_(config.allocator),
+      pool_(config.num_threads, config.parallel_for, config.parallel_for_user),
+      isa_(resolve_isa(config.isa)) {
+  if (allocator_.alloc == nullptr) allocator_ = {default_alloc, default_free, nullptr};
+}
+
+void CpuBackend::check_stream(adaattn_stream_t stream, bool) const {
+  if (stream != nullptr)
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "stream is %p; on the CPU it must be NULL", static_cast<void*>(stream));
+}
+
+void CpuBackend::set_option(adaattn_option_t option, int64_t value) {
+  switch (option) {
+    case ADAATTN_OPTION_NUM_THREADS:
+      if (value < 0 || value > 4096)
+        fail(ADAATTN_ERROR_INVALID_ARGUMENT, "num_threads is %lld; accepted are 0 (all available) to 4096",
+             static_cast<long long>(value));
+      pool_.set_num_threads(static_cast<int32_t>(value));
+      return;
+    case ADAATTN_OPTION_ISA:
+      isa_ = resolve_isa(value);
+      return;
+    default:
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option %d is not one of the CPU back-end", static_cast<int>(option));
+  }
+}
+
+int64_t CpuBackend::get_option(adaattn_option_t option) const {
+  switch (option) {
+    case ADAATTN_OPTION_NUM_THREADS:
+      return pool_.num_threads();
+    case ADAATTN_OPTION_ISA:
+      return isa_;
+    default:
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option %d is not one of the CPU back-end", static_cast<int>(option));
+  }
+}
+
+PlanInfo CpuBackend::select(const Problem&) const { fail(ADAATTN_ERROR_NOT_SUPPORTED, "attention on the CPU"); }
+std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem&) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "attention on the CPU");
+}
+
+void CpuBackend::merge(const MergeParams&, adaattn_stream_t) { fail(ADAATTN_ERROR_NOT_SUPPORTED, "merge on the CPU"); }
+size_t CpuBackend::entropy_workspace(const Problem&, const EntropyParams&) const {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
+}
+void CpuBackend::entropy(const EntropyParams&, void*, size_t, adaattn_stream_t) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
+}
+size_t CpuBackend::low_rank_workspace(const LowRankParams&) const {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank on the CPU");
+}
+void CpuBackend::low_rank(const LowRankParams&, void*, size_t, adaattn_stream_t) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank on the CPU");
+}
+void CpuBackend::low_rank_project(const ProjectParams&, adaattn_stream_t) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank_project on the CPU");
+}
+size_t CpuBackend::effective_rank_workspace(const EffectiveRankParams&) const {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "effective_rank on the CPU");
+}
+void CpuBackend::effective_rank(const EffectiveRankParams&, void*, size_t, adaattn_stream_t) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "effective_rank on the CPU");
+}
+size_t CpuBackend::spectral_norm_workspace(const SpectralNormParams&) const {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "spectral_norm on the CPU");
+}
+void CpuBackend::spectral_norm(const SpectralNormParams&, void*, size_t, adaattn_stream_t) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "spectral_norm on the CPU");
+}
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,80 @@
+#include "cpu_fallback/isa/registry.h"
+
+#include "core/error.h"
+#include "cpu_fallback/cpu_features.h"
+
+namespace adaattn::cpu {
+namespace {
+
+struct IsaRow {
+  adaattn_isa_t isa;
+  const char* name;
+  bool (*available)();
+};
+
+// Best first.
+constexpr IsaRow kIsas[] = {
+#if defined(__x86_64__)
+    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }},
+    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }},
+    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }},
+    {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }},
+#elif defined(__aarch64__)
+    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }},
+#endif
+};
+
+std::string join(bool only_available) {
+  std::string text;
+  for (const IsaRow& row : kIsas) {
+    if (only_available && !row.available()) continue;
+    if (!text.empty()) text += ' ';
+    text += row.name;
+  }
+  return text;
+}
+
+}  // namespace
+
+const char* isa_name(adaattn_isa_t isa) {
+  switch (isa) {
+    case ADAATTN_ISA_AUTO:
+      return "auto";
+    case ADAATTN_ISA_BASELINE:
+      return "baseline";
+    case ADAATTN_ISA_AVX2:
+      return "avx2";
+    case ADAATTN_ISA_AVX512:
+      return "avx512";
+    case ADAATTN_ISA_AMX:
+      return "amx";
+    case ADAATTN_ISA_NEON:
+      return "neon";
+    default:
+      return nullptr;
+  }
+}
+
+bool isa_available(adaattn_isa_t isa) {
+  for (const IsaRow& row : kIsas)
+    if (row.isa == isa) return row.available();
+  return false;
+}
+
+adaattn_isa_t resolve_isa(int64_t requested) {
+  const char* name =
+      requested == static_cast<adaattn_isa_t>(requested) ? isa_name(static_cast<adaattn_isa_t>(requested)) : nullptr;
+  if (name == nullptr)
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "isa is %lld; accepted are the ADAATTN_ISA_* constants, 0 to 5",
+         static_cast<long long>(requested));
+  for (const IsaRow& row : kIsas) {
+    if (requested != ADAATTN_ISA_AUTO && requested != row.isa) continue;
+    if (row.available()) return row.isa;
+  }
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "isa %s is not available here; available: %s", name, available_isas().c_str());
+}
+
+std::string available_isas() { return join(true); }
+std::string compiled_isas() { return join(false); }
+
+}  // namespace adaattn::cpu

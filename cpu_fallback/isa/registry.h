@@ -1,0 +1,22 @@
+// The instruction sets compiled in, and which of them a context uses.
+#pragma once
+
+#include <string>
+
+#include "adaattn/adaattn.h"
+
+namespace adaattn::cpu {
+
+const char* isa_name(adaattn_isa_t isa);
+
+// Usable here: compiled in, executed by this processor and granted by the operating system.
+bool isa_available(adaattn_isa_t isa);
+
+// AUTO becomes the best available set; one that is not available is refused with the reason.
+adaattn_isa_t resolve_isa(int64_t requested);
+
+// "avx512 avx2 baseline": those available (or compiled in), best first.
+std::string available_isas();
+std::string compiled_isas();
+
+}  // namespace adaattn::cpu
