@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Counts the cases in a JUnit file of ctest and appends "passed failed skipped" to a tally file.
+
+A ctest entry that is a whole GoogleTest run counts by its cases, any other entry as one. Failures are printed with
+the end of their output, skipped cases grouped by their reason. An empty run counts as one failure: a suite that
+disappeared must not look like a suite that passed.
+"""
+import argparse
+import collections
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+RAN = re.compile(r"\[==========\] (\d+) tests? from .* ran\.")
+PASSED = re.compile(r"\[  PASSED  \] (\d+) tests?\.")
+SKIPPED = re.compile(r"\[  SKIPPED \] (\d+) tests?, listed below")
+REASON = re.compile(r"^(?:[^\n]*: )?(?:Skipped|SKIPPED:?)\s+(.+?)\s*$", re.MULTILINE)
+OUTPUT_TAIL = 4000
+
+
+def skip_reasons(output, count):
+    reasons = [reason.strip() for reason in REASON.findall(output)][:count]
+    return reasons + ["no reason given"] * (count - len(reasons))
+
+
+def count_case(case):
+    """(passed, failed, [reasons of the skipped cases]) of one ctest entry."""
+    output = case.findtext("system-out") or ""
+    ran = RAN.search(output)
+    if ran and int(ran[1]) > 0:
+        passed = int(PASSED.search(output)[1]) if PASSED.search(output) else 0
+        skipped = int(SKIPPED.search(output)[1]) if SKIPPED.search(output) else 0
+        failed = int(ran[1]) - passed - skipped
+        if case.find("failure") is not None:
+            failed = max(failed, 1)
+        return passed, failed, skip_reasons(output, skipped)
+    if case.find("failure") is not None or case.find("error") is not None:
+        return 0, 1, []
+    if case.get("status") == "run" and case.find("skipped") is None:
+        return 1, 0, []
+    if case.get("status") == "disabled":
+        return 0, 0, ["disabled"]
+    if case.find("skipped") is not None and "SKIP_" in (case.find("skipped").get("message") or ""):
+        return 0, 0, skip_reasons(output, 1)
+    return 0, 1, []  # not run for any other reason: a missing binary, a failed fixture
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("junit")
+    parser.add_argument("tally")
+    args = parser.parse_args()
+    passed = failed = 0
+    reasons = collections.Counter()
+    for case in ElementTree.parse(args.junit).getroot().iter("testcase"):
+        case_passed, case_failed, case_reasons = count_case(case)
+        passed += case_passed
+        failed += case_failed
+        reasons.update(case_reasons)
+        if case_failed:
+            print(f"FAILED {case.get('name')}\n{(case.findtext('system-out') or '')[-OUTPUT_TAIL:]}")
+    skipped = sum(reasons.values())
+    if passed + failed + skipped == 0:
+        print("FAILED: no test ran")
+        failed = 1
+    for reason, count in sorted(reasons.items()):
+        print(f"skipped {count}: {reason}")
+    with open(args.tally, "a", encoding="utf-8") as tally:
+        tally.write(f"{passed} {failed} {skipped}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
