@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts the cases in a JUnit file of ctest and appends "passed failed skipped" to a tally file.
+"""Counts the cases in an XML report of ctest or GoogleTest and appends "passed failed skipped" to a tally file.
 
 A ctest entry that is a whole GoogleTest run counts by its cases, any other entry as one. Failures are printed with
 the end of their output, skipped cases grouped by their reason. An empty run counts as one failure: a suite that
@@ -23,16 +23,33 @@ def skip_reasons(output, count):
     return reasons + ["no reason given"] * (count - len(reasons))
 
 
+def skip_message(element):
+    lines = ((element.get("message") if element is not None else "") or "").strip().splitlines()
+    return lines[-1] if lines else "no reason given"
+
+
+def failure_text(case):
+    failures = [failure.text or "" for failure in case.findall("failure")]
+    return "\n".join([case.findtext("system-out") or "", *failures])
+
+
 def count_case(case):
-    """(passed, failed, [reasons of the skipped cases]) of one ctest entry."""
+    """(passed, failed, [reasons of the skipped cases]) of one entry."""
+    if case.get("result"):  # GoogleTest's own report
+        if case.find("failure") is not None:
+            return 0, 1, []
+        skip = case.find("skipped")
+        if skip is not None or case.get("result") == "skipped":
+            return 0, 0, [skip_message(skip)]
+        return (1, 0, []) if case.get("result") == "completed" else (0, 0, [])
     output = case.findtext("system-out") or ""
     ran = RAN.search(output)
     if ran and int(ran[1]) > 0:
         passed = int(PASSED.search(output)[1]) if PASSED.search(output) else 0
         skipped = int(SKIPPED.search(output)[1]) if SKIPPED.search(output) else 0
         failed = int(ran[1]) - passed - skipped
-        if case.find("failure") is not None:
-            failed = max(failed, 1)
+        if failed == 0 and case.find("failure") is not None:  # failed outside its cases, say by a leak at exit
+            passed, failed = max(passed - 1, 0), 1
         return passed, failed, skip_reasons(output, skipped)
     if case.find("failure") is not None or case.find("error") is not None:
         return 0, 1, []
@@ -58,7 +75,7 @@ def main():
         failed += case_failed
         reasons.update(case_reasons)
         if case_failed:
-            print(f"FAILED {case.get('name')}\n{(case.findtext('system-out') or '')[-OUTPUT_TAIL:]}")
+            print(f"FAILED {case.get('classname', '')} {case.get('name')}\n{failure_text(case)[-OUTPUT_TAIL:]}")
     skipped = sum(reasons.values())
     if passed + failed + skipped == 0:
         print("FAILED: no test ran")
