@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# usage: run.sh LANGUAGE SOURCE_DIR LIBRARY WORKDIR: builds and runs a smoke caller; 77 where its toolchain is missing.
+set -euo pipefail
+language=$1 source_dir=$2 library=$3 work=$4
+library_dir=$(dirname "$library")
+
+require() {
+  command -v "$1" >/dev/null && return
+  echo "Skipped: no $1 on this machine"
+  exit 77
+}
+
+case $language in
+  Rust)
+    require rustc
+    rustc --edition 2021 -L "native=$library_dir" -l adaattn -C "link-arg=-Wl,-rpath,$library_dir" \
+      -o "$work/smoke_rust" "$source_dir/bindings/rust/smoke.rs"
+    "$work/smoke_rust"
+    ;;
+  Go)
+    require go
+    export GOCACHE=$work/go-cache GOFLAGS=-mod=mod GO111MODULE=off CGO_ENABLED=1
+    export CGO_CFLAGS="-I$source_dir/include" CGO_LDFLAGS="-L$library_dir -Wl,-rpath,$library_dir"
+    go build -o "$work/smoke_go" "$source_dir/bindings/go/smoke.go"
+    "$work/smoke_go"
+    ;;
+  Python)
+    require python3
+    python3 "$source_dir/bindings/python/smoke.py" "$library"
+    ;;
+  *) exit 64 ;;
+esac

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# usage: run.sh CASE PREFIX LIBDIR WORKDIR: one consumer of the tree installed under PREFIX.
+set -euo pipefail
+case_name=$1 prefix=$2 libdir=$3 work=$4
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cc=${CC:-cc}
+
+# pkg_config_consumer PREFIX: compiles, links and runs with nothing but what pkg-config says.
+pkg_config_consumer() {
+  local flags
+  export PKG_CONFIG_PATH=$1/$libdir/pkgconfig
+  read -ra flags < <(pkg-config --cflags --libs adaattn)
+  "$cc" -std=c11 -Wall -Wextra -Werror -pedantic "$here/consumer.c" -o "$work/pkg_config_consumer" "${flags[@]}"
+  LD_LIBRARY_PATH=$1/$libdir "$work/pkg_config_consumer"
+}
+
+case $case_name in
+  PkgConfigConsumer) pkg_config_consumer "$prefix" ;;
+  MovedTreeConsumer)
+    rm -rf "$work/moved"
+    cp -a "$prefix" "$work/moved"
+    pkg_config_consumer "$work/moved"
+    rm -rf "$work/moved"
+    ;;
+  DlopenConsumer)
+    "$cc" -std=c11 -Wall -Wextra -Werror "$here/dlopen.c" -o "$work/dlopen_consumer" -ldl
+    "$work/dlopen_consumer" "$prefix/$libdir/libadaattn.so"
+    ;;
+  SonameAndLinks)
+    [[ -L $prefix/$libdir/libadaattn.so && -L $prefix/$libdir/libadaattn.so.0 ]]
+    readelf -d "$prefix/$libdir/libadaattn.so" | grep 'SONAME.*\[libadaattn.so.0\]'
+    if readelf -d "$prefix/$libdir/libadaattn.so" | grep -E 'RPATH|RUNPATH'; then exit 1; fi
+    ;;
+  *) exit 64 ;;
+esac
