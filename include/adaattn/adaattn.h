@@ -96,7 +96,8 @@ typedef struct adaattn_adaptive_desc adaattn_adaptive_desc_t;
 
 /* A view of memory the caller owns: 96 bytes, plain data, passed by value inside other structs.
  * An absent tensor is all zero (ndim 0). Strides are in elements and may be anything for extents of 1; stride 0
- * (broadcast) is accepted for k, v and bias; q, k, v and o need a last stride of 1. Any alignment works. */
+ * (broadcast) is accepted for k, v and bias; q, k, v and o need a last stride of 1. Strides are not negative. data
+ * may be any multiple of the element's size. */
 typedef struct adaattn_tensor {
   void* data;
   int64_t shape[4];

@@ -13,7 +13,7 @@ adaattn_context::adaattn_context(std::unique_ptr<adaattn::Backend> backend_in)
 namespace adaattn::capi {
 namespace {
 
-constexpr int64_t kMaxThreads = 1024;
+constexpr int64_t kMaxThreads = 4096;
 constexpr int64_t kMaxCachedPlans = 65536;
 constexpr size_t kWorkspaceAlignment = 256;
 

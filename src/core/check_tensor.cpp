@@ -157,11 +157,6 @@ void check_tensor_shape(const adaattn_tensor_t& t, const char* name, Access acce
       fail(ADAATTN_ERROR_INVALID_SHAPE, "%s.shape[%d] is %" PRId64 "; accepted: 0 or more", name, i, t.shape[i]);
   check_strides(t, name, access);
   check_range(t, name);
-  if (is_output(access) && overlaps_itself(memory_view(t, dtype_size(static_cast<Dtype>(t.dtype)))))
-    fail(ADAATTN_ERROR_OVERLAP,
-         "%s.stride lets elements of an output share memory; accepted: each stride at least the "
-         "span of the dimensions inside it",
-         name);
 }
 
 void check_tensor(const adaattn_tensor_t& t, const char* name, Access access, int min_ndim, int max_ndim,
@@ -211,6 +206,11 @@ bool CallMemory::same_view(const Entry& a, const Entry& b) const {
 void CallMemory::check() const {
   for (int i = 0; i < count_; ++i) {
     if (!entries_[i].output) continue;
+    if (overlaps_itself(entries_[i].view))
+      fail(ADAATTN_ERROR_OVERLAP,
+           "%s.stride lets elements of an output share memory; accepted: each stride at least the span of the "
+           "dimensions inside it",
+           entries_[i].name);
     for (int j = 0; j < count_; ++j) {
       const Entry &out = entries_[i], &other = entries_[j];
       if (i == j || (other.output && j > i) || !overlap(out.view, other.view)) continue;

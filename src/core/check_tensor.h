@@ -15,7 +15,7 @@ enum class Access {
   kUnitInput,        // last stride 1
   kDistinctInput,    // last stride 1, no broadcast
   kContiguousInput,  // last stride 1; for index arrays
-  kOutput,           // no element may share memory with another
+  kOutput,           // no broadcast
   kUnitOutput,       // and last stride 1
 };
 
@@ -43,7 +43,7 @@ inline int64_t effective_stride(const adaattn_tensor_t& tensor, int dim) {
   return tensor.shape[dim] > 1 ? tensor.stride[dim] : 0;
 }
 
-// The memory of one call: no output may share a byte with another tensor of it.
+// The memory of one call: no output may share a byte with another tensor of it or between its own elements.
 class CallMemory {
  public:
   // may_equal: index of an earlier entry that this output may be the very same view of, or -1. Returns the entry's
