@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/cpu_features.h"
 #include "cpu_fallback/isa/registry.h"
 
@@ -58,9 +59,12 @@ int64_t CpuBackend::get_option(adaattn_option_t option) const {
   }
 }
 
-PlanInfo CpuBackend::select(const Problem&) const { fail(ADAATTN_ERROR_NOT_SUPPORTED, "attention on the CPU"); }
-std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem&) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "attention on the CPU");
+PlanInfo CpuBackend::select(const Problem& problem) const {
+  return select_attention(problem, isa_, pool_.num_threads());
+}
+
+std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem& problem) {
+  return make_attention_plan(problem, isa_, pool_);
 }
 
 void CpuBackend::merge(const MergeParams&, adaattn_stream_t) { fail(ADAATTN_ERROR_NOT_SUPPORTED, "merge on the CPU"); }

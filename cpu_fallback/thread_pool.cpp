@@ -154,10 +154,10 @@ ThreadPool::Workers& ThreadPool::workers() {
   return *current;
 }
 
-void ThreadPool::run(int64_t n, ItemFn item, void* context) {
+void ThreadPool::run(int64_t n, int64_t max_lanes, ItemFn item, void* context) {
   if (n <= 0) return;
   Job job{.item = item, .context = context, .n = n};
-  job.lanes = lanes(n);
+  job.lanes = std::max<int64_t>(std::min({n, max_lanes, static_cast<int64_t>(num_threads_)}), 1);
   if (job.lanes == 1) {
     job.run_lane(0);
   } else if (hook_ != nullptr) {

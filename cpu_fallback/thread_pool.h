@@ -28,23 +28,22 @@ class ThreadPool {
   void set_num_threads(int32_t num_threads);
 
   // Calls body(lane, i) once for every i in [0, n) and returns when all are done; the first exception is rethrown.
-  // A lane in [0, lanes(n)) belongs to one thread at a time, so it may index scratch memory. Any number of threads may
-  // call at once, and a body may call again.
+  // A lane in [0, min(n, max_lanes, num_threads())) belongs to one thread at a time, so it may index scratch memory.
+  // Any number of threads may call at once, and a body may call again.
   template <typename Body>
-  void for_each(int64_t n, Body&& body) {
+  void for_each(int64_t n, Body&& body, int64_t max_lanes = INT64_MAX) {
     using Plain = std::remove_reference_t<Body>;
     run(
-        n, [](void* context, int64_t lane, int64_t i) { (*static_cast<Plain*>(context))(lane, i); },
+        n, max_lanes, [](void* context, int64_t lane, int64_t i) { (*static_cast<Plain*>(context))(lane, i); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
-  int64_t lanes(int64_t n) const { return n < num_threads_ ? n : num_threads_; }
 
  private:
   using ItemFn = void (*)(void* context, int64_t lane, int64_t i);
   struct Job;
   class Workers;
 
-  void run(int64_t n, ItemFn item, void* context);
+  void run(int64_t n, int64_t max_lanes, ItemFn item, void* context);
   Workers& workers();
 
   int32_t num_threads_;

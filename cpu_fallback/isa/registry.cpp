@@ -10,17 +10,18 @@ struct IsaRow {
   adaattn_isa_t isa;
   const char* name;
   bool (*available)();
+  const KernelTable* kernels;
 };
 
 // Best first.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
-    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }},
-    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }},
-    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }},
-    {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }},
+    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, &kAvx512Kernels},
+    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, &kAvx512Kernels},
+    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, &kAvx2Kernels},
+    {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }, &kBaselineKernels},
 #elif defined(__aarch64__)
-    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }},
+    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }, &kNeonKernels},
 #endif
 };
 
@@ -72,6 +73,12 @@ adaattn_isa_t resolve_isa(int64_t requested) {
     if (row.available()) return row.isa;
   }
   fail(ADAATTN_ERROR_NOT_SUPPORTED, "isa %s is not available here; available: %s", name, available_isas().c_str());
+}
+
+const KernelTable* kernels_of(adaattn_isa_t isa) {
+  for (const IsaRow& row : kIsas)
+    if (row.isa == isa) return row.kernels;
+  fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
 }
 
 std::string available_isas() { return join(true); }

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "adaattn/adaattn.h"
+#include "cpu_fallback/attend/kernels.h"
 
 namespace adaattn::cpu {
 
@@ -14,6 +15,9 @@ bool isa_available(adaattn_isa_t isa);
 
 // AUTO becomes the best available set; one that is not available is refused with the reason.
 adaattn_isa_t resolve_isa(int64_t requested);
+
+// The kernels of an available set; AMX has its own where its tiles apply and shares AVX-512's otherwise.
+const KernelTable* kernels_of(adaattn_isa_t isa);
 
 // "avx512 avx2 baseline": those available (or compiled in), best first.
 std::string available_isas();

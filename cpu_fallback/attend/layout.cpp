@@ -1,0 +1,49 @@
+#include "cpu_fallback/attend/layout.h"
+
+#include <algorithm>
+
+namespace adaattn::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// Q^T and O^T of an item's tiles should leave room in the second-level cache for a block of K and V.
+constexpr int64_t kTileBudget = 512 << 10;
+constexpr int64_t kMaxTiles = 8;
+// Decode units in flight per lane: enough splits to balance the lanes, few enough to bound the memory.
+constexpr int64_t kUnitsPerLane = 4, kSplitsPerLane = 64;
+
+int64_t align(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+}  // namespace
+
+WorkLayout lay_out_work(const Problem& problem, const KernelTable& kernels, int64_t lanes) {
+  WorkLayout w;
+  const int64_t group = problem.heads_q / problem.heads_kv;
+  const int64_t max_rows = problem.max_seqlen_q * group;
+  const int64_t tile_bytes = kTileRows * (problem.d_qk + problem.d_v) * static_cast<int64_t>(sizeof(float));
+  w.tiles = std::clamp<int64_t>(kTileBudget / tile_bytes, 1, kMaxTiles);
+  w.tiles = std::clamp<int64_t>(ceil_div(max_rows, kTileRows), 1, w.tiles);
+
+  // The longest call that the decode kernel takes within the maxima.
+  w.decode_rows = std::min(std::min(max_rows, std::max(group, kDecodeRows / group * group)), kDecodeRows);
+  w.splits = std::max<int64_t>(ceil_div(problem.max_seqlen_k, kSplitKeys), 1);
+  w.unit_bytes =
+      align(w.splits * w.decode_rows * partial_floats(problem.d_v) * static_cast<int64_t>(sizeof(float)) + kAlignment);
+  w.units = std::max(kUnitsPerLane * lanes, kSplitsPerLane * lanes / w.splits);
+  const int64_t all_units = problem.max_batch * problem.heads_kv * ceil_div(std::max<int64_t>(group, 1), kDecodeRows);
+  w.units = std::min(w.units, all_units);
+
+  int64_t scratch = static_cast<int64_t>(kernels.decode_scratch(problem.d_qk, problem.d_v));
+  const bool prefills = problem.max_seqlen_q > 1 && max_rows > kDecodeRows;
+  if (prefills) {
+    scratch = std::max(scratch, static_cast<int64_t>(kernels.prefill_scratch(problem.d_qk, problem.d_v, w.tiles)));
+  }
+  const int64_t rows = prefills ? w.tiles * kTileRows : kDecodeRows;
+  w.ranges_bytes = align(2 * rows * static_cast<int64_t>(sizeof(int32_t)));
+  w.lane_bytes = align(w.ranges_bytes + scratch);
+  // The caller's memory may have any alignment.
+  w.workspace_bytes = kAlignment + lanes * w.lane_bytes + w.units * w.unit_bytes;
+  return w;
+}
+
+}  // namespace adaattn::cpu

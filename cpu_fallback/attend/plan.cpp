@@ -1,0 +1,280 @@
+#include "cpu_fallback/attend/plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "core/error.h"
+#include "cpu_fallback/attend/layout.h"
+#include "cpu_fallback/isa/registry.h"
+
+namespace adaattn::cpu {
+namespace {
+
+void check_problem(const Problem& p) {
+  const auto floating = [](Dtype dtype) {
+    return dtype == Dtype::kF32 || dtype == Dtype::kF16 || dtype == Dtype::kBF16;
+  };
+  const struct {
+    const char* name;
+    Dtype dtype;
+  } dtypes[] = {{"dtype_q", p.dtype_q}, {"dtype_kv", p.dtype_kv}, {"dtype_o", p.dtype_o}};
+  for (const auto& [name, dtype] : dtypes)
+    if (!floating(dtype))
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s is %d; the CPU computes F32, F16 and BF16", name, static_cast<int>(dtype));
+  // Key indices and positions are 32-bit inside the kernels.
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  const struct {
+    const char* name;
+    int64_t value;
+  } sizes[] = {{"max_seqlen_q", p.max_seqlen_q}, {"max_seqlen_k", p.max_seqlen_k}};
+  for (const auto& [name, value] : sizes)
+    if (value > kLimit)
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s is %lld; the CPU takes at most %lld", name, static_cast<long long>(value),
+           static_cast<long long>(kLimit));
+}
+
+char* align_up(void* p) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~static_cast<uintptr_t>(63));
+}
+
+template <typename T>
+T* advance(T* data, int64_t elements, Dtype dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return data == nullptr ? nullptr : static_cast<Byte*>(data) + elements * dtype_size(dtype);
+}
+
+KeyOperand key_operand(const AttnParams& p, const Operand& x, int64_t b, const Sequence& s, int64_t head) {
+  KeyOperand k;
+  k.dtype = x.dtype;
+  k.stride = x.stride_s * dtype_size(x.dtype);
+  if (p.block_table != nullptr) {
+    k.data = static_cast<const char*>(advance(x.data, head * x.stride_h, x.dtype));
+    k.block_table = p.block_table + b * p.block_table_stride;
+    k.page_size = p.page_size;
+    k.page_stride = x.stride_b * dtype_size(x.dtype);
+    k.num_pages = p.num_pages;
+  } else {
+    k.data =
+        static_cast<const char*>(advance(x.data, b * x.stride_b + s.k_start * x.stride_s + head * x.stride_h, x.dtype));
+  }
+  return k;
+}
+
+RowOperands row_operands(const AttnParams& p, int64_t b, const Sequence& s, int64_t head_kv) {
+  RowOperands r;
+  r.group = p.heads_q / p.heads_kv;
+  const int64_t head = head_kv * r.group;
+  const auto at = [&](const Operand& x) {
+    Operand moved = x;
+    moved.data = advance(x.data, b * x.stride_b + s.q_start * x.stride_s + head * x.stride_h, x.dtype);
+    return moved;
+  };
+  r.q = at(p.q);
+  r.o = at(p.o);
+  r.lse = at(p.lse);
+  r.entropy = at(p.entropy);
+  r.bias = p.bias;
+  r.bias.data = advance(p.bias.data, b * p.bias.stride_b + head * p.bias.stride_h, p.bias.dtype);
+  if (p.alibi_slopes != nullptr) r.alibi = p.alibi_slopes + b * p.alibi_stride_b + head * p.alibi_stride_h;
+  r.alibi_stride = p.alibi_stride_h;
+  if (p.sinks != nullptr) r.sinks = p.sinks + head * p.sinks_stride;
+  r.sinks_stride = p.sinks_stride;
+  r.d_qk = p.d_qk;
+  r.d_v = p.d_v;
+  r.off = s.off;
+  r.scale = p.scale;
+  r.softcap = p.softcap;
+  return r;
+}
+
+// Rows [row, row + count) of a sequence: what each of them sees.
+void fill_ranges(const AttnParams& p, const Sequence& s, int64_t group, int64_t row, int64_t count, int32_t* begin,
+                 int32_t* end) {
+  for (int64_t i = 0; i < count; ++i) {
+    const KeyRange range = visible_keys(p, s, (row + i) / group);
+    begin[i] = static_cast<int32_t>(range.begin);
+    end[i] = static_cast<int32_t>(range.end);
+  }
+}
+
+class CpuAttentionPlan final : public AttentionPlan {
+ public:
+  CpuAttentionPlan(const Problem& problem, adaattn_isa_t isa, ThreadPool& pool)
+      : problem_(problem),
+        kernels_(*kernels_of(isa)),
+        pool_(pool),
+        lanes_(pool.num_threads()),
+        info_(select_attention(problem, isa, pool.num_threads())),
+        layout_(lay_out_work(problem, kernels_, lanes_)) {}
+
+  const PlanInfo& info() const override { return info_; }
+
+  void execute(const AttnParams& params, void* workspace, size_t workspace_bytes, adaattn_stream_t) override {
+    if (workspace_bytes < info_.workspace_bytes)
+      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; the plan needs %zu", workspace_bytes,
+           info_.workspace_bytes);
+    char* memory = align_up(workspace);
+    prefill(params, memory);
+    decode(params, memory);
+    count(params);
+  }
+
+  PlanCounters counters(bool, bool reset) override {
+    const PlanCounters result = counters_;
+    if (reset) counters_ = {};
+    return result;
+  }
+
+ private:
+  void prefill(const AttnParams& p, char* memory);
+  void decode(const AttnParams& p, char* memory);
+  void count(const AttnParams& p);
+
+  Problem problem_;
+  const KernelTable& kernels_;
+  ThreadPool& pool_;
+  int64_t lanes_;
+  PlanInfo info_;
+  WorkLayout layout_;
+  PlanCounters counters_;
+};
+
+void CpuAttentionPlan::prefill(const AttnParams& p, char* memory) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  if (is_decode(p.seqlen_q, group) || p.seqlen_q == 0) return;
+  const int64_t pairs = p.batch * p.heads_kv;
+  // Smaller items where there are few of them; results do not depend on it.
+  const int64_t lanes = std::min<int64_t>(lanes_, pool_.num_threads());
+  int64_t tiles = layout_.tiles;
+  const auto items_of = [&](int64_t t) { return pairs * ceil_div(p.seqlen_q * group, t * kTileRows); };
+  while (tiles > 1 && lanes > 1 && items_of(tiles) < 4 * lanes) tiles = (tiles + 1) / 2;
+  const int64_t item_rows = tiles * kTileRows;
+  const int64_t chunks = ceil_div(p.seqlen_q * group, item_rows);
+
+  pool_.for_each(
+      pairs * chunks,
+      [&](int64_t lane, int64_t item) {
+        // The last rows first: under a causal mask they are the longest.
+        const int64_t chunk = chunks - 1 - item / pairs, b = item % pairs / p.heads_kv, head = item % p.heads_kv;
+        const Sequence s = sequence_of(p, b);
+        if (is_decode(s.len_q, group)) return;
+        PrefillArgs args;
+        args.row_begin = chunk * item_rows;
+        args.row_count = std::min(s.len_q * group - args.row_begin, item_rows);
+        if (args.row_count <= 0) return;
+        args.rows = row_operands(p, b, s, head);
+        args.k = key_operand(p, p.k, b, s, head);
+        args.v = key_operand(p, p.v, b, s, head);
+        char* scratch = memory + lane * layout_.lane_bytes;
+        int32_t* begin = reinterpret_cast<int32_t*>(scratch);
+        int32_t* end = begin + item_rows;
+        fill_ranges(p, s, group, args.row_begin, args.row_count, begin, end);
+        args.key_begin = begin;
+        args.key_end = end;
+        args.scratch = scratch + layout_.ranges_bytes;
+        kernels_.prefill(args);
+      },
+      lanes_);
+}
+
+void CpuAttentionPlan::decode(const AttnParams& p, char* memory) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  if (p.seqlen_q == 0) return;
+  const int64_t row_chunks = ceil_div(group, kDecodeRows);
+  const int64_t units = p.batch * p.heads_kv * row_chunks;
+  const int64_t splits = std::max<int64_t>(ceil_div(p.seqlen_k, kSplitKeys), 1);
+  char* partials = memory + lanes_ * layout_.lane_bytes;
+
+  for (int64_t first = 0; first < units; first += layout_.units) {
+    const int64_t wave = std::min(units - first, layout_.units);
+    // Each unit's memory starts with the number of its splits that are done.
+    for (int64_t u = 0; u < wave; ++u) new (partials + u * layout_.unit_bytes) std::atomic<int64_t>(0);
+    pool_.for_each(
+        wave * splits,
+        [&](int64_t lane, int64_t item) {
+          const int64_t unit = first + item / splits, split = item % splits;
+          const int64_t b = unit / (p.heads_kv * row_chunks), head = unit / row_chunks % p.heads_kv;
+          const Sequence s = sequence_of(p, b);
+          if (s.len_q == 0 || !is_decode(s.len_q, group)) return;
+          DecodeArgs args;
+          args.row_begin = unit % row_chunks * kDecodeRows;
+          args.row_count = std::min(s.len_q * group - args.row_begin, kDecodeRows);
+          if (args.row_count <= 0) return;
+          const int64_t used_splits = std::max<int64_t>(ceil_div(s.len_k, kSplitKeys), 1);
+          if (split >= used_splits) return;
+          args.rows = row_operands(p, b, s, head);
+          args.k = key_operand(p, p.k, b, s, head);
+          args.v = key_operand(p, p.v, b, s, head);
+          char* scratch = memory + lane * layout_.lane_bytes;
+          int32_t* begin = reinterpret_cast<int32_t*>(scratch);
+          int32_t* end = begin + kDecodeRows;
+          fill_ranges(p, s, group, args.row_begin, args.row_count, begin, end);
+          args.key_begin = begin;
+          args.key_end = end;
+          args.split_begin = split * kSplitKeys;
+          args.split_end = std::min(args.split_begin + kSplitKeys, s.len_k);
+          args.scratch = scratch + layout_.ranges_bytes;
+          char* unit_memory = partials + (unit - first) * layout_.unit_bytes;
+          float* results = reinterpret_cast<float*>(unit_memory + 64);
+          args.partial = results + split * args.row_count * partial_floats(p.d_v);
+          kernels_.decode(args);
+          // Whoever finishes the unit's last split joins them, always in key order.
+          auto* done = std::launder(reinterpret_cast<std::atomic<int64_t>*>(unit_memory));
+          if (done->fetch_add(1, std::memory_order_acq_rel) + 1 != used_splits) return;
+          CombineArgs join;
+          join.rows = args.rows;
+          join.row_begin = args.row_begin;
+          join.row_count = args.row_count;
+          join.partials = results;
+          join.splits = used_splits;
+          join.scratch = args.scratch;
+          kernels_.combine(join);
+        },
+        lanes_);
+  }
+}
+
+void CpuAttentionPlan::count(const AttnParams& p) {
+  ++counters_.calls;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = sequence_of(p, b);
+    counters_.query_rows += static_cast<uint64_t>(s.len_q * p.heads_q);
+    int64_t pairs = 0;
+    if (p.window_left < 0 && p.window_right < 0) {
+      pairs = s.len_q * s.len_k;
+    } else {
+      for (int64_t i = 0; i < s.len_q; ++i) {
+        const KeyRange range = visible_keys(p, s, i);
+        pairs += std::max<int64_t>(range.end - range.begin, 0);
+      }
+    }
+    counters_.score_pairs += static_cast<uint64_t>(pairs * p.heads_q);
+    if (counters_.violation.field == Field::kNone) counters_.violation = check_sequence(p, b);
+  }
+}
+
+}  // namespace
+
+PlanInfo select_attention(const Problem& problem, adaattn_isa_t isa, int32_t num_threads) {
+  check_problem(problem);
+  const KernelTable& kernels = *kernels_of(isa);
+  const WorkLayout layout = lay_out_work(problem, kernels, num_threads);
+  const int64_t group = problem.heads_q / problem.heads_kv;
+  const bool decodes = is_decode(problem.max_seqlen_q, group);
+  PlanInfo info;
+  info.kernel = decodes ? kernels.decode_name : kernels.prefill_name;
+  info.isa = isa_name(isa);
+  info.tile_q = static_cast<int32_t>(decodes ? std::min(problem.max_seqlen_q * group, kDecodeRows) : kTileRows);
+  info.tile_k = static_cast<int32_t>(decodes ? kSplitKeys : kKeyBlock);
+  info.splits = static_cast<int32_t>(decodes ? layout.splits : 1);
+  info.workspace_bytes = static_cast<size_t>(layout.workspace_bytes);
+  return info;
+}
+
+std::unique_ptr<AttentionPlan> make_attention_plan(const Problem& problem, adaattn_isa_t isa, ThreadPool& pool) {
+  check_problem(problem);
+  return std::make_unique<CpuAttentionPlan>(problem, isa, pool);
+}
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,50 @@
+// One instruction set's kernels: compiled once per set, with that set's flags and ADAATTN_UNIT_*.
+#include "cpu_fallback/isa/decode-inl.h"
+#include "cpu_fallback/isa/prefill-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+template <F32 (*kFunction)(F32)>
+void map(const float* x, float* y, int64_t n) {
+  HWY_ALIGN float lanes[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    hn::Store(kFunction(count == kLanes ? load(x + i) : load_head(x + i, count)), kF32, lanes);
+    memcpy(y + i, lanes, static_cast<size_t>(count) * sizeof(float));
+  }
+}
+
+void map_exp2(const float* x, float* y, int64_t n) { map<exp2>(x, y, n); }
+void map_tanh(const float* x, float* y, int64_t n) { map<tanh>(x, y, n); }
+
+}  // namespace
+
+#if defined(ADAATTN_UNIT_BASELINE)
+#define ADAATTN_TABLE kBaselineKernels
+#define ADAATTN_ISA "baseline"
+#elif defined(ADAATTN_UNIT_AVX2)
+#define ADAATTN_TABLE kAvx2Kernels
+#define ADAATTN_ISA "avx2"
+#elif defined(ADAATTN_UNIT_AVX512)
+#define ADAATTN_TABLE kAvx512Kernels
+#define ADAATTN_ISA "avx512"
+#else
+#define ADAATTN_TABLE kNeonKernels
+#define ADAATTN_ISA "neon"
+#endif
+
+const KernelTable ADAATTN_TABLE = {
+    .isa = ADAATTN_ISA,
+    .prefill_name = "prefill_f32_" ADAATTN_ISA,
+    .decode_name = "decode_f32_" ADAATTN_ISA,
+    .prefill_scratch = prefill_scratch,
+    .prefill = prefill,
+    .decode_scratch = decode_scratch,
+    .decode = decode,
+    .combine = combine,
+    .exp2 = map_exp2,
+    .tanh = map_tanh,
+};
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,300 @@
+// Exact attention over tiles of query rows: keys are packed block by block, and every panel of queries that sees the
+// block updates its running maximum, sum and O^T (the online softmax). Scores exist for one block and panel at a time.
+#pragma once
+
+#include "cpu_fallback/isa/micro-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+HWY_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One vector line beyond the row keeps rows of a power-of-two length out of each other's cache sets.
+HWY_INLINE int64_t packed_stride(int64_t d) { return round_up(d, 16) + 16; }
+
+// Hands out 64-byte aligned pieces; with base null it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  HWY_INLINE T* take(int64_t n) {
+    T* p = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(n * static_cast<int64_t>(sizeof(T)), 64));
+    return p;
+  }
+};
+
+// State of kPanel queries.
+struct Panel {
+  float* qt;           // [d_qk][kPanel]
+  float* ot;           // [d_v][kPanel]
+  float *max, *sum;    // of the scores seen so far and of their 2^(s - max)
+  float* entropy_sum;  // sum of 2^(s - max) (s - max)
+  float* slope;        // ALiBi, in units of log2
+  int32_t *begin, *end, *position;
+  int64_t first, last;          // keys that some lane sees lie in [first, last)
+  int64_t all_first, all_last;  // keys in [all_first, all_last) are seen by every lane
+  int64_t row, rows;            // rows of the chunk in the lanes
+};
+
+struct PrefillScratch {
+  Panel* panels;
+  float *k, *v, *s, *row, *alpha, *block_max;
+  uint8_t* unusual;  // keys of the block whose V holds NaN or infinity
+};
+
+HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d_v, int64_t panels) {
+  x.panels = arena.take<Panel>(panels);
+  x.k = arena.take<float>(kKeyBlock * packed_stride(d_qk));
+  x.v = arena.take<float>(kKeyBlock * packed_stride(d_v));
+  x.s = arena.take<float>(kKeyBlock * kPanel);
+  x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
+  x.alpha = arena.take<float>(kPanel);
+  x.block_max = arena.take<float>(kPanel);
+  x.unusual = arena.take<uint8_t>(kKeyBlock);
+  for (int64_t i = 0; i < panels; ++i) {
+    Panel unused;
+    Panel& p = x.panels == nullptr ? unused : x.panels[i];
+    p.qt = arena.take<float>(d_qk * kPanel);
+    p.ot = arena.take<float>(d_v * kPanel);
+    p.max = arena.take<float>(kPanel);
+    p.sum = arena.take<float>(kPanel);
+    p.entropy_sum = arena.take<float>(kPanel);
+    p.slope = arena.take<float>(kPanel);
+    p.begin = arena.take<int32_t>(kPanel);
+    p.end = arena.take<int32_t>(kPanel);
+    p.position = arena.take<int32_t>(kPanel);
+  }
+}
+
+size_t prefill_scratch(int64_t d_qk, int64_t d_v, int64_t tiles) {
+  Arena arena{nullptr};
+  PrefillScratch unused;
+  lay_out(arena, unused, d_qk, d_v, tiles * (kTileRows / kPanel));
+  return arena.used;
+}
+
+HWY_INLINE void start_panel(const PrefillArgs& args, const ScoreRule& rule, PrefillScratch& x, Panel& p, int64_t row) {
+  const RowOperands& rows = args.rows;
+  p.row = row;
+  p.rows = args.row_count - row < kPanel ? args.row_count - row : kPanel;
+  p.first = INT32_MAX;
+  p.last = 0;
+  p.all_first = 0;
+  p.all_last = INT32_MAX;
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    // Lanes without a row repeat the last one: they constrain nothing and are not stored.
+    const int64_t at = row + (lane < p.rows ? lane : p.rows - 1);
+    const int64_t r = args.row_begin + at;
+    const int32_t begin = args.key_begin[at], end = args.key_end[at];
+    p.begin[lane] = begin;
+    p.end[lane] = end;
+    p.position[lane] = static_cast<int32_t>(r / rows.group + rows.off);
+    p.slope[lane] = rows.alibi == nullptr ? 0 : rows.alibi[r % rows.group * rows.alibi_stride] * kLog2E;
+    if (begin < end) {
+      p.first = begin < p.first ? begin : p.first;
+      p.last = end > p.last ? end : p.last;
+    }
+    p.all_first = begin > p.all_first ? begin : p.all_first;
+    p.all_last = end < p.all_last ? end : p.all_last;
+    p.max[lane] = -infinity();
+    p.sum[lane] = 0;
+    p.entropy_sum[lane] = 0;
+    if (lane < p.rows) {
+      widen_row(row_address(rows.q, rows.group, r), rows.q.dtype, x.row, rows.d_qk, rule.query_factor);
+      for (int64_t i = 0; i < rows.d_qk; ++i) p.qt[i * kPanel + lane] = x.row[i];
+    } else {
+      for (int64_t i = 0; i < rows.d_qk; ++i) p.qt[i * kPanel + lane] = 0;
+    }
+  }
+  if (p.first > p.last) p.first = p.last;
+  memset(p.ot, 0, static_cast<size_t>(rows.d_v * kPanel) * sizeof(float));
+}
+
+// V rows that hold NaN or infinity are packed as zeros, so that a weight of 0 silences them; add_unusual() accounts for
+// them where the weight is not 0. Returns their number.
+HWY_INLINE int64_t pack_block(const PrefillArgs& args, PrefillScratch& x, int64_t first, int64_t keys) {
+  const int64_t d_qk = args.rows.d_qk, d_v = args.rows.d_v;
+  const int64_t k_stride = packed_stride(d_qk), v_stride = packed_stride(d_v);
+  int64_t unusual = 0;
+  for (int64_t j = 0; j < keys; ++j) {
+    widen_row(key_address(args.k, first + j), args.k.dtype, x.k + j * k_stride, d_qk, 1.0f);
+    if (!widen_row(key_address(args.v, first + j), args.v.dtype, x.v + j * v_stride, d_v, 1.0f)) {
+      memset(x.v + j * v_stride, 0, static_cast<size_t>(d_v) * sizeof(float));
+      x.unusual[unusual++] = static_cast<uint8_t>(j);
+    }
+  }
+  return unusual;
+}
+static_assert(kKeyBlock <= 256);
+
+// Softcap, ALiBi and bias, in this order, on the scores of keys [first, first + keys).
+HWY_NOINLINE void apply_score_terms(const PrefillArgs& args, const ScoreRule& rule, const Panel& p, float* s,
+                                    int64_t first, int64_t keys) {
+  const RowOperands& rows = args.rows;
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* at = s + j * kPanel + v * kLanes;
+      F32 x = hn::Load(kF32, at);
+      if (rule.cap > 0) x = hn::Mul(tanh(x), hn::Set(kF32, rule.cap));
+      if (rows.alibi != nullptr) {
+        const auto distance =
+            hn::Sub(hn::Load(kI32, p.position + v * kLanes), hn::Set(kI32, static_cast<int32_t>(first + j)));
+        x = hn::NegMulAdd(hn::Load(kF32, p.slope + v * kLanes), hn::Abs(hn::ConvertTo(kF32, distance)), x);
+      }
+      hn::Store(x, kF32, at);
+    }
+  }
+  const BiasOperand& bias = rows.bias;
+  if (bias.data == nullptr) return;
+  const int64_t bytes = element_bytes(bias.dtype);
+  for (int64_t lane = 0; lane < p.rows; ++lane) {
+    const int64_t r = args.row_begin + p.row + lane;
+    const char* at = static_cast<const char*>(bias.data) +
+                     (r / rows.group * bias.stride_q + r % rows.group * bias.stride_h + first * bias.stride_k) * bytes;
+    for (int64_t j = 0; j < keys; ++j)
+      s[j * kPanel + lane] += load_any(at + j * bias.stride_k * bytes, bias.dtype) * kLog2E;
+  }
+}
+
+// -inf where a lane does not see the key, and the block's maximum. Selecting keeps NaN in unseen keys out.
+HWY_NOINLINE void mask_block(const Panel& p, float* s, int64_t first, int64_t keys, float* block_max) {
+  const F32 none = hn::Set(kF32, -infinity());
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const auto begin = hn::Load(kI32, p.begin + v * kLanes), end = hn::Load(kI32, p.end + v * kLanes);
+    F32 max = none;
+    for (int64_t j = 0; j < keys; ++j) {
+      const auto key = hn::Set(kI32, static_cast<int32_t>(first + j));
+      const auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
+      float* at = s + j * kPanel + v * kLanes;
+      const F32 x = hn::IfThenElse(hn::RebindMask(kF32, visible), hn::Load(kF32, at), none);
+      max = hn::Max(x, max);
+      hn::Store(x, kF32, at);
+    }
+    hn::Store(max, kF32, block_max + v * kLanes);
+  }
+}
+
+// Scores to weights, and the running state to the new maximum.
+template <bool kEntropy>
+HWY_NOINLINE void weigh_block(Panel& p, float* HWY_RESTRICT s, int64_t keys, const float* HWY_RESTRICT block_max,
+                              float* HWY_RESTRICT alpha_out) {
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const int64_t at = v * kLanes;
+    const F32 none = hn::Set(kF32, -infinity()), zero = hn::Zero(kF32);
+    const F32 old_max = hn::Load(kF32, p.max + at);
+    const F32 max = hn::Max(hn::Load(kF32, block_max + at), old_max);
+    // A lane that has seen nothing yet: any finite reference gives weights 2^-inf = 0.
+    const F32 reference = hn::IfThenElse(hn::Eq(max, none), zero, max);
+    const F32 alpha = exp2(hn::Sub(old_max, reference));
+    F32 sum0 = zero, sum1 = zero, entropy = zero;
+    int64_t j = 0;
+    for (; j + 2 <= keys; j += 2) {
+      float* sj = s + j * kPanel + at;
+      const F32 x0 = hn::Sub(hn::Load(kF32, sj), reference), x1 = hn::Sub(hn::Load(kF32, sj + kPanel), reference);
+      const F32 w0 = exp2(x0), w1 = exp2(x1);
+      sum0 = hn::Add(sum0, w0);
+      sum1 = hn::Add(sum1, w1);
+      if (kEntropy) {
+        entropy = hn::Add(entropy, hn::IfThenElse(hn::Eq(w0, zero), zero, hn::Mul(w0, x0)));
+        entropy = hn::Add(entropy, hn::IfThenElse(hn::Eq(w1, zero), zero, hn::Mul(w1, x1)));
+      }
+      hn::Store(w0, kF32, sj);
+      hn::Store(w1, kF32, sj + kPanel);
+    }
+    if (j < keys) {
+      float* sj = s + j * kPanel + at;
+      const F32 x0 = hn::Sub(hn::Load(kF32, sj), reference);
+      const F32 w0 = exp2(x0);
+      sum0 = hn::Add(sum0, w0);
+      if (kEntropy) entropy = hn::Add(entropy, hn::IfThenElse(hn::Eq(w0, zero), zero, hn::Mul(w0, x0)));
+      hn::Store(w0, kF32, sj);
+    }
+    const F32 old_sum = hn::Load(kF32, p.sum + at);
+    hn::Store(max, kF32, p.max + at);
+    hn::Store(alpha, kF32, alpha_out + at);
+    hn::Store(hn::MulAdd(old_sum, alpha, hn::Add(sum0, sum1)), kF32, p.sum + at);
+    if (kEntropy) {
+      const F32 shift = hn::IfThenElse(hn::Eq(old_max, none), zero, hn::Sub(old_max, reference));
+      const F32 moved = hn::MulAdd(shift, old_sum, hn::Load(kF32, p.entropy_sum + at));
+      hn::Store(hn::MulAdd(moved, alpha, entropy), kF32, p.entropy_sum + at);
+    }
+  }
+}
+
+HWY_NOINLINE void add_unusual(const PrefillArgs& args, PrefillScratch& x, Panel& p, int64_t block_first,
+                              int64_t unusual, int64_t first, int64_t last) {
+  for (int64_t u = 0; u < unusual; ++u) {
+    const int64_t key = block_first + x.unusual[u];
+    if (key < first || key >= last) continue;
+    widen_row(key_address(args.v, key), args.v.dtype, x.row, args.rows.d_v, 1.0f);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const F32 w = hn::Load(kF32, x.s + (key - first) * kPanel + v * kLanes);
+      const auto silent = hn::Eq(w, hn::Zero(kF32));
+      for (int64_t i = 0; i < args.rows.d_v; ++i) {
+        float* at = p.ot + i * kPanel + v * kLanes;
+        const F32 o = hn::Load(kF32, at);
+        hn::Store(hn::IfThenElse(silent, o, hn::MulAdd(hn::Set(kF32, x.row[i]), w, o)), kF32, at);
+      }
+    }
+  }
+}
+
+HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const Panel& p) {
+  const RowOperands& rows = args.rows;
+  for (int64_t lane = 0; lane < p.rows; ++lane) {
+    const int64_t r = args.row_begin + p.row + lane;
+    const float* sink = rows.sinks == nullptr ? nullptr : rows.sinks + r % rows.group * rows.sinks_stride;
+    const RowResult result = finish_row(p.max[lane], p.sum[lane], p.entropy_sum[lane], sink);
+    for (int64_t i = 0; i < rows.d_v; ++i) x.row[i] = p.ot[i * kPanel + lane] * result.factor;
+    store_row(x.row, row_address(rows.o, rows.group, r), rows.o.dtype, rows.d_v);
+    store_statistics(rows, r, result);
+  }
+}
+
+void prefill(const PrefillArgs& args) {
+  const RowOperands& rows = args.rows;
+  const ScoreRule rule = score_rule(rows);
+  const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
+  const int64_t k_stride = packed_stride(rows.d_qk), v_stride = packed_stride(rows.d_v);
+  Arena arena{args.scratch};
+  PrefillScratch x;
+  lay_out(arena, x, rows.d_qk, rows.d_v, panels);
+
+  int64_t first = INT32_MAX, last = 0;
+  for (int64_t i = 0; i < panels; ++i) {
+    start_panel(args, rule, x, x.panels[i], i * kPanel);
+    if (x.panels[i].first >= x.panels[i].last) continue;
+    first = x.panels[i].first < first ? x.panels[i].first : first;
+    last = x.panels[i].last > last ? x.panels[i].last : last;
+  }
+
+  for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) {
+    const int64_t block_first = block > first ? block : first;
+    const int64_t block_last = block + kKeyBlock < last ? block + kKeyBlock : last;
+    const int64_t unusual = pack_block(args, x, block_first, block_last - block_first);
+    for (int64_t i = 0; i < panels; ++i) {
+      Panel& p = x.panels[i];
+      const int64_t begin = p.first > block_first ? p.first : block_first;
+      const int64_t end = p.last < block_last ? p.last : block_last;
+      if (begin >= end) continue;
+      const int64_t keys = end - begin, skip = begin - block_first;
+      for (int v = 0; v < kPanelVectors; ++v) hn::Store(hn::Set(kF32, -infinity()), kF32, x.block_max + v * kLanes);
+      score_panel(x.k + skip * k_stride, k_stride, keys, p.qt, rows.d_qk, x.s, x.block_max);
+      if (rule.special) apply_score_terms(args, rule, p, x.s, begin, keys);
+      if (rule.special || begin < p.all_first || end > p.all_last) mask_block(p, x.s, begin, keys, x.block_max);
+      if (rows.entropy.data != nullptr) {
+        weigh_block<true>(p, x.s, keys, x.block_max, x.alpha);
+      } else {
+        weigh_block<false>(p, x.s, keys, x.block_max, x.alpha);
+      }
+      value_panel(x.v + skip * v_stride, v_stride, keys, x.s, rows.d_v, x.alpha, p.ot);
+      if (unusual > 0) add_unusual(args, x, p, block_first, unusual, begin, end);
+    }
+  }
+  for (int64_t i = 0; i < panels; ++i) finish_panel(args, x, x.panels[i]);
+}
+
+}  // namespace
+}  // namespace adaattn::cpu
