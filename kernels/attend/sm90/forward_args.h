@@ -1,0 +1,50 @@
+// What a Hopper forward kernel is built from and launched with.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/attn_params.h"
+
+namespace adaattn::sm90 {
+
+// How one instance is built. A CTA holds one producer warpgroup and `groups` consumer warpgroups of 64 query rows each.
+struct ForwardConfig {
+  int d_qk = 128;
+  int d_v = 128;
+  int tile_n = 128;            // keys per block
+  int groups = 2;              // consumer warpgroups
+  bool masked = false;         // causal and window masks, softcap; otherwise only the length of K is respected
+  bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
+  int q_stages = 1;            // 2: the next tile's Q is loaded while this one is in use
+  bool ordered = true;         // warpgroups take turns in issuing matrix products
+  bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
+  bool lazy_rescale = false;   // skip the rescale of O when no row of the warp has a new maximum
+};
+
+struct ForwardArgs {
+  CUtensorMap q_map, k_map, v_map;
+  AttnParams p;
+  float scale_log2;                                              // from the (softcapped) score to base-2 logits
+  float softcap_log2;                                            // 2 * scale / softcap * log2(e); 0: no softcap
+  int32_t batch, heads_q, seqlen_q, seqlen_k, total_q, total_k;  // those of p; an instance takes no larger ones
+  int32_t window_left, window_right;                             // -1: open
+  int32_t group_size;                                            // query heads per key head
+  int32_t m_blocks;                                              // query tiles per sequence (not packed)
+  int32_t num_tiles;                                             // in all (not packed)
+  int32_t section_heads;  // heads that are walked together so that their K and V stay in L2
+  bool zero_v_tail;       // V beyond a sequence's end is readable memory and may hold NaN
+  int32_t* counters;      // [2]: next tile, finished CTAs; zero before the first launch, left zero by every launch
+};
+
+struct ForwardInstance {
+  const char* name;
+  Dtype dtype;
+  ForwardConfig config;
+  int shared_bytes;
+  const void* kernel;  // __global__ void(const __grid_constant__ ForwardArgs)
+};
+
+}  // namespace adaattn::sm90

@@ -1,0 +1,101 @@
+// The producer warp: draws tiles, and keeps Q, K and V flowing into shared memory through TMA.
+#pragma once
+
+#include "attend/sm90/forward_schedule.cuh"
+#include "common/sm90_ptx.cuh"
+
+namespace adaattn::sm90 {
+
+template <class Traits>
+class Producer {
+  static constexpr ForwardConfig kC = Traits::kC;
+
+ public:
+  __device__ __forceinline__ Producer(const ForwardArgs& args, typename Traits::Shared& shared)
+      : args_(args), shared_(shared), keep_(l2_evict_last()), stream_(l2_evict_first()) {}
+
+  __device__ __forceinline__ void run() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    TileScheduler<Traits> scheduler(args_, lane);
+    Tile tile = scheduler.first();
+    for (int i = 0;; ++i) {
+      if (lane == 0) {
+        const int slot = i % 2;
+        mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
+        shared_.tile[slot] = tile;
+        mbarrier_arrive(&shared_.tile_full[slot]);
+      }
+      __syncwarp();
+      if (tile.m_block < 0) break;
+      scheduler.prefetch();
+      const TileRange range = tile_range<Traits>(args_, tile);
+      if (lane == 0 && range.blocks() > 0) load_tile(tile, range);
+      __syncwarp();
+      tile = scheduler.next();
+    }
+    scheduler.finish();
+  }
+
+ private:
+  // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
+  // interleave S = Q K(n) with O += P V(n + 1).
+  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range) {
+    const int head_kv = tile.head / args_.group_size;
+    const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
+    const int batch_k = args_.p.cu_seqlens_k != nullptr ? 0 : tile.batch;
+    load_k(range, range.n_max - 1, head_kv, batch_k);
+    load_q(tile, range, batch_q);
+    for (int n = range.n_max - 2; n >= range.n_min; --n) {
+      load_k(range, n, head_kv, batch_k);
+      load_v(range, n + 1, head_kv, batch_k);
+    }
+    load_v(range, range.n_min, head_kv, batch_k);
+  }
+
+  __device__ __forceinline__ void load_q(const Tile& tile, const TileRange& range, int batch) {
+    const int stage = q_count_ % Traits::kQStages, parity = q_count_ / Traits::kQStages & 1;
+#pragma unroll
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      mbarrier_wait(&shared_.q_empty[stage][group], parity ^ 1);
+      mbarrier_arrive_expect_tx(&shared_.q_full[stage][group], Traits::kQBytes);
+      const int row = range.q_start + tile.m_block * Traits::kM + group * kGroupRows;
+#pragma unroll
+      for (int c = 0; c < Traits::kChunks; ++c) {
+        tma_load_4d(shared_.q[stage][group] + c * kGroupRows * Traits::kWidth, &args_.q_map,
+                    &shared_.q_full[stage][group], stream_, c * Traits::kChunk, row, tile.head, batch);
+      }
+    }
+    ++q_count_;
+  }
+
+  __device__ __forceinline__ void load_k(const TileRange& range, int n, int head, int batch) {
+    const int stage = k_count_ % kStages, parity = k_count_ / kStages & 1;
+    mbarrier_wait(&shared_.k_empty[stage], parity ^ 1);
+    mbarrier_arrive_expect_tx(&shared_.k_full[stage], Traits::kKBytes);
+#pragma unroll
+    for (int c = 0; c < Traits::kChunks; ++c) {
+      tma_load_4d(shared_.k[stage] + c * Traits::kN * Traits::kWidth, &args_.k_map, &shared_.k_full[stage], keep_,
+                  c * Traits::kChunk, range.k_start + n * Traits::kN, head, batch);
+    }
+    ++k_count_;
+  }
+
+  __device__ __forceinline__ void load_v(const TileRange& range, int n, int head, int batch) {
+    const int stage = v_count_ % kStages, parity = v_count_ / kStages & 1;
+    mbarrier_wait(&shared_.v_empty[stage], parity ^ 1);
+    mbarrier_arrive_expect_tx(&shared_.v_full[stage], Traits::kVBytes);
+#pragma unroll
+    for (int c = 0; c < Traits::kChunksV; ++c) {
+      tma_load_4d(shared_.v[stage] + c * Traits::kN * Traits::kWidthV, &args_.v_map, &shared_.v_full[stage], keep_,
+                  c * Traits::kChunkV, range.k_start + n * Traits::kN, head, batch);
+    }
+    ++v_count_;
+  }
+
+  const ForwardArgs& args_;
+  typename Traits::Shared& shared_;
+  uint64_t keep_, stream_;
+  uint32_t q_count_ = 0, k_count_ = 0, v_count_ = 0;
+};
+
+}  // namespace adaattn::sm90
