@@ -7,6 +7,7 @@
 #include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/cpu_features.h"
 #include "cpu_fallback/isa/registry.h"
+#include "cpu_fallback/tools/tools.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -67,33 +68,38 @@ std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem& problem) {
   return make_attention_plan(problem, isa_, pool_);
 }
 
-void CpuBackend::merge(const MergeParams&, adaattn_stream_t) { fail(ADAATTN_ERROR_NOT_SUPPORTED, "merge on the CPU"); }
+// Kernels of the instruction set in use, on the back-end's threads. The queries only read the number of threads.
+ToolContext CpuBackend::tools() const { return {const_cast<ThreadPool&>(pool_), tool_kernels(isa_)}; }
+
+void CpuBackend::merge(const MergeParams& params, adaattn_stream_t) { cpu::merge(tools(), params); }
 size_t CpuBackend::entropy_workspace(const Problem&, const EntropyParams&) const {
   fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
 }
 void CpuBackend::entropy(const EntropyParams&, void*, size_t, adaattn_stream_t) {
   fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
 }
-size_t CpuBackend::low_rank_workspace(const LowRankParams&) const {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank on the CPU");
+size_t CpuBackend::low_rank_workspace(const LowRankParams& params) const {
+  return cpu::low_rank_workspace(tools(), params);
 }
-void CpuBackend::low_rank(const LowRankParams&, void*, size_t, adaattn_stream_t) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank on the CPU");
+void CpuBackend::low_rank(const LowRankParams& params, void* workspace, size_t, adaattn_stream_t) {
+  cpu::low_rank(tools(), params, workspace);
 }
-void CpuBackend::low_rank_project(const ProjectParams&, adaattn_stream_t) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "low_rank_project on the CPU");
+void CpuBackend::low_rank_project(const ProjectParams& params, adaattn_stream_t stream) {
+  const size_t bytes = low_rank_project_workspace(tools(), params);
+  const ScopedBuffer workspace(allocator_, bytes, 64, stream);
+  cpu::low_rank_project(tools(), params, workspace.data());
 }
-size_t CpuBackend::effective_rank_workspace(const EffectiveRankParams&) const {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "effective_rank on the CPU");
+size_t CpuBackend::effective_rank_workspace(const EffectiveRankParams& params) const {
+  return cpu::effective_rank_workspace(tools(), params);
 }
-void CpuBackend::effective_rank(const EffectiveRankParams&, void*, size_t, adaattn_stream_t) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "effective_rank on the CPU");
+void CpuBackend::effective_rank(const EffectiveRankParams& params, void* workspace, size_t, adaattn_stream_t) {
+  cpu::effective_rank(tools(), params, workspace);
 }
-size_t CpuBackend::spectral_norm_workspace(const SpectralNormParams&) const {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "spectral_norm on the CPU");
+size_t CpuBackend::spectral_norm_workspace(const SpectralNormParams& params) const {
+  return cpu::spectral_norm_workspace(tools(), params);
 }
-void CpuBackend::spectral_norm(const SpectralNormParams&, void*, size_t, adaattn_stream_t) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "spectral_norm on the CPU");
+void CpuBackend::spectral_norm(const SpectralNormParams& params, void* workspace, size_t, adaattn_stream_t) {
+  cpu::spectral_norm(tools(), params, workspace);
 }
 
 }  // namespace adaattn::cpu

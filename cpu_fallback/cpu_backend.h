@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "cpu_fallback/thread_pool.h"
+#include "cpu_fallback/tools/tools.h"
 
 namespace adaattn::cpu {
 
@@ -37,6 +38,8 @@ class CpuBackend final : public Backend {
   void spectral_norm(const SpectralNormParams& params, void* workspace, size_t bytes, adaattn_stream_t stream) override;
 
  private:
+  ToolContext tools() const;
+
   Allocator allocator_;
   ThreadPool pool_;
   std::atomic<adaattn_isa_t> isa_;
