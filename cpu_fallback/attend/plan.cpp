@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "cpu_fallback/attend/layout.h"
+#include "cpu_fallback/attend/operands.h"
 #include "cpu_fallback/isa/registry.h"
 
 namespace adaattn::cpu {
@@ -36,66 +37,6 @@ void check_problem(const Problem& p) {
 
 char* align_up(void* p) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~static_cast<uintptr_t>(63));
-}
-
-template <typename T>
-T* advance(T* data, int64_t elements, Dtype dtype) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return data == nullptr ? nullptr : static_cast<Byte*>(data) + elements * dtype_size(dtype);
-}
-
-KeyOperand key_operand(const AttnParams& p, const Operand& x, int64_t b, const Sequence& s, int64_t head) {
-  KeyOperand k;
-  k.dtype = x.dtype;
-  k.stride = x.stride_s * dtype_size(x.dtype);
-  if (p.block_table != nullptr) {
-    k.data = static_cast<const char*>(advance(x.data, head * x.stride_h, x.dtype));
-    k.block_table = p.block_table + b * p.block_table_stride;
-    k.page_size = p.page_size;
-    k.page_stride = x.stride_b * dtype_size(x.dtype);
-    k.num_pages = p.num_pages;
-  } else {
-    k.data =
-        static_cast<const char*>(advance(x.data, b * x.stride_b + s.k_start * x.stride_s + head * x.stride_h, x.dtype));
-  }
-  return k;
-}
-
-RowOperands row_operands(const AttnParams& p, int64_t b, const Sequence& s, int64_t head_kv) {
-  RowOperands r;
-  r.group = p.heads_q / p.heads_kv;
-  const int64_t head = head_kv * r.group;
-  const auto at = [&](const Operand& x) {
-    Operand moved = x;
-    moved.data = advance(x.data, b * x.stride_b + s.q_start * x.stride_s + head * x.stride_h, x.dtype);
-    return moved;
-  };
-  r.q = at(p.q);
-  r.o = at(p.o);
-  r.lse = at(p.lse);
-  r.entropy = at(p.entropy);
-  r.bias = p.bias;
-  r.bias.data = advance(p.bias.data, b * p.bias.stride_b + head * p.bias.stride_h, p.bias.dtype);
-  if (p.alibi_slopes != nullptr) r.alibi = p.alibi_slopes + b * p.alibi_stride_b + head * p.alibi_stride_h;
-  r.alibi_stride = p.alibi_stride_h;
-  if (p.sinks != nullptr) r.sinks = p.sinks + head * p.sinks_stride;
-  r.sinks_stride = p.sinks_stride;
-  r.d_qk = p.d_qk;
-  r.d_v = p.d_v;
-  r.off = s.off;
-  r.scale = p.scale;
-  r.softcap = p.softcap;
-  return r;
-}
-
-// Rows [row, row + count) of a sequence: what each of them sees.
-void fill_ranges(const AttnParams& p, const Sequence& s, int64_t group, int64_t row, int64_t count, int32_t* begin,
-                 int32_t* end) {
-  for (int64_t i = 0; i < count; ++i) {
-    const KeyRange range = visible_keys(p, s, (row + i) / group);
-    begin[i] = static_cast<int32_t>(range.begin);
-    end[i] = static_cast<int32_t>(range.end);
-  }
 }
 
 class CpuAttentionPlan final : public AttentionPlan {
@@ -163,7 +104,7 @@ void CpuAttentionPlan::prefill(const AttnParams& p, char* memory) {
         args.row_begin = chunk * item_rows;
         args.row_count = std::min(s.len_q * group - args.row_begin, item_rows);
         if (args.row_count <= 0) return;
-        args.rows = row_operands(p, b, s, head);
+        args.rows = row_operands(p, b, s, head * group, group);
         args.k = key_operand(p, p.k, b, s, head);
         args.v = key_operand(p, p.v, b, s, head);
         char* scratch = memory + lane * layout_.lane_bytes;
@@ -203,7 +144,7 @@ void CpuAttentionPlan::decode(const AttnParams& p, char* memory) {
           if (args.row_count <= 0) return;
           const int64_t used_splits = std::max<int64_t>(ceil_div(s.len_k, kSplitKeys), 1);
           if (split >= used_splits) return;
-          args.rows = row_operands(p, b, s, head);
+          args.rows = row_operands(p, b, s, head * group, group);
           args.k = key_operand(p, p.k, b, s, head);
           args.v = key_operand(p, p.v, b, s, head);
           char* scratch = memory + lane * layout_.lane_bytes;
@@ -240,16 +181,7 @@ void CpuAttentionPlan::count(const AttnParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b);
     counters_.query_rows += static_cast<uint64_t>(s.len_q * p.heads_q);
-    int64_t pairs = 0;
-    if (p.window_left < 0 && p.window_right < 0) {
-      pairs = s.len_q * s.len_k;
-    } else {
-      for (int64_t i = 0; i < s.len_q; ++i) {
-        const KeyRange range = visible_keys(p, s, i);
-        pairs += std::max<int64_t>(range.end - range.begin, 0);
-      }
-    }
-    counters_.score_pairs += static_cast<uint64_t>(pairs * p.heads_q);
+    counters_.score_pairs += static_cast<uint64_t>(visible_pairs(p, s) * p.heads_q);
     if (counters_.violation.field == Field::kNone) counters_.violation = check_sequence(p, b);
   }
 }
