@@ -145,7 +145,7 @@ ADAATTN_API adaattn_status_t adaattn_set_log_callback(adaattn_log_fn fn, void* u
  * CUDA, and then adaattn_last_error() says which; the status is success all the same. */
 ADAATTN_API adaattn_status_t adaattn_device_count(adaattn_device_t device, int32_t* count);
 
-typedef struct adaattn_device_info {
+typedef struct {
   size_t struct_size;
   adaattn_device_t device;
   int32_t device_id;

@@ -1,0 +1,144 @@
+/* Prints size and offsets of every public struct; compared with layout.txt. */
+#include <stdio.h>
+
+#include "adaattn/adaattn.h"
+
+static size_t end; /* of the fields printed so far */
+
+static void print_struct(const char* name, size_t size) {
+  printf("%s %zu\n", name, size);
+  end = 0;
+}
+
+/* No public struct has padding, so a gap is a field that this list lacks. */
+static void print_field(const char* name, size_t offset, size_t size) {
+  if (offset != end) printf("  (unlisted) %zu %zu\n", end, offset - end);
+  printf("  %s %zu %zu\n", name, offset, size);
+  end = offset + size;
+}
+
+static void print_end(size_t size) {
+  if (size != end) printf("  (unlisted) %zu %zu\n", end, size - end);
+}
+
+#define STRUCT(type) print_struct(#type, sizeof(type))
+#define FIELD(type, field) print_field(#field, offsetof(type, field), sizeof(((type*)0)->field))
+#define END(type) print_end(sizeof(type))
+
+int main(void) {
+  STRUCT(adaattn_tensor_t);
+  FIELD(adaattn_tensor_t, data);
+  FIELD(adaattn_tensor_t, shape);
+  FIELD(adaattn_tensor_t, stride);
+  FIELD(adaattn_tensor_t, ndim);
+  FIELD(adaattn_tensor_t, dtype);
+  FIELD(adaattn_tensor_t, device);
+  FIELD(adaattn_tensor_t, device_id);
+  FIELD(adaattn_tensor_t, reserved);
+  END(adaattn_tensor_t);
+  STRUCT(adaattn_device_info_t);
+  FIELD(adaattn_device_info_t, struct_size);
+  FIELD(adaattn_device_info_t, device);
+  FIELD(adaattn_device_info_t, device_id);
+  FIELD(adaattn_device_info_t, compute_units);
+  FIELD(adaattn_device_info_t, compute_capability);
+  FIELD(adaattn_device_info_t, memory_bytes);
+  FIELD(adaattn_device_info_t, name);
+  FIELD(adaattn_device_info_t, isa);
+  END(adaattn_device_info_t);
+  STRUCT(adaattn_config_t);
+  FIELD(adaattn_config_t, struct_size);
+  FIELD(adaattn_config_t, device);
+  FIELD(adaattn_config_t, device_id);
+  FIELD(adaattn_config_t, num_threads);
+  FIELD(adaattn_config_t, isa);
+  FIELD(adaattn_config_t, parallel_for);
+  FIELD(adaattn_config_t, parallel_for_user);
+  FIELD(adaattn_config_t, alloc);
+  FIELD(adaattn_config_t, free);
+  FIELD(adaattn_config_t, alloc_user);
+  END(adaattn_config_t);
+  STRUCT(adaattn_attn_desc_t);
+  FIELD(adaattn_attn_desc_t, struct_size);
+  FIELD(adaattn_attn_desc_t, max_batch);
+  FIELD(adaattn_attn_desc_t, max_seqlen_q);
+  FIELD(adaattn_attn_desc_t, max_seqlen_k);
+  FIELD(adaattn_attn_desc_t, max_total_q);
+  FIELD(adaattn_attn_desc_t, heads_q);
+  FIELD(adaattn_attn_desc_t, heads_kv);
+  FIELD(adaattn_attn_desc_t, head_dim_qk);
+  FIELD(adaattn_attn_desc_t, head_dim_v);
+  FIELD(adaattn_attn_desc_t, dtype_q);
+  FIELD(adaattn_attn_desc_t, dtype_kv);
+  FIELD(adaattn_attn_desc_t, dtype_o);
+  FIELD(adaattn_attn_desc_t, math);
+  FIELD(adaattn_attn_desc_t, layout_q);
+  FIELD(adaattn_attn_desc_t, layout_kv);
+  FIELD(adaattn_attn_desc_t, page_size);
+  FIELD(adaattn_attn_desc_t, mask);
+  FIELD(adaattn_attn_desc_t, deterministic);
+  FIELD(adaattn_attn_desc_t, window_left);
+  FIELD(adaattn_attn_desc_t, window_right);
+  FIELD(adaattn_attn_desc_t, scale);
+  FIELD(adaattn_attn_desc_t, softcap);
+  FIELD(adaattn_attn_desc_t, flags);
+  FIELD(adaattn_attn_desc_t, outputs);
+  END(adaattn_attn_desc_t);
+  STRUCT(adaattn_io_t);
+  FIELD(adaattn_io_t, struct_size);
+  FIELD(adaattn_io_t, q);
+  FIELD(adaattn_io_t, k);
+  FIELD(adaattn_io_t, v);
+  FIELD(adaattn_io_t, o);
+  FIELD(adaattn_io_t, lse);
+  FIELD(adaattn_io_t, entropy);
+  FIELD(adaattn_io_t, bias);
+  FIELD(adaattn_io_t, alibi_slopes);
+  FIELD(adaattn_io_t, sinks);
+  FIELD(adaattn_io_t, cu_seqlens_q);
+  FIELD(adaattn_io_t, cu_seqlens_k);
+  FIELD(adaattn_io_t, seqused_k);
+  FIELD(adaattn_io_t, block_table);
+  END(adaattn_io_t);
+  STRUCT(adaattn_plan_info_t);
+  FIELD(adaattn_plan_info_t, struct_size);
+  FIELD(adaattn_plan_info_t, kernel);
+  FIELD(adaattn_plan_info_t, isa);
+  FIELD(adaattn_plan_info_t, tile_q);
+  FIELD(adaattn_plan_info_t, tile_k);
+  FIELD(adaattn_plan_info_t, splits);
+  FIELD(adaattn_plan_info_t, capture_safe);
+  FIELD(adaattn_plan_info_t, deterministic);
+  FIELD(adaattn_plan_info_t, exact);
+  FIELD(adaattn_plan_info_t, workspace_bytes);
+  END(adaattn_plan_info_t);
+  STRUCT(adaattn_plan_stats_t);
+  FIELD(adaattn_plan_stats_t, struct_size);
+  FIELD(adaattn_plan_stats_t, calls);
+  FIELD(adaattn_plan_stats_t, query_rows);
+  FIELD(adaattn_plan_stats_t, score_pairs);
+  FIELD(adaattn_plan_stats_t, flops);
+  FIELD(adaattn_plan_stats_t, violation_field);
+  FIELD(adaattn_plan_stats_t, reserved0);
+  FIELD(adaattn_plan_stats_t, violation_index);
+  FIELD(adaattn_plan_stats_t, violation_value);
+  END(adaattn_plan_stats_t);
+  STRUCT(adaattn_entropy_desc_t);
+  FIELD(adaattn_entropy_desc_t, struct_size);
+  FIELD(adaattn_entropy_desc_t, mode);
+  FIELD(adaattn_entropy_desc_t, normalized);
+  FIELD(adaattn_entropy_desc_t, sample_rows);
+  FIELD(adaattn_entropy_desc_t, seed);
+  END(adaattn_entropy_desc_t);
+  STRUCT(adaattn_low_rank_desc_t);
+  FIELD(adaattn_low_rank_desc_t, struct_size);
+  FIELD(adaattn_low_rank_desc_t, batch);
+  FIELD(adaattn_low_rank_desc_t, rows);
+  FIELD(adaattn_low_rank_desc_t, cols);
+  FIELD(adaattn_low_rank_desc_t, rank);
+  FIELD(adaattn_low_rank_desc_t, oversampling);
+  FIELD(adaattn_low_rank_desc_t, power_iterations);
+  FIELD(adaattn_low_rank_desc_t, seed);
+  END(adaattn_low_rank_desc_t);
+  return 0;
+}
