@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 RAN = re.compile(r"\[==========\] (\d+) tests? from .* ran\.")
 PASSED = re.compile(r"\[  PASSED  \] (\d+) tests?\.")
 SKIPPED = re.compile(r"\[  SKIPPED \] (\d+) tests?, listed below")
-REASON = re.compile(r"^(?:[^\n]*: )?(?:Skipped|SKIPPED:?)\s+(.+?)\s*$", re.MULTILINE)
+REASON = re.compile(r"^(?:[^\n]*: )?(?:Skipped|SKIPPED):?\s+(.+?)\s*$", re.MULTILINE)
 OUTPUT_TAIL = 4000
 
 
@@ -62,14 +62,11 @@ def count_case(case):
     return 0, 1, []  # not run for any other reason: a missing binary, a failed fixture
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("junit")
-    parser.add_argument("tally")
-    args = parser.parse_args()
+def run(report, tally):
+    """Counts report into tally; 1 if anything failed."""
     passed = failed = 0
     reasons = collections.Counter()
-    for case in ElementTree.parse(args.junit).getroot().iter("testcase"):
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
         case_passed, case_failed, case_reasons = count_case(case)
         passed += case_passed
         failed += case_failed
@@ -82,10 +79,14 @@ def main():
         failed = 1
     for reason, count in sorted(reasons.items()):
         print(f"skipped {count}: {reason}")
-    with open(args.tally, "a", encoding="utf-8") as tally:
-        tally.write(f"{passed} {failed} {skipped}\n")
+    with open(tally, "a", encoding="utf-8") as file:
+        file.write(f"{passed} {failed} {skipped}\n")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report")
+    parser.add_argument("tally")
+    arguments = parser.parse_args()
+    sys.exit(run(arguments.report, arguments.tally))
