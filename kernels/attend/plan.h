@@ -1,0 +1,28 @@
+// The back-end's half of a plan on CUDA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+
+#include "attend/select.h"
+#include "backend.h"
+#include "records.h"
+
+namespace adaattn::cuda {
+
+// Loads the kernel on the current device and raises its shared-memory limit, so that neither happens in a capture.
+void prepare_kernel(const AttendKernel& kernel);
+
+// Fills what a kernel is launched with; partial results lie in workspace.
+AttendArgs make_args(const AttnParams& params, const Problem& problem, const Launch& launch, void* workspace);
+
+// Feature bits that the tensors of one call add to those of its problem.
+uint32_t call_features(const AttnParams& params);
+
+std::unique_ptr<AttentionPlan> make_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
+                                         std::shared_ptr<RecordPool> records);
+
+PlanInfo plan_info(const Problem& problem, const DeviceTraits& device);
+
+}  // namespace adaattn::cuda

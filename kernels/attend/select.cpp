@@ -1,0 +1,191 @@
+#include "attend/select.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace adaattn::cuda {
+namespace {
+
+constexpr int64_t kMaxSplits = 128;               // what the combining kernel takes
+constexpr int64_t kMaxLength = int64_t{1} << 30;  // kernels count rows and keys in 32 bits
+constexpr int64_t kDecodeRows = 16;               // one mma tile of query rows
+
+const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return "F32";
+    case Dtype::kF16:
+      return "F16";
+    case Dtype::kBF16:
+      return "BF16";
+    default:
+      return "NONE";
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool runs_on(const AttendKernel& kernel, const DeviceTraits& device) {
+  const bool arch =
+      kernel.arch >= 90 ? device.compute_capability == kernel.arch : device.compute_capability >= kernel.arch;
+  return arch && static_cast<int64_t>(kernel.shared_bytes) <= device.shared_bytes;
+}
+
+// The least padding wins, then the newer architecture, then the order of the table.
+const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features, const DeviceTraits& device) {
+  const AttendKernel* found = nullptr;
+  for (const AttendKernel* kernel : attend_kernels()) {
+    if (kernel->phase != phase || kernel->dtype != problem.dtype_q || kernel->d_qk < problem.d_qk ||
+        kernel->d_v < problem.d_v || (features & ~kernel->features) != 0 || !runs_on(*kernel, device))
+      continue;
+    if (found == nullptr || kernel->d_qk + kernel->d_v < found->d_qk + found->d_v ||
+        (kernel->d_qk + kernel->d_v == found->d_qk + found->d_v && kernel->arch > found->arch))
+      found = kernel;
+  }
+  return found;
+}
+
+const AttendKernel* kernel_for(const Problem& problem, int64_t seqlen_q, uint32_t features,
+                               const DeviceTraits& device) {
+  const int64_t group = problem.heads_q / problem.heads_kv;
+  if (problem.dtype_q == Dtype::kF32) {
+    const AttendKernel* kernel = problem.fast_f32 ? best(Phase::kTf32, problem, features, device) : nullptr;
+    return kernel != nullptr ? kernel : best(Phase::kExactF32, problem, features, device);
+  }
+  if (seqlen_q * group <= kDecodeRows) {
+    if (const AttendKernel* kernel = best(Phase::kDecode, problem, features | (group > 1 ? kPacked : 0), device))
+      return kernel;
+  }
+  return best(Phase::kForward, problem, features, device);
+}
+
+// Smallest number of parts whose last wave is at least 85 % as full as the best choice's.
+int64_t choose_splits(int64_t tiles, int64_t slots, int64_t most) {
+  if (most <= 1 || tiles * 10 >= slots * 8) return 1;
+  const auto efficiency = [&](int64_t s) {
+    const double waves = static_cast<double>(tiles * s) / static_cast<double>(slots);
+    return waves / static_cast<double>(ceil_div(tiles * s, slots));
+  };
+  double top = 0;
+  for (int64_t s = 1; s <= most; ++s) top = std::max(top, efficiency(s));
+  for (int64_t s = 1; s <= most; ++s)
+    if (efficiency(s) >= 0.85 * top) return s;
+  return 1;
+}
+
+}  // namespace
+
+uint32_t features_of(const Problem& problem) {
+  uint32_t features = kPlain;
+  if (problem.softcap > 0) features |= kSoftcap;
+  if (problem.alibi) features |= kAlibi;
+  if (problem.bias) features |= kBias;
+  if (problem.want_entropy) features |= kEntropy;
+  if (!(problem.scale > 0)) features |= kAnyScale;
+  if (problem.layout_kv == Layout::kPaged) features |= kPaged | kVarlen;
+  if (problem.layout_q == Layout::kTHD) features |= kVarlen;
+  if (problem.dtype_o != problem.dtype_q) features |= kWideOutput;
+  if (problem.sink) features |= kSink;
+  if (problem.window_left >= 0 || problem.window_right >= 0) features |= kMasked;
+  return features;
+}
+
+void check_problem(const Problem& problem, const DeviceTraits& device) {
+  const auto refuse = [](const auto&... arguments) { fail(ADAATTN_ERROR_NOT_SUPPORTED, arguments...); };
+  if (device.compute_capability < 80)
+    refuse("device: compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device.compute_capability / 10,
+           device.compute_capability % 10);
+  if (problem.dtype_q == Dtype::kNone || dtype_size(problem.dtype_q) == 8 || problem.dtype_q == Dtype::kI32)
+    refuse("dtype_q: the CUDA back-end takes F32, F16 and BF16");
+  if (problem.dtype_kv != problem.dtype_q)
+    refuse("dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v", name_of(problem.dtype_kv),
+           name_of(problem.dtype_q));
+  if (problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
+    refuse("dtype_o: %s with dtype_q %s; the CUDA back-end writes dtype_q or F32", name_of(problem.dtype_o),
+           name_of(problem.dtype_q));
+  if (problem.d_qk > 256)
+    refuse("head_dim_qk: %lld; the CUDA back-end takes at most 256", static_cast<long long>(problem.d_qk));
+  if (problem.d_v > 256)
+    refuse("head_dim_v: %lld; the CUDA back-end takes at most 256", static_cast<long long>(problem.d_v));
+  const int64_t group = problem.heads_q / problem.heads_kv;
+  if (problem.max_seqlen_q * group >= kMaxLength || problem.max_seqlen_k >= kMaxLength)
+    refuse("max_seqlen: %lld query rows of a key head and %lld keys; the CUDA back-end takes less than 2^30 of each",
+           static_cast<long long>(problem.max_seqlen_q * group), static_cast<long long>(problem.max_seqlen_k));
+  if (problem.max_batch * problem.heads_q * problem.max_seqlen_q >= int64_t{1} << 37)
+    refuse("max_batch: %lld sequences of %lld queries and %lld heads exceed one launch",
+           static_cast<long long>(problem.max_batch), static_cast<long long>(problem.max_seqlen_q),
+           static_cast<long long>(problem.heads_q));
+  for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q}) {
+    if (kernel_for(problem, seqlen_q, features_of(problem) | kUnaligned, device) == nullptr)
+      refuse("head_dim_qk %lld with head_dim_v %lld in %s: this build has no kernel for it",
+             static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_q));
+  }
+}
+
+Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
+              int64_t partial_bytes) {
+  Launch launch;
+  launch.kernel = kernel_for(problem, extent.seqlen_q, features, device);
+  if (launch.kernel == nullptr)
+    fail(ADAATTN_ERROR_INTERNAL, "no CUDA kernel for head_dim_qk %lld, head_dim_v %lld, features 0x%x",
+         static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), features);
+  const AttendKernel& kernel = *launch.kernel;
+  const int64_t group = problem.heads_q / problem.heads_kv;
+  const int64_t apart = ceil_div(extent.seqlen_q, kernel.tile_q) * group;
+  const int64_t together = ceil_div(extent.seqlen_q * group, kernel.tile_q);
+  if (group > 1 && together < apart && (kernel.features & kPacked) != 0) launch.pack = static_cast<int32_t>(group);
+  const int64_t heads = problem.heads_q / launch.pack;
+  launch.m_tiles = static_cast<int32_t>(launch.pack > 1 ? together : ceil_div(extent.seqlen_q, kernel.tile_q));
+
+  int64_t keys = extent.seqlen_k;
+  if (problem.window_left >= 0 && problem.window_right >= 0 && problem.window_left < kMaxLength &&
+      problem.window_right < kMaxLength)
+    keys = std::min(keys, problem.window_left + problem.window_right + 1 + kernel.tile_q);
+  const int64_t tiles = launch.m_tiles * heads * extent.batch;
+  const int64_t slots = int64_t{device.multiprocessors} * kernel.ctas_per_sm;
+  if ((kernel.features & kSplit) != 0) {
+    // Two key blocks a part at least: less does not fill the pipeline.
+    int64_t most = std::min(kMaxSplits, ceil_div(keys, 2 * kernel.tile_k));
+    const int64_t rows =
+        (problem.layout_q == Layout::kTHD ? extent.total_q : extent.batch * extent.seqlen_q) * problem.heads_q;
+    if (partial_bytes >= 0 && rows > 0) most = std::min(most, partial_bytes / (rows * partial_row_bytes(problem)));
+    launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, most));
+  }
+
+  // Pairs whose keys and values share half of the L2 cache.
+  const int64_t kv_bytes = std::max<int64_t>(
+      1, extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / (launch.pack > 1 ? 1 : group));
+  launch.section = static_cast<int32_t>(
+      std::clamp<int64_t>(device.l2_bytes / 2 / kv_bytes, std::min<int64_t>(group, 8), int64_t{1} << 16));
+  return launch;
+}
+
+int64_t partial_row_bytes(const Problem& problem) {
+  return (problem.d_v + 1 + (problem.want_entropy ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t partial_capacity(const Problem& problem, const DeviceTraits& device) {
+  const int64_t rows_max =
+      (problem.layout_q == Layout::kTHD ? problem.max_total_q : problem.max_batch * problem.max_seqlen_q) *
+      problem.heads_q;
+  int64_t rows = 0;
+  for (const AttendKernel* kernel : candidates(problem, device))
+    if ((kernel->features & kSplit) != 0)
+      rows = std::max(rows, int64_t{2} * device.multiprocessors * kernel->ctas_per_sm * kernel->tile_q);
+  rows = std::min(rows, rows_max * std::min(kMaxSplits, problem.max_seqlen_k));
+  return ceil_div(rows * partial_row_bytes(problem), 256) * 256;
+}
+
+std::vector<const AttendKernel*> candidates(const Problem& problem, const DeviceTraits& device) {
+  std::vector<const AttendKernel*> found;
+  for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q})
+    for (const uint32_t unaligned : {uint32_t{kPlain}, uint32_t{kUnaligned}})
+      for (const uint32_t varlen : {uint32_t{kPlain}, uint32_t{kVarlen}}) {
+        const AttendKernel* kernel = kernel_for(problem, seqlen_q, features_of(problem) | unaligned | varlen, device);
+        if (kernel != nullptr && std::find(found.begin(), found.end(), kernel) == found.end()) found.push_back(kernel);
+      }
+  return found;
+}
+
+}  // namespace adaattn::cuda

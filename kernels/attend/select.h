@@ -1,0 +1,49 @@
+// The selector: which kernel serves a problem or a call, and in how many splits. The only place that decides.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attend/kernel.h"
+#include "core/problem.h"
+
+namespace adaattn::cuda {
+
+struct DeviceTraits {
+  int32_t compute_capability = 0;  // major * 10 + minor
+  int32_t multiprocessors = 0;
+  int64_t l2_bytes = 0;
+  int64_t shared_bytes = 0;  // per CTA, opted in
+};
+
+// One grid and, with more than one split, the combining one.
+struct Launch {
+  const AttendKernel* kernel = nullptr;
+  int32_t m_tiles = 0, pack = 1, splits = 1, section = 1;
+};
+
+// Refuses (NOT_SUPPORTED, with the reason) what no kernel of this build and device serves.
+void check_problem(const Problem& problem, const DeviceTraits& device);
+
+// Features of any call of a problem; a call adds kUnaligned where its rows are.
+uint32_t features_of(const Problem& problem);
+
+// The extents that the choice depends on.
+struct Extent {
+  int64_t batch = 0, seqlen_q = 0, seqlen_k = 0, total_q = 0;
+};
+
+// bytes: what the partial results of split keys may take, or -1 for unlimited.
+Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
+              int64_t partial_bytes);
+
+// Enough for the partial results of every call within the problem's maxima.
+int64_t partial_capacity(const Problem& problem, const DeviceTraits& device);
+
+// Bytes of `splits` partial results of one row.
+int64_t partial_row_bytes(const Problem& problem);
+
+// Every kernel that a call of this problem may get, for loading ahead of a capture.
+std::vector<const AttendKernel*> candidates(const Problem& problem, const DeviceTraits& device);
+
+}  // namespace adaattn::cuda

@@ -1,0 +1,224 @@
+#include "backend.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+
+#include "attend/plan.h"
+#include "core/error.h"
+#include "runtime.h"
+#include "tools.h"
+
+namespace adaattn {
+namespace {
+
+using cuda::check;
+using cuda::DeviceScope;
+
+// Kept by the pool between calls; more goes back to the driver at the next synchronisation.
+constexpr uint64_t kPoolKeepsBytes = uint64_t{256} << 20;
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+cuda::DeviceTraits traits_of(int device) {
+  cuda::DeviceTraits t;
+  t.compute_capability =
+      attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  t.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  t.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  t.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return t;
+}
+
+void check_device_id(int32_t device_id) {
+  std::string reason;
+  adaattn_status_t why = ADAATTN_ERROR_NO_DEVICE;
+  const int32_t count = cuda::usable_devices(&reason, &why);
+  if (count == 0) fail(why, "device: CUDA: %s", reason.c_str());
+  if (device_id < 0 || device_id >= count)
+    fail(ADAATTN_ERROR_NO_DEVICE, "device_id: %d; this process sees %d CUDA devices, 0 to %d", device_id, count,
+         count - 1);
+}
+
+// Stream-ordered memory from a pool of the back-end's own, so that the caller's default pool keeps its settings.
+class PoolAllocator {
+ public:
+  explicit PoolAllocator(int device) : device_(device) {
+    cudaMemPoolProps props{};
+    props.allocType = cudaMemAllocationTypePinned;
+    props.location.type = cudaMemLocationTypeDevice;
+    props.location.id = device;
+    check(cudaMemPoolCreate(&pool_, &props), "making the memory pool");
+    uint64_t keeps = kPoolKeepsBytes;
+    cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &keeps);
+  }
+  ~PoolAllocator() { cudaMemPoolDestroy(pool_); }
+  PoolAllocator(const PoolAllocator&) = delete;
+  PoolAllocator& operator=(const PoolAllocator&) = delete;
+  Allocator face() { return {&PoolAllocator::alloc, &PoolAllocator::free, this}; }
+
+ private:
+  static void* alloc(void* self, size_t bytes, size_t, adaattn_stream_t stream) {
+    auto* pool = static_cast<PoolAllocator*>(self);
+    try {
+      const DeviceScope scope(pool->device_);
+      void* memory = nullptr;  // aligned to 256 bytes and more
+      return cudaMallocFromPoolAsync(&memory, bytes, pool->pool_, stream) == cudaSuccess ? memory : nullptr;
+    } catch (const Error&) {
+      return nullptr;
+    }
+  }
+  static void free(void* self, void* memory, size_t, adaattn_stream_t stream) {
+    try {
+      const DeviceScope scope(static_cast<PoolAllocator*>(self)->device_);
+      cudaFreeAsync(memory, stream);
+    } catch (const Error&) {  // the device is gone; so is its memory
+    }
+  }
+  int device_;
+  cudaMemPool_t pool_ = nullptr;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const BackendConfig& config)
+      : device_id_(config.device_id), traits_(traits_of(config.device_id)), allocator_(config.allocator) {
+    if (traits_.compute_capability < 80)
+      fail(ADAATTN_ERROR_NOT_SUPPORTED,
+           "device_id: device %d has compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device_id_,
+           traits_.compute_capability / 10, traits_.compute_capability % 10);
+    if (allocator_.alloc == nullptr) {
+      if (attribute(cudaDevAttrMemoryPoolsSupported, device_id_) == 0)
+        fail(ADAATTN_ERROR_NOT_SUPPORTED, "alloc: device %d has no stream-ordered memory pools; set the memory hooks",
+             device_id_);
+      const DeviceScope scope(device_id_);
+      pool_ = std::make_unique<PoolAllocator>(device_id_);
+      allocator_ = pool_->face();
+    }
+    records_ = std::make_shared<cuda::RecordPool>();
+  }
+  ~CudaBackend() override {
+    try {
+      const DeviceScope scope(device_id_);
+      records_.reset();
+      pool_.reset();
+    } catch (const Error&) {  // the device is gone; so is its memory
+    }
+  }
+
+  adaattn_device_t device() const override { return ADAATTN_DEVICE_CUDA; }
+  int32_t device_id() const override { return device_id_; }
+  const Allocator& allocator() const override { return allocator_; }
+
+  void check_stream(adaattn_stream_t stream, bool will_allocate) const override {
+    const DeviceScope scope(device_id_);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "stream");
+    if (status == cudaStreamCaptureStatusInvalidated)
+      fail(ADAATTN_ERROR_CAPTURE, "stream: its capture has been invalidated");
+    if (status == cudaStreamCaptureStatusActive) {
+      if (will_allocate)
+        fail(ADAATTN_ERROR_CAPTURE,
+             "workspace: NULL while the stream is being captured; pass a workspace, memory cannot be allocated then");
+      return;
+    }
+    int stream_device = device_id_;
+    if (stream != nullptr && cudaStreamGetDevice(stream, &stream_device) == cudaSuccess && stream_device != device_id_)
+      fail(ADAATTN_ERROR_WRONG_DEVICE, "stream: belongs to CUDA device %d; the context is on device %d", stream_device,
+           device_id_);
+  }
+
+  void check_pointer(const void* pointer, const char* field) const override {
+    if (pointer == nullptr) return;
+    cudaPointerAttributes attributes{};
+    const DeviceScope scope(device_id_);
+    check(cudaPointerGetAttributes(&attributes, pointer), field);
+    switch (attributes.type) {
+      case cudaMemoryTypeManaged:
+        return;
+      case cudaMemoryTypeDevice:
+        if (attributes.device == device_id_) return;
+        fail(ADAATTN_ERROR_WRONG_DEVICE, "%s: %p is memory of CUDA device %d; the context is on device %d", field,
+             pointer, attributes.device, device_id_);
+      case cudaMemoryTypeHost:
+        if (attributes.devicePointer == pointer) return;
+        [[fallthrough]];
+      default:
+        fail(ADAATTN_ERROR_WRONG_DEVICE, "%s: %p is host memory; pass memory of CUDA device %d", field, pointer,
+             device_id_);
+    }
+  }
+
+  void set_option(adaattn_option_t, int64_t) override {
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "option: threads and instruction sets are options of CPU contexts");
+  }
+  int64_t get_option(adaattn_option_t) const override {
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "option: threads and instruction sets are options of CPU contexts");
+  }
+
+  PlanInfo select(const Problem& problem) const override { return cuda::plan_info(problem, traits_); }
+  std::unique_ptr<AttentionPlan> make_plan(const Problem& problem) override {
+    return cuda::make_plan(problem, traits_, device_id_, records_);
+  }
+
+  void merge(const MergeParams& params, adaattn_stream_t stream) override {
+    const DeviceScope scope(device_id_);
+    cuda::merge(params, stream);
+  }
+  size_t entropy_workspace(const Problem&, const EntropyParams&) const override { not_yet("entropy"); }
+  void entropy(const EntropyParams&, void*, size_t, adaattn_stream_t) override { not_yet("entropy"); }
+  size_t low_rank_workspace(const LowRankParams&) const override { not_yet("low_rank"); }
+  void low_rank(const LowRankParams&, void*, size_t, adaattn_stream_t) override { not_yet("low_rank"); }
+  void low_rank_project(const ProjectParams&, adaattn_stream_t) override { not_yet("low_rank_project"); }
+  size_t effective_rank_workspace(const EffectiveRankParams&) const override { not_yet("effective_rank"); }
+  void effective_rank(const EffectiveRankParams&, void*, size_t, adaattn_stream_t) override {
+    not_yet("effective_rank");
+  }
+  size_t spectral_norm_workspace(const SpectralNormParams&) const override { not_yet("spectral_norm"); }
+  void spectral_norm(const SpectralNormParams&, void*, size_t, adaattn_stream_t) override { not_yet("spectral_norm"); }
+
+ private:
+  [[noreturn]] static void not_yet(const char* tool) {
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s: CUDA contexts do not serve it; use a CPU context", tool);
+  }
+
+  int32_t device_id_;
+  cuda::DeviceTraits traits_;
+  Allocator allocator_;
+  std::unique_ptr<PoolAllocator> pool_;
+  std::shared_ptr<cuda::RecordPool> records_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config) {
+  check_device_id(config.device_id);
+  return std::make_unique<CudaBackend>(config);
+}
+
+int32_t cuda_device_count(std::string* reason, adaattn_status_t* why) { return cuda::usable_devices(reason, why); }
+
+void cuda_device_info(int32_t device_id, adaattn_device_info_t* info) {
+  check_device_id(device_id);
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device_id), "cudaGetDeviceProperties");
+  info->device = ADAATTN_DEVICE_CUDA;
+  info->device_id = device_id;
+  info->compute_units = properties.multiProcessorCount;
+  info->compute_capability = properties.major * 10 + properties.minor;
+  info->memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
+  std::strncpy(info->name, properties.name, sizeof(info->name) - 1);
+  info->name[sizeof(info->name) - 1] = 0;
+  info->isa[0] = 0;
+}
+
+std::string cuda_build_info() {
+  return "CUDA " + std::to_string(CUDART_VERSION / 1000) + '.' + std::to_string(CUDART_VERSION % 1000 / 10) + " for " +
+         ADAATTN_CUDA_ARCHITECTURES + ", " + std::to_string(cuda::attend_kernels().size()) + " attention kernels";
+}
+
+}  // namespace adaattn

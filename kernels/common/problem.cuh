@@ -1,0 +1,102 @@
+// Which rows, keys and heads one CTA works on, and what it reports about the lengths it found in device memory.
+#pragma once
+
+#include "attend/kernel.h"
+#include "common/pairs.h"
+
+namespace adaattn::cuda {
+
+struct TileIndex {
+  int m, head, batch, split;  // head counts groups of args.pack query heads
+};
+
+// blockIdx.x walks (sequence, head) pairs in sections that share the L2 cache, within a section the tiles of most work
+// first; blockIdx.y is the split.
+__device__ __forceinline__ TileIndex tile_index(const AttendArgs& args) {
+  const int pairs = static_cast<int>(args.p.batch) * args.heads;
+  const int per_section = args.section * args.m_tiles;
+  const int section = blockIdx.x / per_section;
+  const int rest = blockIdx.x - section * per_section;
+  const int width = min(args.section, pairs - section * args.section);
+  TileIndex t;
+  t.m = rest / width;
+  const int pair = section * args.section + rest - t.m * width;
+  if (args.causal_order) t.m = args.m_tiles - 1 - t.m;
+  t.batch = pair / args.heads;
+  t.head = pair - t.batch * args.heads;
+  t.split = blockIdx.y;
+  return t;
+}
+
+// Row m of a tile as query position and head.
+struct RowMap {
+  int pack, first_head;
+  __device__ __forceinline__ int position(int m) const { return pack == 1 ? m : m / pack; }
+  __device__ __forceinline__ int head(int m) const { return pack == 1 ? first_head : first_head + m % pack; }
+};
+
+// Key blocks of kN that a tile of query positions [q_first, q_last] walks: blocks in [begin, end), of which those
+// outside [full_begin, full_end) need a mask.
+struct BlockRange {
+  int begin, end, full_begin, full_end;
+};
+
+template <int kN>
+__device__ __forceinline__ BlockRange block_range(const AttendArgs& args, const Sequence& s, int q_first, int q_last,
+                                                  int split) {
+  const int len_k = static_cast<int>(s.len_k), off = static_cast<int>(s.off);
+  const int left = static_cast<int>(args.p.window_left), right = static_cast<int>(args.p.window_right);
+  int low = 0, high = len_k, full_low = 0, full_high = len_k;
+  if (left >= 0) {
+    low = max(0, q_first + off - left);
+    full_low = max(0, q_last + off - left);
+  }
+  if (right >= 0) {
+    high = min(len_k, q_last + off + right + 1);
+    full_high = min(len_k, q_first + off + right + 1);
+  }
+  BlockRange r;
+  r.begin = low / kN;
+  r.end = high > low ? (high + kN - 1) / kN : r.begin;
+  r.full_begin = (full_low + kN - 1) / kN;
+  r.full_end = full_high > 0 ? full_high / kN : 0;
+  if (args.splits > 1) {
+    const int per_split = (r.end - r.begin + args.splits - 1) / args.splits;
+    r.begin = min(r.begin + split * per_split, r.end);
+    r.end = min(r.begin + per_split, r.end);
+  }
+  return r;
+}
+
+// One CTA per sequence counts its rows and checks its lengths and block table; the first violation is kept.
+__device__ __noinline__ void report_sequence(const AttendArgs& args, int b, int thread, int threads) {
+  const AttnParams& p = args.p;
+  const Sequence s = sequence_of(p, b);
+  Violation bad;
+  if (thread == 0) {
+    AttnParams lengths = p;
+    lengths.block_table = nullptr;  // walked below, by all threads
+    bad = check_sequence(lengths, b);
+    atomicAdd(&args.record->query_rows, static_cast<unsigned long long>(s.len_q * p.heads_q));
+    atomicAdd(&args.record->score_pairs, static_cast<unsigned long long>(visible_pairs(p, s) * p.heads_q));
+  }
+  if (p.block_table != nullptr) {
+    const int64_t pages = (s.len_k + p.page_size - 1) / p.page_size;
+    for (int64_t i = thread; i < pages && bad.field == Field::kNone; i += threads) {
+      const int64_t page = p.block_table[b * p.block_table_stride + i];
+      if (page < 0 || page >= p.num_pages) bad = {Field::kBlockTable, b * p.pages_per_seq + i, page};
+    }
+  }
+  if (bad.field != Field::kNone) {
+    const unsigned long long packed =
+        static_cast<unsigned long long>(bad.field) << 32 | static_cast<uint32_t>(static_cast<int32_t>(bad.value));
+    if (atomicCAS(&args.record->violation, 0ull, packed) == 0ull)
+      args.record->violation_index = static_cast<unsigned long long>(bad.index);
+  }
+}
+
+__device__ __forceinline__ bool reports(const AttendArgs& args, const TileIndex& t) {
+  return args.record != nullptr && t.m == 0 && t.head == 0 && t.split == 0;
+}
+
+}  // namespace adaattn::cuda

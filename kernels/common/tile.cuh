@@ -1,0 +1,116 @@
+// Shared-memory tiles of 16-bit rows: layout, and filling them from strided or paged rows.
+#pragma once
+
+#include "attend/kernel.h"
+#include "common/ptx.cuh"
+
+namespace adaattn::cuda {
+
+// Rows of kD 16-bit elements in 16-byte chunks; chunks are XORed with the row so that the eight rows of an ldmatrix
+// matrix fall into different banks.
+template <int kD>
+struct TileLayout {
+  static_assert(kD % 32 == 0);
+  static constexpr int kChunks = kD / 8;
+  static constexpr int kPitch = kD * 2;  // bytes
+  static constexpr bool kWhole = kChunks % 8 == 0;
+  // The XOR pattern of a row; the same for all rows that are equal modulo 8.
+  __device__ static __forceinline__ int twist(int row) { return kWhole ? row & 7 : (row >> 1) & 3; }
+  __device__ static __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kPitch + ((chunk ^ twist(row)) << 4);
+  }
+};
+
+// Where key j of one (sequence, head) lives.
+template <typename T>
+struct KeyRows {
+  const T* base = nullptr;
+  int64_t stride_s = 0;
+  const int32_t* table = nullptr;  // of this sequence, null unless paged
+  int64_t stride_page = 0;
+  int32_t num_pages = 0, page_size = 0, page_shift = 0;
+
+  __device__ __forceinline__ KeyRows(const AttendArgs& args, const Operand& x, const Sequence& s, int b, int head_kv) {
+    const AttnParams& p = args.p;
+    base = static_cast<const T*>(x.data) + head_kv * x.stride_h;
+    stride_s = x.stride_s;
+    if (p.block_table != nullptr) {
+      table = p.block_table + b * p.block_table_stride;
+      stride_page = x.stride_b;
+      num_pages = static_cast<int32_t>(p.num_pages);
+      page_size = static_cast<int32_t>(p.page_size);
+      page_shift = args.page_shift;
+    } else {
+      base += b * x.stride_b + s.k_start * x.stride_s;
+    }
+  }
+  __device__ __forceinline__ const T* row(int key) const {
+    if (table == nullptr) return base + key * stride_s;
+    const int slot = page_shift >= 0 ? key >> page_shift : key / page_size;
+    const int page = min(max(table[slot], 0), num_pages - 1);
+    return base + page * stride_page + (key - slot * page_size) * stride_s;
+  }
+};
+
+__host__ __device__ constexpr int chunk_lanes(int chunks) { return chunks % 16 == 0 ? 16 : chunks % 8 == 0 ? 8 : 4; }
+
+template <typename T>
+__device__ __forceinline__ void store_chunk_by_element(uint32_t shared, const T* source, int elements) {
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t bits = 0;
+    if (i < elements) bits = *reinterpret_cast<const unsigned short*>(source + i);
+    words[i / 2] |= bits << (16 * (i % 2));
+  }
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
+// Fills kRows rows at `shared` by kThreads threads. row_of(r) gives the address of row r; rows from `valid` on and
+// columns from d on become zero, so that 0 * V never meets what lies beyond a sequence.
+template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename RowOf>
+__device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, int valid, bool aligned,
+                                          const RowOf& row_of) {
+  using Layout = TileLayout<kD>;
+  constexpr int kLanes = chunk_lanes(Layout::kChunks);
+  constexpr int kRowStep = kThreads / kLanes;
+  constexpr int kPerRow = Layout::kChunks / kLanes;
+  static_assert(kRowStep % 8 == 0 || kRows <= kRowStep || kRowStep < 8);
+  const int lane = thread % kLanes, first = thread / kLanes;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowStep) {
+    const int r = first + i;
+    if (kRows % kRowStep != 0 && r >= kRows) break;
+    const bool ok = r < valid;
+    const auto* source = row_of(ok ? r : 0);
+#pragma unroll
+    for (int c = 0; c < kPerRow; ++c) {
+      const int chunk = lane + c * kLanes;
+      const int elements = ok ? min(max(d - chunk * 8, 0), 8) : 0;
+      const uint32_t to = shared + Layout::offset(r, chunk);
+      if (kMayBeUnaligned && !aligned) {
+        store_chunk_by_element(to, source + chunk * 8, elements);
+      } else {
+        cp_async16(to, elements > 0 ? source + chunk * 8 : source, elements * 2);
+      }
+    }
+  }
+}
+
+// The same for `valid` keys from first_key on.
+template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename T>
+__device__ __forceinline__ void load_keys(uint32_t shared, int thread, int d, const KeyRows<T>& keys, int first_key,
+                                          int valid, bool aligned) {
+  if (keys.table == nullptr) {
+    const T* base = keys.base + first_key * keys.stride_s;
+    load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
+                                                    [&](int r) { return base + r * keys.stride_s; });
+  } else {
+    load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
+                                                    [&](int r) { return keys.row(first_key + r); });
+  }
+}
+
+}  // namespace adaattn::cuda
