@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstring>
+#include <cstdio>
 
 #include "attend/plan.h"
 #include "core/error.h"
@@ -211,8 +211,7 @@ void cuda_device_info(int32_t device_id, adaattn_device_info_t* info) {
   info->compute_units = properties.multiProcessorCount;
   info->compute_capability = properties.major * 10 + properties.minor;
   info->memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
-  std::strncpy(info->name, properties.name, sizeof(info->name) - 1);
-  info->name[sizeof(info->name) - 1] = 0;
+  std::snprintf(info->name, sizeof(info->name), "%.*s", static_cast<int>(sizeof(info->name) - 1), properties.name);
   info->isa[0] = 0;
 }
 

@@ -20,8 +20,8 @@ RecordSlot RecordPool::acquire() {
     if (stream_ == nullptr)
       check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making the stream that reads records");
     RecordSlot slab;
-    check(cudaMalloc(&slab.device, kSlots * sizeof(PlanRecord)), "allocating plan records");
-    const cudaError_t error = cudaMallocHost(&slab.host, kSlots * sizeof(PlanRecord));
+    check(cudaMalloc(reinterpret_cast<void**>(&slab.device), kSlots * sizeof(PlanRecord)), "allocating plan records");
+    const cudaError_t error = cudaMallocHost(reinterpret_cast<void**>(&slab.host), kSlots * sizeof(PlanRecord));
     if (error != cudaSuccess) cudaFree(slab.device);
     check(error, "allocating plan records");
     slabs_.push_back(slab);

@@ -54,7 +54,7 @@ const AttendKernel* kernel_for(const Problem& problem, int64_t seqlen_q, uint32_
     return kernel != nullptr ? kernel : best(Phase::kExactF32, problem, features, device);
   }
   if (seqlen_q * group <= kDecodeRows) {
-    if (const AttendKernel* kernel = best(Phase::kDecode, problem, features | (group > 1 ? kPacked : 0), device))
+    if (const AttendKernel* kernel = best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
   }
   return best(Phase::kForward, problem, features, device);

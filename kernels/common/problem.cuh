@@ -69,7 +69,7 @@ __device__ __forceinline__ BlockRange block_range(const AttendArgs& args, const 
 }
 
 // One CTA per sequence counts its rows and checks its lengths and block table; the first violation is kept.
-__device__ __noinline__ void report_sequence(const AttendArgs& args, int b, int thread, int threads) {
+static __device__ __noinline__ void report_sequence(const AttendArgs& args, int b, int thread, int threads) {
   const AttnParams& p = args.p;
   const Sequence s = sequence_of(p, b);
   Violation bad;
