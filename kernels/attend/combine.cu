@@ -85,7 +85,15 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
   }
 }
 
+__global__ __launch_bounds__(kThreads) void report_kernel(const __grid_constant__ AttendArgs args) {
+  report_sequence(args, blockIdx.x, threadIdx.x, kThreads);
+}
+
 }  // namespace
+
+cudaError_t launch_report(const AttendArgs& args, cudaStream_t stream) {
+  return launch_grid(report_kernel, dim3(static_cast<unsigned>(args.p.batch)), kThreads, 0, stream, args);
+}
 
 cudaError_t launch_combine(const AttendArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.p.batch * args.p.seqlen_q * args.p.heads_q));

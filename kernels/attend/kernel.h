@@ -41,6 +41,8 @@ struct AttendArgs {
   float* partial_entropy = nullptr;  // [splits, rows], null: not wanted
   int64_t partial_rows = 0;          // total_q * heads_q, row = token * heads_q + head
   PlanRecord* record = nullptr;      // null: the host knows the lengths
+  uint32_t* scheduler = nullptr;     // the plan's PlanRecord::scheduler
+  int32_t multiprocessors = 0;
   RowSample sample;
 };
 
@@ -78,6 +80,8 @@ struct AttendKernel {
   uint32_t features;  // Feature bits that it serves
   int32_t tile_q, tile_k;
   int32_t ctas_per_sm;
+  bool reports;           // counts rows and checks lengths itself (common/problem.cuh)
+  int32_t page_multiple;  // paged: page_size must be a multiple of this; 0: any
   size_t shared_bytes;
   const void* function;  // for cudaFuncSetAttribute
   // Enqueues one grid; the kernel was prepared by prepare_kernel() on the current device.
@@ -86,6 +90,9 @@ struct AttendKernel {
 
 // Every compiled kernel, in the order of instances.def: for equal head dimensions the first that serves a call wins.
 std::span<const AttendKernel* const> attend_kernels();
+
+// Counts rows and checks lengths for kernels that do not.
+cudaError_t launch_report(const AttendArgs& args, cudaStream_t stream);
 
 // Combines the partial results of args.splits parts into o, lse and entropy (with the sink).
 cudaError_t launch_combine(const AttendArgs& args, cudaStream_t stream);

@@ -55,8 +55,11 @@ class Plan final : public AttentionPlan {
       const Launch launch =
           choose(problem_, extent, features, device_, workspace == nullptr ? 0 : static_cast<int64_t>(workspace_bytes));
       AttendArgs args = make_args(params, problem_, launch, workspace);
+      args.scheduler = record_.device->scheduler;
+      args.multiprocessors = device_.multiprocessors;
       if (lengths_on_device(params)) args.record = record_.device;
       check(launch.kernel->launch(args, stream), launch.kernel->name);
+      if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
       if (launch.splits > 1) check(launch_combine(args, stream), "combine");
       if (!lengths_on_device(params)) {
         rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);

@@ -37,7 +37,10 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
   const AttendKernel* found = nullptr;
   for (const AttendKernel* kernel : attend_kernels()) {
     if (kernel->phase != phase || kernel->dtype != problem.dtype_q || kernel->d_qk < problem.d_qk ||
-        kernel->d_v < problem.d_v || (features & ~kernel->features) != 0 || !runs_on(*kernel, device))
+        kernel->d_v < problem.d_v ||
+        (!(kernel->features & kRagged) && (kernel->d_qk != problem.d_qk || kernel->d_v != problem.d_v)) ||
+        (features & ~kernel->features) != 0 || !runs_on(*kernel, device) ||
+        (kernel->page_multiple != 0 && problem.page_size % kernel->page_multiple != 0))
       continue;
     if (found == nullptr || kernel->d_qk + kernel->d_v < found->d_qk + found->d_v ||
         (kernel->d_qk + kernel->d_v == found->d_qk + found->d_v && kernel->arch > found->arch))
@@ -54,7 +57,8 @@ const AttendKernel* kernel_for(const Problem& problem, int64_t seqlen_q, uint32_
     return kernel != nullptr ? kernel : best(Phase::kExactF32, problem, features, device);
   }
   if (seqlen_q * group <= kDecodeRows) {
-    if (const AttendKernel* kernel = best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
+    if (const AttendKernel* kernel =
+            best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
   }
   return best(Phase::kForward, problem, features, device);

@@ -82,4 +82,43 @@ __device__ __forceinline__ RowResult finish_row(float max2, float sum, float wei
   return r;
 }
 
+// Where the results of one query row go: the outputs, or the partial arrays when the keys are split.
+struct RowPlace {
+  int64_t token, partial;
+  int batch, head;
+  bool split;
+
+  __device__ __forceinline__ RowPlace(const AttendArgs& args, const TileIndex& tile, const Sequence& s,
+                                      const RowMap& row_map, int m) {
+    const int position = row_map.position(m);
+    token = s.q_start + position;
+    batch = tile.batch;
+    head = row_map.head(m);
+    split = args.splits > 1;
+    const int64_t row = args.p.cu_seqlens_q != nullptr ? token : batch * args.p.seqlen_q + position;
+    partial = tile.split * args.partial_rows + row * args.p.heads_q + head;
+  }
+  __device__ __forceinline__ int64_t offset(const Operand& x) const {
+    return batch * x.stride_b + token * x.stride_s + head * x.stride_h;
+  }
+  // The sink's logit in log2 units, -inf without one; with split keys it enters when they are combined.
+  __device__ __forceinline__ float sink2(const AttendArgs& args) const {
+    return args.p.sinks != nullptr && !split ? args.p.sinks[head * args.p.sinks_stride] * kLog2e : kNegInf;
+  }
+  __device__ __forceinline__ void store_statistics(const AttendArgs& args, const RowResult& result) const {
+    const AttnParams& p = args.p;
+    if (split) {
+      args.partial_lse[partial] = result.lse;
+      if (args.partial_entropy != nullptr) args.partial_entropy[partial] = result.entropy;
+    } else {
+      if (p.lse.data != nullptr) static_cast<float*>(p.lse.data)[offset(p.lse)] = result.lse;
+      if (p.entropy.data != nullptr) static_cast<float*>(p.entropy.data)[offset(p.entropy)] = result.entropy;
+    }
+  }
+  // The row of f32 results: partial ones, or a wide output.
+  __device__ __forceinline__ float* f32_output(const AttendArgs& args) const {
+    return split ? args.partial_o + partial * args.p.d_v : static_cast<float*>(args.p.o.data) + offset(args.p.o);
+  }
+};
+
 }  // namespace adaattn::cuda

@@ -42,7 +42,7 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   using VLayout = TileLayout<kDv>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
   constexpr int kKeyTiles = kN / 8, kDimTiles = kDv / 8;
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  extern __shared__ __align__(16) unsigned char shared_memory[];
 
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
@@ -250,11 +250,9 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int m = first_row + 8 * i;
-    const int position = row_map.position(m), head = row_map.head(m);
-    float sink2 = kNegInf;
-    if (p.sinks != nullptr && args.splits == 1 && m < rows) sink2 = p.sinks[head * p.sinks_stride] * kLog2e;
+    const RowPlace place(args, tile, s, row_map, m < rows ? m : m0);
     const RowResult result =
-        finish_row(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, sink2);
+        finish_row(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, place.sink2(args));
 #pragma unroll
     for (int j = 0; j < kDimTiles; ++j)
 #pragma unroll
@@ -263,37 +261,14 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
         x = result.factor == 0 ? 0.0f : x * result.factor;
       }
     if (m < rows) {
-      const bool leader = lane % 4 == 0;
-      const int64_t token = s.q_start + position;
-      if (args.splits > 1) {
-        const int64_t row = (tile.split * args.partial_rows) +
-                            (p.cu_seqlens_q != nullptr ? token : tile.batch * p.seqlen_q + position) * p.heads_q + head;
-        float* to = args.partial_o + row * d_v;
-        if (leader) {
-          args.partial_lse[row] = result.lse;
-          if (kExtras && args.partial_entropy != nullptr) args.partial_entropy[row] = result.entropy;
-        }
+      if (lane % 4 == 0) place.store_statistics(args, result);
+      if (place.split || p.o.dtype == Dtype::kF32) {
+        float* to = place.f32_output(args);
 #pragma unroll
         for (int j = 0; j < kDimTiles; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             if (const int c = 8 * j + 2 * (lane % 4) + e; c < d_v) to[c] = out[i / 2][j][2 * (i % 2) + e];
-      } else {
-        if (leader && p.lse.data != nullptr)
-          static_cast<float*>(
-              p.lse.data)[tile.batch * p.lse.stride_b + token * p.lse.stride_s + head * p.lse.stride_h] = result.lse;
-        if (kExtras && leader && p.entropy.data != nullptr)
-          static_cast<float*>(p.entropy.data)[tile.batch * p.entropy.stride_b + token * p.entropy.stride_s +
-                                              head * p.entropy.stride_h] = result.entropy;
-        if (p.o.dtype == Dtype::kF32) {
-          float* to =
-              static_cast<float*>(p.o.data) + tile.batch * p.o.stride_b + token * p.o.stride_s + head * p.o.stride_h;
-#pragma unroll
-          for (int j = 0; j < kDimTiles; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (const int c = 8 * j + 2 * (lane % 4) + e; c < d_v) to[c] = out[i / 2][j][2 * (i % 2) + e];
-        }
       }
     }
   }
@@ -349,6 +324,7 @@ struct Forward {
     k.tile_q = Shape::kM;
     k.tile_k = Shape::kN;
     k.ctas_per_sm = 2;
+    k.reports = true;
     k.shared_bytes = Shape::kSharedBytes;
     k.function = reinterpret_cast<const void*>(&forward_kernel<T, kDqk, kDv, kExtrasToo>);
     k.launch = [](const AttendArgs& args, cudaStream_t stream) {

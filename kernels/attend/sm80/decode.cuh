@@ -1,0 +1,241 @@
+// Attention of few query rows over many keys, bound by the bytes of K and V. One 16-row tile holds the queries of all
+// heads that share a key head; each warp walks its own keys through its own cp.async stages, so no warp waits for
+// another until the end, where their partial results join in shared memory.
+#pragma once
+
+#include "attend/launch.h"
+#include "common/scores.cuh"
+#include "common/tile.cuh"
+
+namespace adaattn::cuda::sm80 {
+
+template <typename T, int kDPadded>
+struct DecodeShape {
+  static constexpr int kD = kDPadded;
+  static constexpr int kWarps = kD > 128 ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr int kStages = kD > 64 ? 3 : 4;
+  static constexpr int kKeys = 16;  // of one stage of one warp
+  static constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static_assert(16 * kD * 4 <= kWarpBytes, "a warp's partial output replaces its stages");
+  static_assert(kSharedBytes <= 98 * 1024, "compute capability 8.6 and 8.9 have 99 KiB");
+};
+
+template <typename T, int kD>
+__global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(const __grid_constant__ AttendArgs args) {
+  using Shape = DecodeShape<T, kD>;
+  using Layout = TileLayout<kD>;
+  constexpr int kWarps = Shape::kWarps, kKeys = Shape::kKeys, kStages = Shape::kStages, kDimTiles = kD / 8;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  __shared__ float warp_max2[kWarps][16], warp_sum[kWarps][16], warp_weighted[kWarps][16];
+
+  const AttnParams& p = args.p;
+  const TileIndex tile = tile_index(args);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const Sequence s = sequence_of(p, tile.batch);
+  const int rows = static_cast<int>(s.len_q) * args.pack, m0 = tile.m * 16;
+  if (m0 >= rows) {
+    if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
+    return;
+  }
+  const RowMap row_map{args.pack, tile.head * args.pack};
+  const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + 16, rows) - 1);
+  const BlockRange blocks = block_range<kKeys>(args, s, q_first, q_last, tile.split);
+  const int len_k = static_cast<int>(s.len_k);
+  const int head_kv = row_map.first_head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
+  const KeyRows<T> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
+
+  const uint32_t stages = shared_address(shared_memory) + warp * Shape::kWarpBytes;
+  const auto load_stage = [&](int stage, int block) {
+    if (block < blocks.end) {
+      const int key = block * kKeys;
+      const uint32_t to = stages + stage * Shape::kStageBytes;
+      load_keys<kD, kKeys, 32, true>(to, lane, d_qk, k_rows, key, len_k - key, args.aligned);
+      load_keys<kD, kKeys, 32, true>(to + Shape::kTileBytes, lane, d_v, v_rows, key, len_k - key, args.aligned);
+    }
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load_stage(i, blocks.begin + warp + i * kWarps);
+
+  // Query fragments straight from memory: rows lane/4 and lane/4 + 8, columns 2(lane%4) + {0, 1, 8, 9} of each 16.
+  uint32_t q[kD / 16][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int m = m0 + lane / 4 + 8 * half;
+    const bool real = m < rows;
+    const int position = real ? row_map.position(m) : 0, head = real ? row_map.head(m) : 0;
+    const unsigned short* from =
+        reinterpret_cast<const unsigned short*>(static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b +
+                                                (s.q_start + position) * p.q.stride_s + head * p.q.stride_h);
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k)
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const int c = 16 * k + 8 * side + 2 * (lane % 4);
+        const uint32_t low = real && c < d_qk ? from[c] : 0, high = real && c + 1 < d_qk ? from[c + 1] : 0;
+        q[k][half + 2 * side] = low | high << 16;
+      }
+  }
+
+  const int k_row = (lane & 7) + ((lane >> 4) << 3), k_twist = Layout::twist(k_row) ^ ((lane >> 3) & 1);
+  const int v_row = lane & 15, v_twist = Layout::twist(v_row) ^ (lane >> 4);
+
+  float out[kDimTiles][4], max2[2] = {kNegInf, kNegInf}, sum[2] = {0, 0}, weighted[2] = {0, 0};
+#pragma unroll
+  for (int j = 0; j < kDimTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[j][e] = 0;
+
+  int stage = 0;
+  for (int block = blocks.begin + warp; block < blocks.end; block += kWarps) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // this block is there, and all lanes are done with the one before
+    load_stage(stage == 0 ? kStages - 1 : stage - 1, block + (kStages - 1) * kWarps);
+    const uint32_t k_tile = stages + stage * Shape::kStageBytes, v_tile = k_tile + Shape::kTileBytes;
+
+    float score[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      uint32_t b[4];
+      ldmatrix_x4(b, k_tile + k_row * Layout::kPitch + ((2 * k ^ k_twist) << 4));
+      mma_m16n8k16<T>(score[0], q[k], b[0], b[1]);
+      mma_m16n8k16<T>(score[1], q[k], b[2], b[3]);
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int m = m0 + lane / 4 + 8 * i;
+      const bool real = m < rows;
+      const int position = real ? row_map.position(m) : 0;
+      const ScoreModifier modify(args, s, tile.batch, real ? row_map.head(m) : 0, position);
+      const KeySpan span = key_span(args, s, position);
+      float top = max2[i];
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = score[j][2 * i + e];
+          const int key = block * kKeys + 8 * j + 2 * (lane % 4) + e;
+          x = real && key >= span.begin && key < span.end ? modify(x, key) * kLog2e : kNegInf;
+          top = fmaxf(top, x);
+        }
+      top = quad_max(top);
+      const float base = top == kNegInf ? 0.0f : top;
+      const float shrink = exp2_approx(max2[i] - base);
+      const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
+      weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
+      sum[i] *= shrink;
+      max2[i] = top;
+#pragma unroll
+      for (int j = 0; j < kDimTiles; ++j) {
+        out[j][2 * i] *= shrink;
+        out[j][2 * i + 1] *= shrink;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = score[j][2 * i + e];
+          const float centred = x - base;
+          x = exp2_approx(centred);
+          sum[i] += x;
+          if (x > 0) weighted[i] = fmaf(x, centred, weighted[i]);
+        }
+    }
+
+    const uint32_t prob[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
+                              pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
+#pragma unroll
+    for (int j = 0; j < kDimTiles; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, v_tile + v_row * Layout::kPitch + ((j ^ v_twist) << 4));
+      mma_m16n8k16<T>(out[j], prob, b[0], b[1]);
+      mma_m16n8k16<T>(out[j + 1], prob, b[2], b[3]);
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  cp_async_wait<0>();
+  __syncwarp();
+  float* own = reinterpret_cast<float*>(shared_memory + warp * Shape::kWarpBytes);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = lane / 4 + 8 * i;
+    const float total = quad_sum(sum[i]), total_weighted = quad_sum(weighted[i]);
+    if (lane % 4 == 0) {
+      warp_max2[warp][r] = max2[i];
+      warp_sum[warp][r] = total;
+      warp_weighted[warp][r] = total_weighted;
+    }
+#pragma unroll
+    for (int j = 0; j < kDimTiles; ++j)
+      *reinterpret_cast<float2*>(own + r * kD + 8 * j + 2 * (lane % 4)) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
+  }
+  __syncthreads();
+
+  for (int r = warp; r < 16 && m0 + r < rows; r += kWarps) {
+    const RowPlace place(args, tile, s, row_map, m0 + r);
+    float top = kNegInf;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_max2[w][r]);
+    float part[kWarps], total = 0, total_weighted = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float shift = warp_max2[w][r] - top;
+      part[w] = warp_sum[w][r] == 0 ? 0.0f : exp2f(shift);
+      if (part[w] != 0) {
+        total += part[w] * warp_sum[w][r];
+        total_weighted += part[w] * fmaf(shift, warp_sum[w][r], warp_weighted[w][r]);
+      }
+    }
+    const RowResult result = finish_row(top, total, total_weighted, place.sink2(args));
+    if (lane == 0) place.store_statistics(args, result);
+    const bool wide = place.split || p.o.dtype == Dtype::kF32;
+    for (int c = lane; c < d_v; c += 32) {
+      float x = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w)
+        if (part[w] != 0)
+          x = fmaf(part[w], reinterpret_cast<float*>(shared_memory + w * Shape::kWarpBytes)[r * kD + c], x);
+      x = result.factor == 0 ? 0.0f : x * result.factor;
+      if (wide) {
+        place.f32_output(args)[c] = x;
+      } else {
+        static_cast<T*>(p.o.data)[place.offset(p.o) + c] = from_float<T>(x);
+      }
+    }
+  }
+  if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
+}
+
+template <typename T, int kDqk, int kDv, uint32_t kFeatures>
+struct Decode {
+  static_assert(kDqk == kDv);
+  using Shape = DecodeShape<T, kDqk>;
+  static AttendKernel row(const char* name) {
+    AttendKernel k{};
+    k.name = name;
+    k.arch = 80;
+    k.phase = Phase::kDecode;
+    k.dtype = dtype_of<T>();
+    k.d_qk = kDqk;
+    k.d_v = kDv;
+    k.features = kCommon | kFeatures;
+    k.tile_q = 16;
+    k.tile_k = Shape::kKeys * Shape::kWarps;
+    k.ctas_per_sm = 2;
+    k.reports = true;
+    k.shared_bytes = Shape::kSharedBytes;
+    k.function = reinterpret_cast<const void*>(&decode_kernel<T, kDqk>);
+    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
+      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
+      return launch_grid(decode_kernel<T, kDqk>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
+    };
+    return k;
+  }
+};
+
+}  // namespace adaattn::cuda::sm80
