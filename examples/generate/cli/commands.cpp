@@ -1,0 +1,104 @@
+#include "cli/commands.h"
+
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+
+#include "cli/progress.h"
+#include "engine/error.h"
+#include "engine/tokenizer.h"
+
+namespace generate {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+std::vector<int32_t> prompt_tokens(const ModelConfig& config, const WriteOptions& options) {
+  if (!options.prompt_ids.empty()) return parse_token_ids(config, options.prompt_ids);
+  return tokenize(config, options.prompt_file.empty() ? options.prompt : read_text(options.prompt_file));
+}
+
+}  // namespace
+
+std::string read_text(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(stream), {}};
+  if (!stream) fail("%s: cannot be read", path.c_str());
+  return text;
+}
+
+void write_json(const std::string& path, const Json& report) {
+  std::ofstream stream(path);
+  // Text that a model wrote need not be valid UTF-8.
+  stream << report.dump(2, ' ', false, Json::error_handler_t::replace) << '\n';
+  stream.close();
+  if (!stream) fail("%s: cannot be written", path.c_str());
+}
+
+Json describe_run(Model& model, const CommonOptions& common, const Step& step, int64_t capacity) {
+  const adaattn_plan_info_t plan = model.attention_info(step, capacity);
+  adaattn_device_info_t device = {};
+  device.struct_size = sizeof device;
+  const bool known = adaattn_device_info(ADAATTN_DEVICE_CPU, 0, &device) == ADAATTN_SUCCESS;
+  return {{"library", adaattn_build_info()},
+          {"device", known ? device.name : "unknown"},
+          {"isa", plan.isa},
+          {"kernel", plan.kernel},
+          {"blas", model.compute_description()},
+          {"threads", model.threads()},
+          {"dtype", dtype_name(common.engine.dtype)},
+          {"model", common.model}};
+}
+
+void run_loss(const CommonOptions& common, const LossOptions& options) {
+  Model model(common.model, common.engine);
+  const std::vector<int32_t> tokens = options.ids.empty() ? tokenize(model.config(), read_text(options.text))
+                                                          : parse_token_ids(model.config(), read_text(options.ids));
+  const LossResult result = [&] {
+    Progress progress("context " + std::to_string(options.context));
+    return evaluate_loss(model, tokens, options.context, options.windows, std::ref(progress));
+  }();
+  Json report = describe_run(model, common, {1, options.context, 0}, options.context);
+  report["text"] = options.ids.empty() ? options.text : options.ids;
+  report["context"] = result.context;
+  report["windows"] = result.windows;
+  report["tokens"] = result.tokens;
+  report[has_byte_tokens(model.config()) ? "bits_per_byte" : "bits_per_token"] = result.bits_per_token;
+  report["seconds"] = result.seconds;
+  report["tokens_per_second"] = result.tokens_per_second();
+  std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, %d threads)\n",
+              static_cast<long long>(result.context), result.bits_per_token,
+              has_byte_tokens(model.config()) ? "byte" : "token", static_cast<long long>(result.tokens),
+              static_cast<long long>(result.windows), result.tokens_per_second(),
+              report["isa"].get_ref<const std::string&>().c_str(), dtype_name(common.engine.dtype), model.threads());
+  if (!common.report.empty()) write_json(common.report, report);
+}
+
+void run_write(const CommonOptions& common, const WriteOptions& options) {
+  Model model(common.model, common.engine);
+  const ModelConfig& config = model.config();
+  const std::vector<int32_t> prompt = prompt_tokens(config, options);
+  std::string text;
+  const auto print = [&](int32_t token) {
+    const std::string piece = detokenize(config, token);
+    std::fwrite(piece.data(), 1, piece.size(), stdout);
+    std::fflush(stdout);
+    text += piece;
+  };
+  const WriteResult result = write_tokens(model, prompt, options.max_tokens, options.sampling, print);
+  std::fputc('\n', stdout);
+  std::fprintf(stderr, "prompt: %lld tokens, %.0f tokens/s; written: %zu tokens, %.0f tokens/s\n",
+               static_cast<long long>(result.prompt_tokens), result.prefill_tokens_per_second(), result.tokens.size(),
+               result.decode_tokens_per_second());
+  if (common.report.empty()) return;
+  Json report = describe_run(model, common, {1, 1, 0}, result.prompt_tokens + options.max_tokens);
+  report["seed"] = options.sampling.seed;
+  report["prompt_tokens"] = result.prompt_tokens;
+  report["tokens"] = result.tokens;
+  report["text"] = text;
+  report["tokens_per_second_prefill"] = result.prefill_tokens_per_second();
+  report["tokens_per_second_decode"] = result.decode_tokens_per_second();
+  write_json(common.report, report);
+}
+
+}  // namespace generate

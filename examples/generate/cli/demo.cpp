@@ -1,0 +1,92 @@
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+
+#include "cli/commands.h"
+#include "cli/progress.h"
+#include "engine/error.h"
+#include "engine/tokenizer.h"
+
+namespace generate {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kContexts[] = {1024, 4096};
+// What implementations in f32 may differ by.
+constexpr double kMaxDifference = 1e-3;
+constexpr char kPrompt[] = "The function returns ";
+constexpr int64_t kContinuation = 320;
+
+Json read_reference(const std::string& path) {
+  try {
+    return Json::parse(read_text(path));
+  } catch (const Json::exception& e) {
+    fail("%s: %s", path.c_str(), e.what());
+  }
+}
+
+}  // namespace
+
+bool run_demo(const CommonOptions& common) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::filesystem::path folder = common.model;
+  const Json reference = read_reference(folder / "manual_reference.json");
+  Model model(common.model, common.engine);
+  const std::vector<int32_t> text = tokenize(model.config(), read_text(folder / "manual.txt"));
+
+  Json report = describe_run(model, common, {1, kContexts[0], 0}, kContexts[0]);
+  const auto text_of = [&](const char* key) { return report[key].get<std::string>(); };
+  std::printf("%s\n%s, %d threads, attention %s (%s, %s), weights %s\n\n", text_of("library").c_str(),
+              text_of("device").c_str(), model.threads(), text_of("kernel").c_str(), text_of("isa").c_str(),
+              dtype_name(common.engine.dtype), text_of("blas").c_str());
+  std::printf("loss of manual.txt   tokens   bits/byte   reference   difference   tokens/s\n");
+
+  bool agrees = true;
+  for (const int64_t context : kContexts) {
+    const LossResult result = [&] {
+      Progress progress("context " + std::to_string(context));
+      return evaluate_loss(model, text, context, 0, std::ref(progress));
+    }();
+    const std::string suffix = "_ctx" + std::to_string(context);
+    const double expected = reference.at("bits_per_byte").at(std::to_string(context)).get<double>();
+    const double difference = result.bits_per_token - expected;
+    agrees = agrees && std::abs(difference) <= kMaxDifference;
+    report["bpb_exact" + suffix] = result.bits_per_token;
+    report["reference_bpb" + suffix] = expected;
+    report["tokens" + suffix] = result.tokens;
+    report["tokens_per_second" + suffix] = result.tokens_per_second();
+    std::printf("context %8lld    %8lld   %9.6f   %9.6f   %+10.6f   %8.0f\n", static_cast<long long>(context),
+                static_cast<long long>(result.tokens), result.bits_per_token, expected, difference,
+                result.tokens_per_second());
+    std::fflush(stdout);
+  }
+
+  std::printf("\n%s", kPrompt);
+  std::string continuation;
+  SamplingOptions sampling;
+  sampling.temperature = 0.6;
+  sampling.seed = 1;
+  const WriteResult written =
+      write_tokens(model, tokenize(model.config(), kPrompt), kContinuation, sampling, [&](int32_t token) {
+        continuation += detokenize(model.config(), token);
+        std::fputs(detokenize(model.config(), token).c_str(), stdout);
+        std::fflush(stdout);
+      });
+  report["kernel_decode"] = model.attention_info({1, 1, 0}, written.prompt_tokens + kContinuation).kernel;
+  report["tokens_per_second_decode"] = written.decode_tokens_per_second();
+  report["prompt"] = kPrompt;
+  report["continuation"] = continuation;
+  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  std::printf("\n\nwritten at %.0f tokens/s; %.1f s in all\n", written.decode_tokens_per_second(),
+              report["seconds"].get<double>());
+  if (!common.report.empty()) write_json(common.report, report);
+  if (!agrees && common.engine.dtype == DType::kF32) {
+    std::fprintf(stderr, "a loss differs from the reference by more than %g bits per byte\n", kMaxDifference);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace generate

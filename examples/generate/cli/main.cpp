@@ -1,0 +1,83 @@
+// generate: the loss of a text, or its continuation, by a Llama-architecture checkpoint.
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <map>
+
+#include "cli/commands.h"
+
+namespace {
+
+// Exit statuses; 0 is success.
+constexpr int kFailed = 1;
+constexpr int kUsage = 2;
+
+void add_common(CLI::App& command, generate::CommonOptions& common, const char* report_name) {
+  using generate::DType;
+  static const std::map<std::string, DType> dtypes = {
+      {"f32", DType::kF32}, {"f16", DType::kF16}, {"bf16", DType::kBf16}};
+  command.add_option("--model", common.model, "Folder with config.json and *.safetensors")->required();
+  command.add_option("--threads", common.engine.threads, "Threads; 0: all that this process may use")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  command
+      .add_option("--isa", common.engine.isa, "Instruction set of attention: auto, baseline, avx2, avx512, amx, neon")
+      ->transform(CLI::CheckedTransformer(generate::isa_names()).description("NAME"));
+  command.add_option("--dtype", common.engine.dtype, "Type of q, k, v and o: f32 (default), f16, bf16")
+      ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
+  command.add_option(report_name, common.report, "File for the figures as JSON");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Runs Llama-architecture checkpoints, with attention by libadaattn.");
+  app.require_subcommand(1);
+  generate::CommonOptions common;
+
+  generate::LossOptions loss;
+  CLI::App* loss_command = app.add_subcommand("loss", "Mean loss of a text over consecutive windows");
+  add_common(*loss_command, common, "--report,--json");
+  auto* loss_source = loss_command->add_option_group("source")->require_option(1);
+  loss_source->add_option("--text", loss.text, "Text file (models with 256 byte tokens)");
+  loss_source->add_option("--ids", loss.ids, "File of token ids, separated by commas or white space");
+  loss_command->add_option("--context", loss.context, "Tokens in a window")->capture_default_str();
+  loss_command->add_option("--windows", loss.windows, "Windows to evaluate; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+
+  generate::WriteOptions write;
+  CLI::App* write_command = app.add_subcommand("write", "Continues a prompt; the text goes to stdout");
+  add_common(*write_command, common, "--report,--json");
+  auto* prompt = write_command->add_option_group("prompt")->require_option(1);
+  prompt->add_option("--prompt", write.prompt, "Text to continue (models with 256 byte tokens)");
+  prompt->add_option("--prompt-file", write.prompt_file, "File with the text to continue");
+  prompt->add_option("--prompt-ids", write.prompt_ids, "Token ids to continue, separated by commas");
+  write_command->add_option("--max-tokens", write.max_tokens, "Tokens to write at most")->capture_default_str();
+  write_command->add_flag("--greedy", write.sampling.greedy, "Always take the likeliest token");
+  write_command->add_option("--temperature", write.sampling.temperature, "Divides the logits")->capture_default_str();
+  write_command->add_option("--top-k", write.sampling.top_k, "Keep the k likeliest tokens; 0: all")
+      ->capture_default_str();
+  write_command->add_option("--top-p", write.sampling.top_p, "Keep the likeliest tokens of this joint probability")
+      ->capture_default_str();
+  write_command->add_option("--seed", write.sampling.seed, "Seed of the random choice")->capture_default_str();
+
+  CLI::App* demo_command = app.add_subcommand("demo", "Losses of the model's manual.txt and a continuation");
+  add_common(*demo_command, common, "--out,--report,--json");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : kUsage;
+  }
+  try {
+    if (*loss_command) generate::run_loss(common, loss);
+    if (*write_command) generate::run_write(common, write);
+    if (*demo_command && !generate::run_demo(common)) return kFailed;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "generate: %s\n", e.what());
+    return kFailed;
+  }
+  return 0;
+}

@@ -1,0 +1,65 @@
+// What a device does for the engine around attention: the weights' matrix products and the element-wise work of each
+// layer. Attention itself is engine/attention.h, which sees the same device memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "engine/dtype.h"
+#include "engine/weights.h"
+
+namespace generate {
+
+// The tokens of one step: `batch` sequences, each with `seqlen` new tokens at positions start, start + 1, ...
+// Rows of activations are ordered [batch, seqlen].
+struct Step {
+  int64_t batch = 0;
+  int64_t seqlen = 0;
+  int64_t start = 0;
+
+  int64_t rows() const { return batch * seqlen; }
+};
+
+// Keys and values of one layer, each [batch, capacity, kv_heads, head_dim] in the attention's type.
+struct KvSlot {
+  void* k = nullptr;
+  void* v = nullptr;
+  int64_t capacity = 0;
+};
+
+// Memory of the device, zero-filled.
+struct Buffer {
+  std::shared_ptr<void> memory;
+  float* f32() const { return static_cast<float*>(memory.get()); }
+  void* get() const { return memory.get(); }
+};
+
+class Compute {
+ public:
+  virtual ~Compute() = default;
+
+  virtual Buffer allocate(size_t bytes) = 0;
+
+  // x [rows, hidden] = embeddings of the tokens.
+  virtual void embed(std::span<const int32_t> tokens, float* x) = 0;
+
+  // Norm, projections and rotary embedding: q [rows, heads, head_dim] in the attention's type, and the new tokens'
+  // keys and values into their places in kv.
+  virtual void project_qkv(int64_t layer, const Step& step, const float* x, void* q, const KvSlot& kv) = 0;
+
+  // Output projection of attention [rows, heads, head_dim], residual and MLP, into x.
+  virtual void finish_layer(int64_t layer, const Step& step, const void* attention, float* x) = 0;
+
+  // Final norm and output head of `rows` rows of x; logits [rows, vocab] in host memory.
+  virtual void logits(int64_t rows, const float* x, float* logits) = 0;
+
+  // -ln p(targets[r]) for each row of x, in host memory.
+  virtual void losses(std::span<const int32_t> targets, const float* x, double* losses) = 0;
+
+  virtual std::string description() const = 0;
+};
+
+}  // namespace generate

@@ -1,0 +1,87 @@
+// A Llama-architecture model over a Compute and an Attention.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/attention.h"
+#include "engine/compute.h"
+#include "engine/config.h"
+#include "engine/thread_pool.h"
+#include "engine/weights.h"
+
+namespace generate {
+
+struct ModelOptions {
+  int threads = 0;  // 0: as many as this process may run on
+  adaattn_isa_t isa = ADAATTN_ISA_AUTO;
+  DType dtype = DType::kF32;  // of q, k, v and o
+};
+
+// Keys and values of `batch` sequences with room for `capacity` tokens each, in memory of this program.
+class KvCache {
+ public:
+  // What a cache is for: continuing a sequence step by step, or one step alone. The latter needs no layer's keys once
+  // the next layer starts, so that all layers share one slot.
+  enum class Use { kManySteps, kOneStep };
+
+  int64_t batch() const { return batch_; }
+  int64_t capacity() const { return capacity_; }
+  int64_t length() const { return length_; }
+  void clear() { length_ = 0; }
+
+ private:
+  friend class Model;
+  KvSlot slot(int64_t layer) const;
+
+  int64_t batch_ = 0;
+  int64_t capacity_ = 0;
+  int64_t length_ = 0;
+  std::vector<KvSlot> slots_;
+  std::vector<Buffer> memory_;
+};
+
+class Model {
+ public:
+  Model(const std::filesystem::path& folder, const ModelOptions& options);
+  ~Model();
+
+  const ModelConfig& config() const { return config_; }
+  const ModelOptions& options() const { return options_; }
+  int threads() const { return pool_.threads(); }
+  std::string compute_description() const { return compute_->description(); }
+  adaattn_plan_info_t attention_info(const Step& step, int64_t capacity);
+
+  KvCache make_cache(int64_t batch, int64_t capacity, KvCache::Use use);
+
+  // Runs tokens [batch, seqlen], the next ones of the cache's sequences, and keeps their last hidden states for
+  // logits() and losses().
+  void forward(std::span<const int32_t> tokens, KvCache& cache);
+
+  // Logits [vocab] of one row of the last forward(), rows ordered [batch, seqlen].
+  std::vector<float> logits(int64_t row);
+
+  // -ln p(targets[r]) for every row of the last forward().
+  std::vector<double> losses(std::span<const int32_t> targets);
+
+  // Runs one sequence's tokens in chunks of bounded memory and returns the logits after the last.
+  std::vector<float> prefill(std::span<const int32_t> tokens, KvCache& cache);
+
+ private:
+  ModelConfig config_;
+  ModelOptions options_;
+  ThreadPool pool_;
+  Weights weights_;
+  std::unique_ptr<Compute> compute_;
+  Attention attention_;
+  int64_t rows_ = 0;      // of the last forward()
+  int64_t row_room_ = 0;  // rows that the buffers hold
+  Buffer hidden_;         // [rows, hidden] f32
+  Buffer q_;              // [rows, heads, head_dim] in options_.dtype
+  Buffer o_;              // the same
+};
+
+}  // namespace generate
