@@ -1,0 +1,99 @@
+// The generate program as its user meets it: exit status, streams and report.
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace {
+
+struct Outcome {
+  int status = -1;
+  std::string output;
+};
+
+// Runs the program through the shell; stderr joins stdout unless the arguments send it elsewhere.
+Outcome run(const std::string& arguments) {
+  Outcome outcome;
+  FILE* pipe = popen((GENERATE_PROGRAM " " + arguments + " 2>&1").c_str(), "r");
+  if (pipe == nullptr) return outcome;
+  char chunk[4096];
+  for (size_t size; (size = fread(chunk, 1, sizeof chunk, pipe)) > 0;) outcome.output.append(chunk, size);
+  const int status = pclose(pipe);
+  outcome.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return outcome;
+}
+
+void expect_failure(const std::string& arguments, int status, const std::string& says) {
+  const Outcome outcome = run(arguments);
+  EXPECT_EQ(outcome.status, status) << arguments;
+  EXPECT_NE(outcome.output.find(says), std::string::npos) << arguments << "\nprinted: " << outcome.output;
+}
+
+constexpr char kModel[] = "--model " MODEL_FOLDER " ";
+
+TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
+  expect_failure("", 2, "subcommand");
+  expect_failure("write --prompt x", 2, "--model is required");
+  expect_failure(std::string("write ") + kModel, 2, "--prompt");
+  expect_failure(std::string("write ") + kModel + "--prompt x --prompt-ids 1", 2, "--prompt");
+  expect_failure(std::string("write ") + kModel + "--prompt x --isa sse9", 2, "sse9");
+  expect_failure(std::string("write ") + kModel + "--prompt x --dtype f8", 2, "f8");
+  expect_failure(std::string("loss ") + kModel + "--text x --threads -1", 2, "--threads");
+}
+
+TEST(GenerateProgram, FailuresExitWith1AndSayWhy) {
+  expect_failure("write --model /nonexistent --prompt x", 1, "/nonexistent/config.json: cannot be read");
+  expect_failure(std::string("loss ") + kModel + "--text /nonexistent", 1, "/nonexistent: cannot be read");
+  expect_failure(std::string("loss ") + kModel + "--text " MODEL_FOLDER "/config.json", 1, "too few");
+  expect_failure(std::string("loss ") + kModel + "--context 0 --text " MODEL_FOLDER "/manual.txt", 1, "context is 0");
+  expect_failure(std::string("write ") + kModel + "--prompt ''", 1, "prompt is empty");
+  expect_failure(std::string("write ") + kModel + "--prompt x --max-tokens 16384", 1, "max_position_embeddings");
+  expect_failure(std::string("write ") + kModel + "--prompt x --temperature 0", 1, "temperature is 0");
+  expect_failure(std::string("write ") + kModel + "--prompt-ids 256", 1, "'256' is not a token id");
+  expect_failure(std::string("write ") + kModel + "--prompt x --max-tokens 1 --json /nonexistent/a", 1,
+                 "/nonexistent/a: cannot be written");
+}
+
+TEST(GenerateProgram, HelpExitsWith0) {
+  const Outcome outcome = run("loss --help");
+  EXPECT_EQ(outcome.status, 0);
+  EXPECT_NE(outcome.output.find("--context"), std::string::npos);
+}
+
+TEST(GenerateProgram, WritesOnlyTheTextToStdoutAndTheSameForTheSameIds) {
+  const Outcome text = run(std::string("write ") + kModel + "--prompt 'The ' --max-tokens 12 --greedy 2>/dev/null");
+  const Outcome ids =
+      run(std::string("write ") + kModel + "--prompt-ids 84,104,101,32 --max-tokens 12 --greedy 2>/dev/null");
+  EXPECT_EQ(text.status, 0);
+  EXPECT_EQ(text.output.size(), 13u);  // twelve bytes and a line end
+  EXPECT_EQ(text.output, ids.output);
+}
+
+TEST(GenerateProgram, LossReportHasTheFigures) {
+  const std::string path =
+      (std::filesystem::temp_directory_path() / ("adaattn-report-" + std::to_string(getpid()))).string();
+  const Outcome outcome =
+      run(std::string("loss ") + kModel +
+          "--text " MODEL_FOLDER "/manual.txt --context 256 --windows 2 --threads 1 --report " + path);
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  std::ifstream stream(path);
+  const auto report = nlohmann::json::parse(stream);
+  std::filesystem::remove(path);
+  EXPECT_EQ(report.at("windows"), 2);
+  EXPECT_EQ(report.at("tokens"), 512);
+  EXPECT_EQ(report.at("threads"), 1);
+  EXPECT_EQ(report.at("dtype"), "f32");
+  EXPECT_GT(report.at("bits_per_byte").get<double>(), 1.0);
+  EXPECT_LT(report.at("bits_per_byte").get<double>(), 8.0);
+  EXPECT_FALSE(report.at("kernel").get<std::string>().empty());
+  EXPECT_FALSE(report.at("isa").get<std::string>().empty());
+}
+
+}  // namespace

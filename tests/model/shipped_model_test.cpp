@@ -1,0 +1,182 @@
+// The model in examples/generate/model: its known losses and logits, and the ways of running it against each other.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "engine/model.h"
+#include "engine/run.h"
+#include "engine/tokenizer.h"
+
+namespace {
+
+using generate::KvCache;
+using generate::Model;
+using generate::ModelOptions;
+
+std::string read(const std::string& name) {
+  std::ifstream stream(std::string(MODEL_FOLDER "/") + name, std::ios::binary);
+  EXPECT_TRUE(stream.good()) << name;
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+const nlohmann::json& reference() {
+  static const nlohmann::json json = nlohmann::json::parse(read("manual_reference.json"));
+  return json;
+}
+
+std::vector<int32_t> manual(size_t tokens) {
+  static const std::string text = read("manual.txt");
+  std::vector<int32_t> result;
+  for (const char byte : text.substr(0, tokens)) result.push_back(static_cast<unsigned char>(byte));
+  return result;
+}
+
+double largest_of(const std::vector<float>& values) {
+  double largest = 0;
+  for (const float value : values) largest = std::max<double>(largest, std::abs(value));
+  return largest;
+}
+
+void expect_close(const std::vector<float>& logits, const std::vector<float>& expected, const std::string& where) {
+  ASSERT_EQ(logits.size(), expected.size());
+  for (size_t i = 0; i < logits.size(); ++i)
+    ASSERT_NEAR(logits[i], expected[i], 1e-4 * largest_of(expected)) << where << ", token " << i;
+}
+
+double loss(const ModelOptions& options, size_t context, size_t windows) {
+  Model model(MODEL_FOLDER, options);
+  return generate::evaluate_loss(model, manual(windows * context + 1), static_cast<int64_t>(context), 0,
+                                 [](int64_t, int64_t) {})
+      .bits_per_token;
+}
+
+// Logits after each of the first `count` tokens, in one step.
+std::vector<std::vector<float>> all_logits(Model& model, size_t count) {
+  KvCache cache = model.make_cache(1, static_cast<int64_t>(count), KvCache::Use::kOneStep);
+  model.forward(manual(count), cache);
+  std::vector<std::vector<float>> logits;
+  for (size_t row = 0; row < count; ++row) logits.push_back(model.logits(static_cast<int64_t>(row)));
+  return logits;
+}
+
+TEST(ShippedModel, LogitsAfter512BytesMatchTheReference) {
+  const auto expected = reference().at("logits_last_of_first_512").get<std::vector<float>>();
+  Model model(MODEL_FOLDER, {});
+  KvCache cache = model.make_cache(1, 512, KvCache::Use::kManySteps);
+  expect_close(model.prefill(manual(512), cache), expected, "prefill");
+}
+
+TEST(ShippedModel, LossOfTheManualAtContext1024MatchesTheReference) {
+  constexpr size_t kWindows = 73;  // all there are
+  EXPECT_EQ(reference().at("tokens").at("1024").get<size_t>(), kWindows * 1024);
+  EXPECT_NEAR(loss({}, 1024, kWindows), reference().at("bits_per_byte").at("1024").get<double>(), 1e-3);
+}
+
+TEST(ShippedModel, DecodingTokenByTokenGivesTheLogitsOfPrefill) {
+  Model model(MODEL_FOLDER, {});
+  const std::vector<std::vector<float>> expected = all_logits(model, 200);
+  const std::vector<int32_t> tokens = manual(200);
+  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
+  expect_close(model.prefill(std::span(tokens).first(120), cache), expected[119], "prefill");
+  for (size_t i = 120; i < 200; ++i) {
+    model.forward(std::span(tokens).subspan(i, 1), cache);
+    expect_close(model.logits(0), expected[i], "position " + std::to_string(i));
+  }
+}
+
+TEST(ShippedModel, PrefillInSeveralChunksGivesTheLogitsOfOneStep) {
+  constexpr size_t kTokens = 2300;  // more than a chunk
+  Model model(MODEL_FOLDER, {});
+  const std::vector<int32_t> tokens = manual(kTokens);
+  KvCache once = model.make_cache(1, kTokens, KvCache::Use::kOneStep);
+  model.forward(tokens, once);
+  const std::vector<float> expected = model.logits(kTokens - 1);
+  KvCache cache = model.make_cache(1, kTokens, KvCache::Use::kManySteps);
+  expect_close(model.prefill(tokens, cache), expected, "prefill");
+}
+
+TEST(ShippedModel, GreedyWritingIsRepeatable) {
+  generate::SamplingOptions sampling;
+  sampling.greedy = true;
+  std::vector<int32_t> first;
+  for (int run = 0; run < 2; ++run) {
+    Model model(MODEL_FOLDER, {});
+    const auto result = generate::write_tokens(model, manual(100), 60, sampling, [](int32_t) {});
+    EXPECT_EQ(result.tokens.size(), 60u);
+    if (run == 0) first = result.tokens;
+    EXPECT_EQ(result.tokens, first);
+  }
+}
+
+TEST(ShippedModel, GreedyWritingFollowsTheLogitsOfPrefill) {
+  generate::SamplingOptions sampling;
+  sampling.greedy = true;
+  Model model(MODEL_FOLDER, {});
+  std::vector<int32_t> tokens = manual(100);
+  const auto written = generate::write_tokens(model, tokens, 40, sampling, [](int32_t) {}).tokens;
+  tokens.insert(tokens.end(), written.begin(), written.end());
+  KvCache cache = model.make_cache(1, 140, KvCache::Use::kOneStep);
+  model.forward(tokens, cache);
+  for (size_t i = 0; i < written.size(); ++i) {
+    const std::vector<float> logits = model.logits(static_cast<int64_t>(99 + i));
+    // The choice may differ only where two tokens are as good as equal.
+    EXPECT_NEAR(logits[written[i]], *std::max_element(logits.begin(), logits.end()), 1e-4 * largest_of(logits)) << i;
+  }
+}
+
+TEST(ShippedModel, SamplingRepeatsForASeedAndDiffersForAnother) {
+  Model model(MODEL_FOLDER, {});
+  const auto write = [&](uint64_t seed) {
+    generate::SamplingOptions sampling;
+    sampling.seed = seed;
+    return generate::write_tokens(model, manual(64), 60, sampling, [](int32_t) {}).tokens;
+  };
+  EXPECT_EQ(write(1), write(1));
+  EXPECT_NE(write(1), write(2));
+}
+
+TEST(ShippedModel, NarrowAttentionTypesChangeTheLossLittle) {
+  const double exact = loss({}, 1024, 4);
+  ModelOptions options;
+  options.dtype = generate::DType::kBf16;
+  EXPECT_NEAR(loss(options, 1024, 4), exact, 5e-3);
+  options.dtype = generate::DType::kF16;
+  EXPECT_NEAR(loss(options, 1024, 4), exact, 1e-3);
+}
+
+TEST(ShippedModel, ThreadCountsChangeTheLossByRoundingOnly) {
+  ModelOptions options;
+  options.threads = 1;
+  const double expected = loss(options, 512, 3);
+  for (const int threads : {2, 5}) {
+    options.threads = threads;
+    EXPECT_NEAR(loss(options, 512, 3), expected, 1e-6) << threads << " threads";
+  }
+}
+
+class ShippedModelIsa : public testing::TestWithParam<std::string> {};
+
+TEST_P(ShippedModelIsa, RunsWhenForcedAndAgreesWithTheOthers) {
+  adaattn_device_info_t device = {};
+  device.struct_size = sizeof device;
+  ASSERT_EQ(adaattn_device_info(ADAATTN_DEVICE_CPU, 0, &device), ADAATTN_SUCCESS);
+  if ((" " + std::string(device.isa) + " ").find(" " + GetParam() + " ") == std::string::npos)
+    GTEST_SKIP() << "this processor has " << device.isa;
+  ModelOptions options;
+  options.isa = generate::isa_names().at(GetParam());
+  // An AMX context runs f32 on its AVX-512 kernels.
+  const std::string expected_isa = GetParam() == "amx" ? "avx512" : GetParam();
+  EXPECT_EQ(Model(MODEL_FOLDER, options).attention_info({1, 1024, 0}, 1024).isa, expected_isa);
+  EXPECT_NEAR(loss(options, 1024, 2), loss({}, 1024, 2), 1e-5);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cpu, ShippedModelIsa, testing::Values("baseline", "avx2", "avx512", "amx", "neon"),
+                         [](const testing::TestParamInfo<std::string>& info) { return info.param; });
+
+}  // namespace
