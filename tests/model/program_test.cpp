@@ -18,10 +18,10 @@ struct Outcome {
   std::string output;
 };
 
-// Runs the program through the shell; stderr joins stdout unless the arguments send it elsewhere.
-Outcome run(const std::string& arguments) {
+// Runs the program through the shell; stderr joins stdout unless it is sent elsewhere.
+Outcome run(const std::string& arguments, const std::string& errors = "&1") {
   Outcome outcome;
-  FILE* pipe = popen((GENERATE_PROGRAM " " + arguments + " 2>&1").c_str(), "r");
+  FILE* pipe = popen((GENERATE_PROGRAM " " + arguments + " 2>" + errors).c_str(), "r");
   if (pipe == nullptr) return outcome;
   char chunk[4096];
   for (size_t size; (size = fread(chunk, 1, sizeof chunk, pipe)) > 0;) outcome.output.append(chunk, size);
@@ -68,9 +68,9 @@ TEST(GenerateProgram, HelpExitsWith0) {
 }
 
 TEST(GenerateProgram, WritesOnlyTheTextToStdoutAndTheSameForTheSameIds) {
-  const Outcome text = run(std::string("write ") + kModel + "--prompt 'The ' --max-tokens 12 --greedy 2>/dev/null");
+  const Outcome text = run(std::string("write ") + kModel + "--prompt 'The ' --max-tokens 12 --greedy", "/dev/null");
   const Outcome ids =
-      run(std::string("write ") + kModel + "--prompt-ids 84,104,101,32 --max-tokens 12 --greedy 2>/dev/null");
+      run(std::string("write ") + kModel + "--prompt-ids 84,104,101,32 --max-tokens 12 --greedy", "/dev/null");
   EXPECT_EQ(text.status, 0);
   EXPECT_EQ(text.output.size(), 13u);  // twelve bytes and a line end
   EXPECT_EQ(text.output, ids.output);
