@@ -41,7 +41,7 @@ class FakePlan final : public AttentionPlan {
   const PlanInfo& info() const override { return info_; }
 
   void execute(const AttnParams& p, void* workspace, size_t bytes, adaattn_stream_t) override {
-    if (state_->on_execute) state_->on_execute();
+    if (const std::function<void()> hook = state_->on_execute) hook();  // a copy: the hook may replace itself
     state_->attention = p;
     state_->workspace = workspace;
     state_->workspace_bytes = bytes;
