@@ -8,18 +8,10 @@
 namespace adaattn::test {
 namespace {
 
-volatile unsigned char touched;
-
-void touch(const void* data, int64_t element, Dtype dtype) {
-  const auto* bytes = static_cast<const volatile unsigned char*>(data) + element * dtype_size(dtype);
-  touched = bytes[0];
-  touched = bytes[dtype_size(dtype) - 1];
-}
-
-void touch_operand(const Operand& x, int64_t batch, int64_t tokens, int64_t heads, int64_t dim) {
-  if (x.data == nullptr || batch == 0 || tokens == 0 || heads == 0 || dim == 0) return;
-  touch(x.data, 0, x.dtype);
-  touch(x.data, (batch - 1) * x.stride_b + (tokens - 1) * x.stride_s + (heads - 1) * x.stride_h + dim - 1, x.dtype);
+Reach operand_reach(const Operand& x, const char* field, int64_t batch, int64_t tokens, int64_t heads, int64_t dim) {
+  if (x.data == nullptr || batch == 0 || tokens == 0 || heads == 0 || dim == 0) return {field, x.data, 0};
+  const int64_t last = (batch - 1) * x.stride_b + (tokens - 1) * x.stride_s + (heads - 1) * x.stride_h + dim - 1;
+  return {field, x.data, (last + 1) * dtype_size(x.dtype)};
 }
 
 void* fake_alloc(void*, size_t bytes, size_t, adaattn_stream_t) { return std::malloc(bytes); }
@@ -48,12 +40,15 @@ class FakePlan final : public AttentionPlan {
     ++state_->executed;
     const int64_t batch = p.cu_seqlens_q != nullptr ? 1 : p.batch;
     const int64_t tokens = p.cu_seqlens_q != nullptr ? p.total_q : p.seqlen_q;
-    if (p.o.dtype == Dtype::kF32) fill_rows(p.o, batch, tokens, p.heads_q, p.d_v, 1);
-    fill_rows(p.lse, batch, tokens, p.heads_q, 1, 2);
-    fill_rows(p.entropy, batch, tokens, p.heads_q, 1, 3);
+    if (state_->write_outputs) {
+      fill_rows(p.o, batch, tokens, p.heads_q, p.d_v, 1);
+      fill_rows(p.lse, batch, tokens, p.heads_q, 1, 2);
+      fill_rows(p.entropy, batch, tokens, p.heads_q, 1, 3);
+    }
     ++counters_.calls;
-    counters_.query_rows += static_cast<uint64_t>(batch * tokens * p.heads_q);
-    counters_.score_pairs += static_cast<uint64_t>(batch * tokens * p.heads_q * p.seqlen_k);
+    const uint64_t rows = static_cast<uint64_t>(batch * tokens * p.heads_q);
+    counters_.query_rows += rows;
+    counters_.score_pairs += rows * static_cast<uint64_t>(p.seqlen_k);
     counters_.violation = {Field::kBlockTable, 7, -9};
   }
 
@@ -152,30 +147,41 @@ void fill_rows(const Operand& x, int64_t batch, int64_t tokens, int64_t heads, i
           static_cast<float*>(x.data)[b * x.stride_b + s * x.stride_s + h * x.stride_h + d] = value;
 }
 
-void touch_corners(const AttnParams& p) {
+std::vector<Reach> reach_of(const AttnParams& p) {
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   const int64_t batch_q = packed_q ? 1 : p.batch, tokens_q = packed_q ? p.total_q : p.seqlen_q;
-  const int64_t batch_k = p.block_table != nullptr ? p.num_pages : packed_k ? 1 : p.batch;
-  const int64_t tokens_k = p.block_table != nullptr ? p.page_size : packed_k ? p.total_k : p.seqlen_k;
-  touch_operand(p.q, batch_q, tokens_q, p.heads_q, p.d_qk);
-  touch_operand(p.o, batch_q, tokens_q, p.heads_q, p.d_v);
-  touch_operand(p.lse, batch_q, tokens_q, p.heads_q, 1);
-  touch_operand(p.entropy, batch_q, tokens_q, p.heads_q, 1);
-  touch_operand(p.k, batch_k, tokens_k, p.heads_kv, p.d_qk);
-  touch_operand(p.v, batch_k, tokens_k, p.heads_kv, p.d_v);
-  if (p.bias.data != nullptr && p.batch > 0 && p.seqlen_q > 0 && p.seqlen_k > 0)
-    touch(p.bias.data,
-          (p.batch - 1) * p.bias.stride_b + (p.heads_q - 1) * p.bias.stride_h + (p.seqlen_q - 1) * p.bias.stride_q +
-              (p.seqlen_k - 1) * p.bias.stride_k,
-          p.bias.dtype);
-  if (p.alibi_slopes != nullptr && p.batch > 0)
-    touch(p.alibi_slopes, (p.batch - 1) * p.alibi_stride_b + (p.heads_q - 1) * p.alibi_stride_h, Dtype::kF32);
-  if (p.sinks != nullptr) touch(p.sinks, (p.heads_q - 1) * p.sinks_stride, Dtype::kF32);
-  if (packed_q) touch(p.cu_seqlens_q, p.batch, Dtype::kI32);
-  if (packed_k) touch(p.cu_seqlens_k, p.batch, Dtype::kI32);
-  if (p.seqused_k != nullptr && p.batch > 0) touch(p.seqused_k, p.batch - 1, Dtype::kI32);
-  if (p.block_table != nullptr && p.batch > 0 && p.pages_per_seq > 0)
-    touch(p.block_table, (p.batch - 1) * p.block_table_stride + p.pages_per_seq - 1, Dtype::kI32);
+  const int64_t batch_k = p.page_size != 0 ? p.num_pages : packed_k ? 1 : p.batch;
+  const int64_t tokens_k = p.page_size != 0 ? p.page_size : packed_k ? p.total_k : p.seqlen_k;
+  std::vector<Reach> all = {operand_reach(p.q, "q", batch_q, tokens_q, p.heads_q, p.d_qk),
+                            operand_reach(p.o, "o", batch_q, tokens_q, p.heads_q, p.d_v),
+                            operand_reach(p.lse, "lse", batch_q, tokens_q, p.heads_q, 1),
+                            operand_reach(p.entropy, "entropy", batch_q, tokens_q, p.heads_q, 1),
+                            operand_reach(p.k, "k", batch_k, tokens_k, p.heads_kv, p.d_qk),
+                            operand_reach(p.v, "v", batch_k, tokens_k, p.heads_kv, p.d_v)};
+  const bool rows = p.batch > 0 && p.seqlen_q > 0 && p.seqlen_k > 0;
+  const auto add = [&](const char* field, const void* data, bool any, int64_t last, int64_t size) {
+    all.push_back({field, data, data != nullptr && any ? (last + 1) * size : 0});
+  };
+  add("bias", p.bias.data, rows,
+      (p.batch - 1) * p.bias.stride_b + (p.heads_q - 1) * p.bias.stride_h + (p.seqlen_q - 1) * p.bias.stride_q +
+          (p.seqlen_k - 1) * p.bias.stride_k,
+      dtype_size(p.bias.dtype));
+  add("alibi_slopes", p.alibi_slopes, p.batch > 0,
+      (p.batch - 1) * p.alibi_stride_b + (p.heads_q - 1) * p.alibi_stride_h, 4);
+  add("sinks", p.sinks, true, (p.heads_q - 1) * p.sinks_stride, 4);
+  add("cu_seqlens_q", p.cu_seqlens_q, true, p.batch, 4);
+  add("cu_seqlens_k", p.cu_seqlens_k, true, p.batch, 4);
+  add("seqused_k", p.seqused_k, p.batch > 0, p.batch - 1, 4);
+  add("block_table", p.block_table, p.batch > 0 && p.pages_per_seq > 0,
+      (p.batch - 1) * p.block_table_stride + p.pages_per_seq - 1, 4);
+  return all;
+}
+
+Reach reach_of(const MatrixBatch& m, const char* field) {
+  if (m.data == nullptr) return {field, nullptr, 0};
+  const int64_t last = (m.batch0 - 1) * m.stride0 + (m.batch1 - 1) * m.stride1 + (m.rows - 1) * m.stride_row +
+                       (m.cols - 1) * m.stride_col;
+  return {field, m.data, (last + 1) * dtype_size(m.dtype)};
 }
 
 }  // namespace adaattn::test

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "backend.h"
 
@@ -26,6 +27,7 @@ struct FakeState {
   size_t workspace_needed = 0;
   std::function<void()> on_select, on_execute;
   const void* foreign_pointer = nullptr;  // check_pointer refuses this one
+  bool write_outputs = true;
 };
 
 std::unique_ptr<Backend> make_fake_backend(std::shared_ptr<FakeState> state, Allocator allocator = {});
@@ -33,7 +35,13 @@ std::unique_ptr<Backend> make_fake_backend(std::shared_ptr<FakeState> state, All
 // Fills every element that the operand's view names with value.
 void fill_rows(const Operand& operand, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, float value);
 
-// Reads one byte of the first and last element of every tensor of the call, and writes it back to outputs.
-void touch_corners(const AttnParams& params);
+// How many bytes from `data` a call may reach in a tensor, by the numbers that a kernel gets.
+struct Reach {
+  const char* field;
+  const void* data;
+  int64_t bytes;
+};
+std::vector<Reach> reach_of(const AttnParams& params);
+Reach reach_of(const MatrixBatch& matrix, const char* field);
 
 }  // namespace adaattn::test
