@@ -49,7 +49,8 @@ HeadResult attend(const Head& head) {
     for (int64_t j : keys) real += std::exp(p[j] - largest);
     const double total = real + (head.sink ? std::exp(*head.sink - largest) : 0);
 
-    double entropy = 0, o_square = 0;
+    double entropy = 0;
+    std::vector<double> square(static_cast<size_t>(d_v));
     for (int64_t j : keys) {
       const double s = p[j] - largest;
       const double w = real == 0 ? 0 : std::exp(s) / real;
@@ -58,10 +59,12 @@ HeadResult attend(const Head& head) {
       for (int64_t c = 0; c < d_v; ++c) {
         const double term = p[j] * head.v(j, c);
         result.o(i, c) += term;
-        o_square += term * term;
+        square[c] += term * term;
       }
     }
-    for (int64_t c = 0; c < d_v; ++c) o_square += result.o(i, c) * result.o(i, c);
+    double o_square = 0;  // of the finite columns
+    for (int64_t c = 0; c < d_v; ++c)
+      if (std::isfinite(square[c])) o_square += square[c] + result.o(i, c) * result.o(i, c);
 
     result.lse.push_back(largest + std::log(total));
     result.entropy.push_back(entropy);

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ struct Target {
   adaattn_device_t device = ADAATTN_DEVICE_CPU;
   adaattn_isa_t isa = ADAATTN_ISA_AUTO;
 };
+
+inline void PrintTo(const Target& target, std::ostream* out) { *out << target.name; }
 
 // Every target of this build's architecture, whether or not this machine has it.
 const std::vector<Target>& all_targets(adaattn_device_t device);

@@ -10,7 +10,7 @@ namespace {
 // Lengths around the sizes of tiles and vectors, and anything between.
 int64_t random_length(Random& random, int64_t limit) {
   const int64_t edges[] = {0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193};
-  const int64_t n = random.chance(0.3) ? random.pick(edges) : random.between(1, limit);
+  const int64_t n = random.chance(0.3) ? random.pick(edges) : random.between(std::min<int64_t>(1, limit), limit);
   return std::min(n, limit);
 }
 

@@ -1,0 +1,33 @@
+// Problems drawn at random from everything the API offers. The seed is fresh on each run unless ADAATTN_TEST_SEED is
+// set; a failure prints it with the problem.
+#include "attention/fixture.h"
+
+namespace adaattn::test {
+namespace {
+
+constexpr int kBatches = 16, kCasesPerBatch = 8;
+
+class RandomAttention : public testing::TestWithParam<int> {};
+
+TEST_P(RandomAttention, AgreesWithTheOracle) {
+  const uint64_t seed = run_seed() + static_cast<uint64_t>(GetParam()) * 0x9e3779b97f4a7c15u;
+  Random random(seed);
+  for (int n = 0; n < kCasesPerBatch; ++n) {
+    const AttentionCase c = random_case(random);
+    const Dtypes dtypes = random.chance(0.7) ? random.pick(uniform_dtypes()) : random.pick(mixed_dtypes());
+    SCOPED_TRACE("number " + std::to_string(n) + ", " + dtypes.name + ", " + describe(c));
+    AttentionData data(c, dtypes, static_cast<uint64_t>(random.between(0, 1 << 30)));
+    const reference::AttentionResult expected = reference::attention(data.desc, data.io());
+    for (const Target& target : available_targets(kDevice)) {
+      SCOPED_TRACE(target.name);
+      const Context context(target, static_cast<int32_t>(random.between(1, 3)));
+      run(context, data);
+      EXPECT_TRUE(matches(data, expected));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Batch, RandomAttention, testing::Range(0, kBatches));
+
+}  // namespace
+}  // namespace adaattn::test

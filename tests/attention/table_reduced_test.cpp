@@ -1,0 +1,9 @@
+#include "attention/table.h"
+
+namespace adaattn::test {
+namespace {
+
+INSTANTIATE_TEST_SUITE_P(Reduced, Attention, testing::ValuesIn(cells(true, uniform_dtypes())), cell_name);
+
+}  // namespace
+}  // namespace adaattn::test
