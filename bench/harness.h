@@ -1,0 +1,55 @@
+// What every suite shares: timing, rows, and the JSON file that a run leaves.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace adaattn::bench {
+
+struct Timing {
+  double us = 0;      // median
+  double spread = 0;  // (max - min) / median
+};
+
+// Host time of `call` after one warm-up: at least 7 runs and `seconds` in all.
+Timing measure(const std::function<void()>& call, double seconds = 0.4);
+
+struct Row {
+  std::string name;  // direction/dtype/d<qk>/mask/b<batch>h<heads>kv<heads>/s<keys>[q<queries>]...
+  Timing time;
+  double rate = 0;
+  std::string unit;  // of rate: GFLOP/s, GB/s, TFLOP/s
+  double error = 0;  // relative to the float64 oracle
+  std::string peer;  // what peer_us is the time of, for the same work
+  double peer_us = 0;
+};
+
+// Collects a run and prints it as it goes.
+class Report {
+ public:
+  explicit Report(std::string filter) : filter_(std::move(filter)) {}
+  void set_device(std::string name) { device_ = std::move(name); }
+  void add_ceiling(const std::string& name, double value);
+  double ceiling(const std::string& name) const { return ceilings_.at(name); }
+  bool wants(const std::string& name) const { return name.find(filter_) != std::string::npos; }
+  void add(const Row& row);
+  const Row* find(const std::string& name) const;
+  void write(const std::string& path) const;
+
+ private:
+  std::string filter_, device_;
+  std::map<std::string, double> ceilings_;
+  std::vector<Row> rows_;
+};
+
+struct Suite {
+  const char* name;
+  void (*run)(Report& report);
+};
+
+void run_cpu_exact(Report& report);
+
+}  // namespace adaattn::bench

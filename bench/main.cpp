@@ -1,0 +1,31 @@
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "harness.h"
+
+int main(int argc, char** argv) {
+  using namespace adaattn::bench;
+  constexpr Suite kSuites[] = {{"cpu_exact", run_cpu_exact}};
+
+  CLI::App app("Benches of libadaattn");
+  std::string suite, out, filter;
+  app.add_option("--suite", suite, "cpu_exact")->required();
+  app.add_option("--out", out, "JSON file to write");
+  app.add_option("--filter", filter, "run only the rows whose name contains this");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    for (const Suite& s : kSuites) {
+      if (suite != s.name) continue;
+      Report report(filter);
+      s.run(report);
+      if (!out.empty()) report.write(out);
+      return 0;
+    }
+    std::fprintf(stderr, "there is no suite %s\n", suite.c_str());
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+  }
+  return 1;
+}
