@@ -14,9 +14,11 @@ namespace adaattn::cpu {
 inline constexpr int64_t kKeyBlock = 192;
 inline constexpr int64_t kTileRows = 128;
 // Keys per split of the decode kernel: fixed, so that results do not depend on the number of threads.
-inline constexpr int64_t kSplitKeys = 1024;
+inline constexpr int64_t kSplitKeys = 512;
 // (query head, query) pairs of one KV head that the decode kernel takes.
 inline constexpr int64_t kDecodeRows = 32;
+// Rows, those of every head rounded up to four, that one decode item may hold over several heads.
+inline constexpr int64_t kDecodeItemRows = 64;
 
 // K or V of one sequence and one KV head. Paged: key j lies in page block_table[j / page_size].
 struct KeyOperand {
@@ -53,15 +55,19 @@ struct PrefillArgs {
   char* scratch = nullptr;  // prefill_scratch() bytes, 64-byte aligned
 };
 
-// Rows of one (sequence, KV head) against keys [split_begin, split_end).
+// Rows of `heads` neighbouring KV heads of one sequence against keys [split_begin, split_end). The operands are those
+// of the first head.
 struct DecodeArgs {
   RowOperands rows;
   KeyOperand k, v;
-  int64_t row_begin = 0, row_count = 0;  // at most kDecodeRows of them
+  int64_t heads = 1;
+  int64_t k_head_stride = 0, v_head_stride = 0;  // bytes
+  int64_t row_begin = 0, row_count = 0;          // of each head, at most kDecodeRows
   const int32_t* key_begin = nullptr;
   const int32_t* key_end = nullptr;
   int64_t split_begin = 0, split_end = 0;
   float* partial = nullptr;  // partial_floats(d_v) per row: max, sum, entropy sum, unused, then O
+  int64_t partial_head_stride = 0;
   char* scratch = nullptr;
 };
 

@@ -24,14 +24,12 @@ WorkLayout lay_out_work(const Problem& problem, const KernelTable& kernels, int6
   w.tiles = std::clamp<int64_t>(kTileBudget / tile_bytes, 1, kMaxTiles);
   w.tiles = std::clamp<int64_t>(ceil_div(max_rows, kTileRows), 1, w.tiles);
 
-  // The longest call that the decode kernel takes within the maxima.
-  w.decode_rows = std::min(std::min(max_rows, std::max(group, kDecodeRows / group * group)), kDecodeRows);
   w.splits = std::max<int64_t>(ceil_div(problem.max_seqlen_k, kSplitKeys), 1);
-  w.unit_bytes =
-      align(w.splits * w.decode_rows * partial_floats(problem.d_v) * static_cast<int64_t>(sizeof(float)) + kAlignment);
-  w.units = std::max(kUnitsPerLane * lanes, kSplitsPerLane * lanes / w.splits);
-  const int64_t all_units = problem.max_batch * problem.heads_kv * ceil_div(std::max<int64_t>(group, 1), kDecodeRows);
-  w.units = std::min(w.units, all_units);
+  const int64_t partials = w.splits * decode_rows(problem.max_seqlen_q, group) * partial_floats(problem.d_v);
+  w.unit_bytes = align(kUnitHeader + partials * static_cast<int64_t>(sizeof(float)));
+  const int64_t units_per_sequence = problem.heads_kv * ceil_div(group, kDecodeRows);
+  const int64_t items = std::max(kUnitsPerLane * lanes, kSplitsPerLane * lanes / w.splits);
+  w.wave_sequences = std::clamp<int64_t>(items / units_per_sequence, 1, problem.max_batch);
 
   int64_t scratch = static_cast<int64_t>(kernels.decode_scratch(problem.d_qk, problem.d_v));
   const bool prefills = problem.max_seqlen_q > 1 && max_rows > kDecodeRows;
@@ -42,7 +40,7 @@ WorkLayout lay_out_work(const Problem& problem, const KernelTable& kernels, int6
   w.ranges_bytes = align(2 * rows * static_cast<int64_t>(sizeof(int32_t)));
   w.lane_bytes = align(w.ranges_bytes + scratch);
   // The caller's memory may have any alignment.
-  w.workspace_bytes = kAlignment + lanes * w.lane_bytes + w.units * w.unit_bytes;
+  w.workspace_bytes = kAlignment + lanes * w.lane_bytes + w.wave_sequences * units_per_sequence * w.unit_bytes;
   return w;
 }
 

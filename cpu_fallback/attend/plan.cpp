@@ -39,6 +39,8 @@ char* align_up(void* p) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~static_cast<uintptr_t>(63));
 }
 
+float* partials_of(char* unit_memory) { return reinterpret_cast<float*>(unit_memory + kUnitHeader); }
+
 class CpuAttentionPlan final : public AttentionPlan {
  public:
   CpuAttentionPlan(const Problem& problem, adaattn_isa_t isa, ThreadPool& pool)
@@ -71,6 +73,7 @@ class CpuAttentionPlan final : public AttentionPlan {
   void prefill(const AttnParams& p, char* memory);
   void decode(const AttnParams& p, char* memory);
   void count(const AttnParams& p);
+  int64_t heads_per_item(const AttnParams& p, int64_t splits) const;
 
   Problem problem_;
   const KernelTable& kernels_;
@@ -119,34 +122,56 @@ void CpuAttentionPlan::prefill(const AttnParams& p, char* memory) {
       lanes_);
 }
 
+// KV heads that a decode item takes. Neighbours in memory are read together where a token's heads are adjacent; fewer
+// where there would be too few items. Results do not depend on it.
+int64_t CpuAttentionPlan::heads_per_item(const AttnParams& p, int64_t splits) const {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const bool token_major = p.k.stride_h < p.k.stride_s;
+  int64_t heads = token_major ? kDecodeItemRows / (ceil_div(decode_rows(p.seqlen_q, group), 4) * 4) : 1;
+  heads = std::clamp<int64_t>(heads, 1, p.heads_kv);
+  const int64_t lanes = std::min<int64_t>(lanes_, pool_.num_threads());
+  while (heads > 1 && lanes > 1 && p.batch * ceil_div(p.heads_kv, heads) * splits < 4 * lanes) heads = (heads + 1) / 2;
+  return heads;
+}
+
 void CpuAttentionPlan::decode(const AttnParams& p, char* memory) {
   const int64_t group = p.heads_q / p.heads_kv;
   if (p.seqlen_q == 0) return;
-  const int64_t row_chunks = ceil_div(group, kDecodeRows);
-  const int64_t units = p.batch * p.heads_kv * row_chunks;
   const int64_t splits = std::max<int64_t>(ceil_div(p.seqlen_k, kSplitKeys), 1);
+  const int64_t heads = heads_per_item(p, splits), head_groups = ceil_div(p.heads_kv, heads);
+  const int64_t row_chunks = ceil_div(group, kDecodeRows);
+  const int64_t items_per_sequence = head_groups * row_chunks * splits;
   char* partials = memory + lanes_ * layout_.lane_bytes;
 
-  for (int64_t first = 0; first < units; first += layout_.units) {
-    const int64_t wave = std::min(units - first, layout_.units);
-    // Each unit's memory starts with the number of its splits that are done.
-    for (int64_t u = 0; u < wave; ++u) new (partials + u * layout_.unit_bytes) std::atomic<int64_t>(0);
+  for (int64_t first = 0; first < p.batch; first += layout_.wave_sequences) {
+    const int64_t wave = std::min(p.batch - first, layout_.wave_sequences);
+    // A unit is one KV head's row chunk. Its memory starts with the number of its splits that are done.
+    const auto unit_memory = [&](int64_t b, int64_t row_chunk, int64_t head) {
+      return partials + (((b - first) * row_chunks + row_chunk) * p.heads_kv + head) * layout_.unit_bytes;
+    };
+    for (int64_t unit = 0; unit < wave * row_chunks * p.heads_kv; ++unit)
+      new (partials + unit * layout_.unit_bytes) std::atomic<int64_t>(0);
+
     pool_.for_each(
-        wave * splits,
+        wave * items_per_sequence,
         [&](int64_t lane, int64_t item) {
-          const int64_t unit = first + item / splits, split = item % splits;
-          const int64_t b = unit / (p.heads_kv * row_chunks), head = unit / row_chunks % p.heads_kv;
+          const int64_t b = first + item / items_per_sequence, split = item % splits;
+          const int64_t row_chunk = item / splits % row_chunks;
+          const int64_t head = item / (splits * row_chunks) % head_groups * heads;
           const Sequence s = sequence_of(p, b);
           if (s.len_q == 0 || !is_decode(s.len_q, group)) return;
-          DecodeArgs args;
-          args.row_begin = unit % row_chunks * kDecodeRows;
-          args.row_count = std::min(s.len_q * group - args.row_begin, kDecodeRows);
-          if (args.row_count <= 0) return;
           const int64_t used_splits = std::max<int64_t>(ceil_div(s.len_k, kSplitKeys), 1);
           if (split >= used_splits) return;
+          DecodeArgs args;
+          args.row_begin = row_chunk * kDecodeRows;
+          args.row_count = std::min(s.len_q * group - args.row_begin, kDecodeRows);
+          if (args.row_count <= 0) return;
           args.rows = row_operands(p, b, s, head * group, group);
           args.k = key_operand(p, p.k, b, s, head);
           args.v = key_operand(p, p.v, b, s, head);
+          args.heads = std::min(heads, p.heads_kv - head);
+          args.k_head_stride = p.k.stride_h * dtype_size(p.k.dtype);
+          args.v_head_stride = p.v.stride_h * dtype_size(p.v.dtype);
           char* scratch = memory + lane * layout_.lane_bytes;
           int32_t* begin = reinterpret_cast<int32_t*>(scratch);
           int32_t* end = begin + kDecodeRows;
@@ -156,21 +181,25 @@ void CpuAttentionPlan::decode(const AttnParams& p, char* memory) {
           args.split_begin = split * kSplitKeys;
           args.split_end = std::min(args.split_begin + kSplitKeys, s.len_k);
           args.scratch = scratch + layout_.ranges_bytes;
-          char* unit_memory = partials + (unit - first) * layout_.unit_bytes;
-          float* results = reinterpret_cast<float*>(unit_memory + 64);
-          args.partial = results + split * args.row_count * partial_floats(p.d_v);
+          const int64_t split_floats = args.row_count * partial_floats(p.d_v);
+          args.partial = partials_of(unit_memory(b, row_chunk, head)) + split * split_floats;
+          args.partial_head_stride = layout_.unit_bytes / static_cast<int64_t>(sizeof(float));
           kernels_.decode(args);
-          // Whoever finishes the unit's last split joins them, always in key order.
-          auto* done = std::launder(reinterpret_cast<std::atomic<int64_t>*>(unit_memory));
-          if (done->fetch_add(1, std::memory_order_acq_rel) + 1 != used_splits) return;
-          CombineArgs join;
-          join.rows = args.rows;
-          join.row_begin = args.row_begin;
-          join.row_count = args.row_count;
-          join.partials = results;
-          join.splits = used_splits;
-          join.scratch = args.scratch;
-          kernels_.combine(join);
+
+          for (int64_t h = head; h < head + args.heads; ++h) {
+            // Whoever finishes a unit's last split joins them, always in key order.
+            char* unit = unit_memory(b, row_chunk, h);
+            auto* done = std::launder(reinterpret_cast<std::atomic<int64_t>*>(unit));
+            if (done->fetch_add(1, std::memory_order_acq_rel) + 1 != used_splits) continue;
+            CombineArgs join;
+            join.rows = row_operands(p, b, s, h * group, group);
+            join.row_begin = args.row_begin;
+            join.row_count = args.row_count;
+            join.partials = partials_of(unit);
+            join.splits = used_splits;
+            join.scratch = args.scratch;
+            kernels_.combine(join);
+          }
         },
         lanes_);
   }

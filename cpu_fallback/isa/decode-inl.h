@@ -8,8 +8,8 @@ namespace adaattn::cpu {
 namespace {
 
 constexpr int kRowGroup = 4;
-// Keys whose K (or V) stays in the first-level cache while all row groups use it.
-constexpr int64_t kKeyChunk = 32;
+// Keys whose K (or V) stays in the first-level cache while all row groups of a head use it.
+constexpr int64_t kKeyChunk = 16;
 #if defined(ADAATTN_UNIT_AVX512) || defined(ADAATTN_UNIT_NEON)
 constexpr int kKeysAtOnce = 4;
 constexpr int kValueVectors = 4;
@@ -18,21 +18,24 @@ constexpr int kKeysAtOnce = 2;
 constexpr int kValueVectors = 2;
 #endif
 
+// A unit is a group of four rows of one head; unit u belongs to head u / groups.
 struct DecodeScratch {
-  float* q;  // [row groups * 4][q_stride], widened, zeros behind d_qk
-  float* s;  // [row groups][kSplitKeys][4]
-  float* o;  // [row groups * 4][o_stride]
+  float* q;  // [units * 4][q_stride], widened, zeros behind d_qk
+  float* s;  // [units][kSplitKeys][4]
+  float* o;  // [units * 4][o_stride]
   float* row;
   int64_t q_stride, o_stride;
-  int64_t base;  // the key at s[..][0]
+  int64_t groups;  // of a head
+  int64_t base;    // the key at s[..][0]
 };
+constexpr int64_t kMaxUnits = kDecodeItemRows / kRowGroup;
 
 HWY_INLINE void lay_out(Arena& arena, DecodeScratch& x, int64_t d_qk, int64_t d_v) {
   x.q_stride = round_up(d_qk, kLanes);
   x.o_stride = round_up(d_v, kLanes * kValueVectors);
-  x.q = arena.take<float>(kDecodeRows * x.q_stride);
-  x.s = arena.take<float>(kDecodeRows * kSplitKeys);
-  x.o = arena.take<float>(kDecodeRows * x.o_stride);
+  x.q = arena.take<float>(kDecodeItemRows * x.q_stride);
+  x.s = arena.take<float>(kDecodeItemRows * kSplitKeys);
+  x.o = arena.take<float>(kDecodeItemRows * x.o_stride);
   x.row = arena.take<float>(round_up(d_v, 16));
 }
 
@@ -41,6 +44,24 @@ size_t decode_scratch(int64_t d_qk, int64_t d_v) {
   DecodeScratch unused;
   lay_out(arena, unused, d_qk, d_v);
   return arena.used;
+}
+
+// The rows of the item's KV head `head`.
+HWY_INLINE RowOperands rows_of_head(const RowOperands& first, int64_t head) {
+  RowOperands rows = first;
+  const int64_t h = head * first.group;
+  const Operand* from[] = {&first.q, &first.o, &first.lse, &first.entropy};
+  Operand* to[] = {&rows.q, &rows.o, &rows.lse, &rows.entropy};
+  for (int i = 0; i < 4; ++i) {
+    if (from[i]->data != nullptr)
+      to[i]->data = static_cast<char*>(from[i]->data) + h * from[i]->stride_h * element_bytes(from[i]->dtype);
+  }
+  if (rows.bias.data != nullptr)
+    rows.bias.data =
+        static_cast<const char*>(first.bias.data) + h * first.bias.stride_h * element_bytes(first.bias.dtype);
+  if (rows.alibi != nullptr) rows.alibi += h * first.alibi_stride;
+  if (rows.sinks != nullptr) rows.sinks += h * first.sinks_stride;
+  return rows;
 }
 
 // The sums of the lanes of a, b, c, d, in this order.
@@ -64,19 +85,36 @@ HWY_INLINE hn::Vec128<float, 4> sums_of_lanes(F32 a, F32 b, F32 c, F32 d) {
 #endif
 }
 
-// Scores of kKeys keys with four rows: s[key * 4 + row].
-template <typename T, int kKeys>
-HWY_INLINE void score_keys(const T* const* k, const float* HWY_RESTRICT q, int64_t q_stride, int64_t d,
-                           float* HWY_RESTRICT s) {
-  F32 acc[kKeys][kRowGroup];
+// The hardware does not follow rows that lie pages apart. Into the second level only: it has room for many more
+// outstanding lines than the first.
+HWY_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
+// Addresses of the keys of one chunk and of the next.
+struct ChunkAddresses {
+  const char* key[2 * kKeyChunk];
+
+  HWY_INLINE void fill(const KeyOperand& operand, int64_t chunk, int64_t last) {
+    for (int64_t i = 0; i < 2 * kKeyChunk; ++i) key[i] = key_address(operand, chunk + i < last ? chunk + i : last - 1);
+  }
+};
+
+// Scores of kKeys keys with kRows rows: s[key * 4 + row].
+template <typename T, int kKeys, int kRows>
+HWY_INLINE void score_keys(const char* const* keys, int64_t offset, const float* HWY_RESTRICT q, int64_t q_stride,
+                           int64_t d, float* HWY_RESTRICT s) {
+  const T* k[kKeys];
+  ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) k[j] = reinterpret_cast<const T*>(keys[j] + offset);
+  F32 acc[kKeys][kRows];
   ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) {
-    ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) acc[j][r] = hn::Zero(kF32);
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) acc[j][r] = hn::Zero(kF32);
   }
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
     F32 x[kKeys];
     ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) x[j] = load(k[j] + i);
-    ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
       const F32 y = hn::Load(kF32, q + r * q_stride + i);
       ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) acc[j][r] = hn::MulAdd(x[j], y, acc[j][r]);
     }
@@ -84,32 +122,55 @@ HWY_INLINE void score_keys(const T* const* k, const float* HWY_RESTRICT q, int64
   if (i < d) {
     ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) {
       const F32 x = load_head(k[j] + i, d - i);
-      ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+      ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
         acc[j][r] = hn::MulAdd(x, hn::Load(kF32, q + r * q_stride + i), acc[j][r]);
       }
     }
   }
   const hn::FixedTag<float, 4> kBlock;
+  const F32 zero = hn::Zero(kF32);
   ADAATTN_UNROLL for (int j = 0; j < kKeys; ++j) {
-    hn::Store(sums_of_lanes(acc[j][0], acc[j][1], acc[j][2], acc[j][3]), kBlock, s + j * 4);
+    const auto sums = sums_of_lanes(acc[j][0], kRows > 1 ? acc[j][1 % kRows] : zero,
+                                    kRows > 2 ? acc[j][2 % kRows] : zero, kRows > 3 ? acc[j][3 % kRows] : zero);
+    hn::Store(sums, kBlock, s + j * 4);
   }
 }
 
+template <typename T, int kRows>
+HWY_NOINLINE void score_chunk(const ChunkAddresses& keys, int64_t offset, int64_t n, const float* q, int64_t q_stride,
+                              int64_t d, float* s, int64_t prefetch_bytes) {
+  int64_t j = 0;
+  for (; j + kKeysAtOnce <= n; j += kKeysAtOnce) {
+    for (int64_t i = j; prefetch_bytes > 0 && i < j + kKeysAtOnce; ++i)
+      prefetch_row(keys.key[i + kKeyChunk] + offset, prefetch_bytes);
+    score_keys<T, kKeysAtOnce, kRows>(keys.key + j, offset, q, q_stride, d, s + j * kRowGroup);
+  }
+  for (; j < n; ++j) score_keys<T, 1, kRows>(keys.key + j, offset, q, q_stride, d, s + j * kRowGroup);
+}
+
+// All heads of the item chunk by chunk, so that memory is read nearly in its order where the heads of a token are
+// neighbours.
 template <typename T>
-HWY_NOINLINE void score_split(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last, int64_t groups) {
-  const int64_t d = args.rows.d_qk;
+HWY_NOINLINE void score_split(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last) {
+  const int64_t d = args.rows.d_qk, row_bytes = d * static_cast<int64_t>(sizeof(T));
+  ChunkAddresses keys;
   for (int64_t chunk = first; chunk < last; chunk += kKeyChunk) {
-    const int64_t chunk_last = chunk + kKeyChunk < last ? chunk + kKeyChunk : last;
-    const T* keys[kKeyChunk];
-    for (int64_t j = chunk; j < chunk_last; ++j) keys[j - chunk] = reinterpret_cast<const T*>(key_address(args.k, j));
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* q = x.q + g * kRowGroup * x.q_stride;
-      float* s = x.s + (g * kSplitKeys + chunk - x.base) * kRowGroup;
-      int64_t j = 0;
-      const int64_t n = chunk_last - chunk;
-      for (; j + kKeysAtOnce <= n; j += kKeysAtOnce)
-        score_keys<T, kKeysAtOnce>(keys + j, q, x.q_stride, d, s + j * kRowGroup);
-      for (; j < n; ++j) score_keys<T, 1>(keys + j, q, x.q_stride, d, s + j * kRowGroup);
+    const int64_t n = chunk + kKeyChunk < last ? kKeyChunk : last - chunk;
+    keys.fill(args.k, chunk, last);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t g = 0; g < x.groups; ++g) {
+        const int64_t unit = h * x.groups + g, rows = args.row_count - g * kRowGroup;
+        const float* q = x.q + unit * kRowGroup * x.q_stride;
+        float* s = x.s + (unit * kSplitKeys + chunk - x.base) * kRowGroup;
+        const int64_t offset = h * args.k_head_stride, prefetch_bytes = g == 0 ? row_bytes : 0;
+        if (rows == 1) {
+          score_chunk<T, 1>(keys, offset, n, q, x.q_stride, d, s, prefetch_bytes);
+        } else if (rows == 2) {
+          score_chunk<T, 2>(keys, offset, n, q, x.q_stride, d, s, prefetch_bytes);
+        } else {
+          score_chunk<T, 4>(keys, offset, n, q, x.q_stride, d, s, prefetch_bytes);
+        }
+      }
     }
   }
 }
@@ -133,9 +194,8 @@ HWY_INLINE void fold_rows(F32 x, float* out) {
 }
 
 // Score terms, mask, maximum, weights and their sums for the four rows at s[key][4], keys [first, last).
-HWY_NOINLINE void weigh_group(const DecodeArgs& args, const ScoreRule& rule, float* HWY_RESTRICT s, int64_t group,
-                              int64_t first, int64_t last, GroupState* state) {
-  const RowOperands& rows = args.rows;
+HWY_NOINLINE void weigh_group(const DecodeArgs& args, const RowOperands& rows, const ScoreRule& rule,
+                              float* HWY_RESTRICT s, int64_t group, int64_t first, int64_t last, GroupState* state) {
   HWY_ALIGN int32_t begin[4], end[4], position[4];
   HWY_ALIGN float slope[4];
   for (int64_t i = 0; i < kRowGroup; ++i) {
@@ -209,143 +269,188 @@ HWY_NOINLINE void weigh_group(const DecodeArgs& args, const ScoreRule& rule, flo
   fold_rows(entropy, state->entropy_sum);
 }
 
-// o[4 rows][kVectors vectors] += w^T V for n keys.
-template <typename T, int kVectors>
-HWY_INLINE void add_values(const T* const* v, int64_t column, const float* HWY_RESTRICT w, int64_t n,
-                           float* HWY_RESTRICT o, int64_t o_stride) {
-  F32 acc[kRowGroup][kVectors];
-  ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+// o[kRows][kVectors vectors] += w^T V for n keys.
+template <typename T, int kVectors, int kRows>
+HWY_INLINE void add_values(const ChunkAddresses& values, int64_t offset, int64_t n, const float* HWY_RESTRICT w,
+                           float* HWY_RESTRICT o, int64_t o_stride, int64_t prefetch_bytes) {
+  F32 acc[kRows][kVectors];
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int i = 0; i < kVectors; ++i) acc[r][i] = hn::Load(kF32, o + r * o_stride + i * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
+    const T* v = reinterpret_cast<const T*>(values.key[j] + offset);
+    prefetch_row(values.key[j + kKeyChunk] + offset, prefetch_bytes);
     F32 x[kVectors];
-    ADAATTN_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = load(v[j] + column + i * kLanes);
-    ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+    ADAATTN_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = load(v + i * kLanes);
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
       const F32 weight = hn::Set(kF32, w[j * kRowGroup + r]);
       ADAATTN_UNROLL for (int i = 0; i < kVectors; ++i) acc[r][i] = hn::MulAdd(weight, x[i], acc[r][i]);
     }
   }
-  ADAATTN_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int i = 0; i < kVectors; ++i) hn::Store(acc[r][i], kF32, o + r * o_stride + i * kLanes);
   }
 }
 
-template <typename T>
-HWY_NOINLINE void add_chunk(const T* const* v, int64_t d, const float* w, int64_t n, float* o, int64_t o_stride) {
+template <typename T, int kRows>
+HWY_NOINLINE void add_chunk(const ChunkAddresses& values, int64_t offset, int64_t n, int64_t d, const float* w,
+                            float* o, int64_t o_stride, int64_t prefetch_bytes) {
+  constexpr int64_t kStep = kValueVectors * kLanes;
   int64_t column = 0;
-  for (; column + kValueVectors * kLanes <= d; column += kValueVectors * kLanes)
-    add_values<T, kValueVectors>(v, column, w, n, o + column, o_stride);
-  for (; column + kLanes <= d; column += kLanes) add_values<T, 1>(v, column, w, n, o + column, o_stride);
+  const auto at = [offset](int64_t c) { return offset + c * static_cast<int64_t>(sizeof(T)); };
+  for (; column + kStep <= d; column += kStep) {
+    add_values<T, kValueVectors, kRows>(values, at(column), n, w, o + column, o_stride, prefetch_bytes);
+    prefetch_bytes = 0;
+  }
+  for (; column + kLanes <= d; column += kLanes)
+    add_values<T, 1, kRows>(values, at(column), n, w, o + column, o_stride, 0);
   for (int64_t j = 0; column < d && j < n; ++j) {
-    const F32 x = load_head(v[j] + column, d - column);
-    for (int r = 0; r < kRowGroup; ++r) {
-      float* at = o + r * o_stride + column;
-      hn::Store(hn::MulAdd(hn::Set(kF32, w[j * kRowGroup + r]), x, hn::Load(kF32, at)), kF32, at);
+    const F32 x = load_head(reinterpret_cast<const T*>(values.key[j] + at(column)), d - column);
+    for (int r = 0; r < kRows; ++r) {
+      float* to = o + r * o_stride + column;
+      hn::Store(hn::MulAdd(hn::Set(kF32, w[j * kRowGroup + r]), x, hn::Load(kF32, to)), kF32, to);
+    }
+  }
+}
+
+template <typename T>
+HWY_NOINLINE void add_split(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last) {
+  const int64_t d = args.rows.d_v, row_bytes = d * static_cast<int64_t>(sizeof(T));
+  ChunkAddresses values;
+  for (int64_t chunk = first; chunk < last; chunk += kKeyChunk) {
+    const int64_t n = chunk + kKeyChunk < last ? kKeyChunk : last - chunk;
+    values.fill(args.v, chunk, last);
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t g = 0; g < x.groups; ++g) {
+        const int64_t unit = h * x.groups + g, rows = args.row_count - g * kRowGroup;
+        const float* w = x.s + (unit * kSplitKeys + chunk - x.base) * kRowGroup;
+        float* o = x.o + unit * kRowGroup * x.o_stride;
+        const int64_t offset = h * args.v_head_stride, prefetch_bytes = g == 0 ? row_bytes : 0;
+        if (rows == 1) {
+          add_chunk<T, 1>(values, offset, n, d, w, o, x.o_stride, prefetch_bytes);
+        } else if (rows == 2) {
+          add_chunk<T, 2>(values, offset, n, d, w, o, x.o_stride, prefetch_bytes);
+        } else {
+          add_chunk<T, 4>(values, offset, n, d, w, o, x.o_stride, prefetch_bytes);
+        }
+      }
     }
   }
 }
 
 // The same for keys that some row must not see: V may hold anything there, so weights of 0 are skipped, not multiplied.
-HWY_NOINLINE void add_guarded(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last, int64_t groups) {
+HWY_NOINLINE void add_guarded(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last) {
   const int64_t d = args.rows.d_v;
   for (int64_t j = first; j < last; ++j) {
-    widen_row(key_address(args.v, j), args.v.dtype, x.row, d, 1.0f);
-    for (int64_t r = 0; r < groups * kRowGroup; ++r) {
-      const float w = x.s[((r / kRowGroup) * kSplitKeys + j - x.base) * kRowGroup + r % kRowGroup];
-      if (w == 0) continue;
-      float* o = x.o + r * x.o_stride;
-      for (int64_t i = 0; i < d; ++i) o[i] += w * x.row[i];
+    for (int64_t h = 0; h < args.heads; ++h) {
+      widen_row(key_address(args.v, j) + h * args.v_head_stride, args.v.dtype, x.row, d, 1.0f);
+      for (int64_t r = 0; r < args.row_count; ++r) {
+        const int64_t unit = h * x.groups + r / kRowGroup;
+        const float w = x.s[(unit * kSplitKeys + j - x.base) * kRowGroup + r % kRowGroup];
+        if (w == 0) continue;
+        float* o = x.o + (unit * kRowGroup + r % kRowGroup) * x.o_stride;
+        for (int64_t i = 0; i < d; ++i) o[i] += w * x.row[i];
+      }
     }
   }
 }
 
-template <typename T>
-HWY_NOINLINE void add_split(const DecodeArgs& args, DecodeScratch& x, int64_t first, int64_t last, int64_t groups) {
-  for (int64_t chunk = first; chunk < last; chunk += kKeyChunk) {
-    const int64_t n = chunk + kKeyChunk < last ? kKeyChunk : last - chunk;
-    const T* values[kKeyChunk];
-    for (int64_t j = 0; j < n; ++j) values[j] = reinterpret_cast<const T*>(key_address(args.v, chunk + j));
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* w = x.s + (g * kSplitKeys + chunk - x.base) * kRowGroup;
-      add_chunk<T>(values, args.rows.d_v, w, n, x.o + g * kRowGroup * x.o_stride, x.o_stride);
+// Keys [first, last) of the split that some row sees, and those that all rows see.
+struct SplitRange {
+  int64_t first, last, all_first, all_last;
+};
+
+HWY_INLINE int64_t clamp(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+HWY_INLINE SplitRange split_range(const DecodeArgs& args) {
+  SplitRange range = {args.split_end, args.split_begin, args.split_begin, args.split_end};
+  for (int64_t r = 0; r < args.row_count; ++r) {
+    const int64_t begin = clamp(args.key_begin[r], args.split_begin, args.split_end);
+    const int64_t end = clamp(args.key_end[r], args.split_begin, args.split_end);
+    if (begin < end) {
+      range.first = begin < range.first ? begin : range.first;
+      range.last = end > range.last ? end : range.last;
     }
+    range.all_first = begin > range.all_first ? begin : range.all_first;
+    range.all_last = end < range.all_last ? end : range.all_last;
   }
+  range.all_first = clamp(range.all_first, range.first, range.last);
+  range.all_last = clamp(range.all_last, range.all_first, range.last);
+  return range;
 }
 
 void decode(const DecodeArgs& args) {
-  const RowOperands& rows = args.rows;
-  const ScoreRule rule = score_rule(rows);
-  const int64_t groups = (args.row_count + kRowGroup - 1) / kRowGroup;
+  const ScoreRule rule = score_rule(args.rows);
+  const int64_t d_qk = args.rows.d_qk, d_v = args.rows.d_v, stride = partial_floats(d_v);
   Arena arena{args.scratch};
   DecodeScratch x;
-  lay_out(arena, x, rows.d_qk, rows.d_v);
+  lay_out(arena, x, d_qk, d_v);
+  x.groups = (args.row_count + kRowGroup - 1) / kRowGroup;
 
-  int64_t first = args.split_end, last = args.split_begin, all_first = args.split_begin, all_last = args.split_end;
-  for (int64_t r = 0; r < args.row_count; ++r) {
-    const int64_t begin = args.key_begin[r], end = args.key_end[r];
-    if (begin < end) {
-      first = begin < first ? begin : first;
-      last = end > last ? end : last;
-    }
-    all_first = begin > all_first ? begin : all_first;
-    all_last = end < all_last ? end : all_last;
-  }
-  first = first < args.split_begin ? args.split_begin : first;
-  last = last > args.split_end ? args.split_end : last;
-
-  x.base = first;
-  memset(x.q, 0, static_cast<size_t>(groups * kRowGroup * x.q_stride) * sizeof(float));
-  memset(x.o, 0, static_cast<size_t>(groups * kRowGroup * x.o_stride) * sizeof(float));
-  for (int64_t r = 0; r < args.row_count; ++r)
-    widen_row(row_address(rows.q, rows.group, args.row_begin + r), rows.q.dtype, x.q + r * x.q_stride, rows.d_qk,
-              rule.query_factor);
-
-  const int64_t stride = partial_floats(rows.d_v);
-  if (first >= last) {
-    for (int64_t r = 0; r < args.row_count; ++r) {
-      float* out = args.partial + r * stride;
-      memset(out, 0, static_cast<size_t>(stride) * sizeof(float));
-      out[0] = -infinity();
+  SplitRange range = split_range(args);
+  if (range.first >= range.last) {
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t r = 0; r < args.row_count; ++r) {
+        float* out = args.partial + h * args.partial_head_stride + r * stride;
+        memset(out, 0, static_cast<size_t>(stride) * sizeof(float));
+        out[0] = -infinity();
+      }
     }
     return;
   }
+  x.base = range.first;
+
+  const int64_t padded_rows = args.heads * x.groups * kRowGroup;
+  memset(x.q, 0, static_cast<size_t>(padded_rows * x.q_stride) * sizeof(float));
+  memset(x.o, 0, static_cast<size_t>(padded_rows * x.o_stride) * sizeof(float));
+  for (int64_t h = 0; h < args.heads; ++h) {
+    const RowOperands rows = rows_of_head(args.rows, h);
+    for (int64_t r = 0; r < args.row_count; ++r) {
+      widen_row(row_address(rows.q, rows.group, args.row_begin + r), rows.q.dtype,
+                x.q + (h * x.groups * kRowGroup + r) * x.q_stride, d_qk, rule.query_factor);
+    }
+  }
 
   if (args.k.dtype == Dtype::kF32) {
-    score_split<float>(args, x, first, last, groups);
+    score_split<float>(args, x, range.first, range.last);
   } else if (args.k.dtype == Dtype::kBF16) {
-    score_split<Brain>(args, x, first, last, groups);
+    score_split<Brain>(args, x, range.first, range.last);
   } else {
-    score_split<Half>(args, x, first, last, groups);
+    score_split<Half>(args, x, range.first, range.last);
+  }
+
+  GroupState states[kMaxUnits];
+  for (int64_t h = 0; h < args.heads; ++h) {
+    const RowOperands rows = rows_of_head(args.rows, h);
+    for (int64_t g = 0; g < x.groups; ++g) {
+      const int64_t unit = h * x.groups + g;
+      weigh_group(args, rows, rule, x.s + unit * kSplitKeys * kRowGroup, g, range.first, range.last, &states[unit]);
+    }
   }
 
   // Keys that every row sees need no guard; with a bias any key may be shut out by -inf.
-  const bool guard_all = rows.bias.data != nullptr || all_first >= all_last;
-  const int64_t plain_first = guard_all ? last : all_first > first ? (all_first < last ? all_first : last) : first;
-  const int64_t plain_last = guard_all         ? last
-                             : all_last < last ? (all_last > plain_first ? all_last : plain_first)
-                                               : last;
-  GroupState states[kDecodeRows / kRowGroup];
-  for (int64_t g = 0; g < groups; ++g) {
-    float* s = x.s + g * kSplitKeys * kRowGroup;
-    weigh_group(args, rule, s, g, first, last, &states[g]);
-  }
-  add_guarded(args, x, first, plain_first, groups);
+  if (args.rows.bias.data != nullptr) range.all_first = range.all_last = range.last;
+  add_guarded(args, x, range.first, range.all_first);
   if (args.v.dtype == Dtype::kF32) {
-    add_split<float>(args, x, plain_first, plain_last, groups);
+    add_split<float>(args, x, range.all_first, range.all_last);
   } else if (args.v.dtype == Dtype::kBF16) {
-    add_split<Brain>(args, x, plain_first, plain_last, groups);
+    add_split<Brain>(args, x, range.all_first, range.all_last);
   } else {
-    add_split<Half>(args, x, plain_first, plain_last, groups);
+    add_split<Half>(args, x, range.all_first, range.all_last);
   }
-  add_guarded(args, x, plain_last, last, groups);
+  add_guarded(args, x, range.all_last, range.last);
 
-  for (int64_t r = 0; r < args.row_count; ++r) {
-    float* out = args.partial + r * stride;
-    out[0] = states[r / kRowGroup].max[r % kRowGroup];
-    out[1] = states[r / kRowGroup].sum[r % kRowGroup];
-    out[2] = states[r / kRowGroup].entropy_sum[r % kRowGroup];
-    out[3] = 0;
-    memcpy(out + kPartialHeader, x.o + r * x.o_stride, static_cast<size_t>(rows.d_v) * sizeof(float));
+  for (int64_t h = 0; h < args.heads; ++h) {
+    for (int64_t r = 0; r < args.row_count; ++r) {
+      const GroupState& state = states[h * x.groups + r / kRowGroup];
+      float* out = args.partial + h * args.partial_head_stride + r * stride;
+      out[0] = state.max[r % kRowGroup];
+      out[1] = state.sum[r % kRowGroup];
+      out[2] = state.entropy_sum[r % kRowGroup];
+      out[3] = 0;
+      memcpy(out + kPartialHeader, x.o + (h * x.groups * kRowGroup + r) * x.o_stride,
+             static_cast<size_t>(d_v) * sizeof(float));
+    }
   }
 }
 
