@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/log.h"
 #include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/cpu_features.h"
 #include "cpu_fallback/isa/registry.h"
@@ -26,6 +27,8 @@ CpuBackend::CpuBackend(const BackendConfig& config)
       pool_(config.num_threads, config.parallel_for, config.parallel_for_user),
       isa_(resolve_isa(config.isa)) {
   if (allocator_.alloc == nullptr) allocator_ = {default_alloc, default_free, nullptr};
+  log_message(ADAATTN_LOG_INFO, "cpu: isa %s of %s, %d threads%s", isa_name(isa_), available_isas().c_str(),
+              static_cast<int>(pool_.num_threads()), config.parallel_for != nullptr ? " of the caller's" : "");
 }
 
 void CpuBackend::check_stream(adaattn_stream_t stream, bool) const {
@@ -43,6 +46,7 @@ void CpuBackend::set_option(adaattn_option_t option, int64_t value) {
       return;
     case ADAATTN_OPTION_ISA:
       isa_ = resolve_isa(value);
+      log_message(ADAATTN_LOG_INFO, "cpu: isa %s", isa_name(isa_));
       return;
     default:
       fail(ADAATTN_ERROR_NOT_SUPPORTED, "option %d is not one of the CPU back-end", static_cast<int>(option));

@@ -84,4 +84,10 @@ const KernelTable* kernels_of(adaattn_isa_t isa) {
 std::string available_isas() { return join(true); }
 std::string compiled_isas() { return join(false); }
 
+std::vector<adaattn_isa_t> compiled_isa_list() {
+  std::vector<adaattn_isa_t> list;
+  for (const IsaRow& row : kIsas) list.push_back(row.isa);
+  return list;
+}
+
 }  // namespace adaattn::cpu

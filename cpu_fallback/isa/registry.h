@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "adaattn/adaattn.h"
 #include "cpu_fallback/attend/kernels.h"
@@ -22,5 +23,6 @@ const KernelTable* kernels_of(adaattn_isa_t isa);
 // "avx512 avx2 baseline": those available (or compiled in), best first.
 std::string available_isas();
 std::string compiled_isas();
+std::vector<adaattn_isa_t> compiled_isa_list();
 
 }  // namespace adaattn::cpu
