@@ -52,20 +52,21 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 HWY_INLINE float infinity() { return __builtin_inff(); }
 
-// 2^x. Relative error below 2e-7 for -126 <= x <= 127, 0 below -126.5, NaN for NaN. The polynomial is the minimax of
-// degree 5 on [-1/2, 1/2] for the relative error; adding kMagic leaves round(x) + 127 in the low bits of the sum.
+// 2^x. Relative error below 2e-7 for -126 <= x <= 127, 0 below -126.5, NaN for NaN. The polynomial is, for the
+// relative error on [-1/2, 1/2], the best of degree 5 with a constant term of 1: 2^0 must be exactly 1, or the running
+// sums of a row would grow with every block of keys. Adding `magic` leaves round(x) + 127 in the low bits of the sum.
 HWY_INLINE F32 exp2(F32 x) {
   const F32 magic = hn::Set(kF32, 12582912.0f + 127.0f);
   // The second operand is the one that x86 returns when either is NaN.
   x = hn::Max(hn::Set(kF32, -127.0f), x);
   const F32 shifted = hn::Add(x, magic);
   const F32 f = hn::Sub(x, hn::Sub(shifted, magic));
-  F32 p = hn::Set(kF32, 0.001327647129073739f);
-  p = hn::MulAdd(p, f, hn::Set(kF32, 0.009675540961325169f));
-  p = hn::MulAdd(p, f, hn::Set(kF32, 0.05550713092088699f));
-  p = hn::MulAdd(p, f, hn::Set(kF32, 0.24022120237350464f));
-  p = hn::MulAdd(p, f, hn::Set(kF32, 0.6931469440460205f));
-  p = hn::MulAdd(p, f, hn::Set(kF32, 1.0000001192092896f));
+  F32 p = hn::Set(kF32, 0.001326472731307149f);
+  p = hn::MulAdd(p, f, hn::Set(kF32, 0.009671512991189957f));
+  p = hn::MulAdd(p, f, hn::Set(kF32, 0.05550733581185341f));
+  p = hn::MulAdd(p, f, hn::Set(kF32, 0.24022242426872253f));
+  p = hn::MulAdd(p, f, hn::Set(kF32, 0.6931470036506653f));
+  p = hn::MulAdd(p, f, hn::Set(kF32, 1.0f));
   const F32 power = hn::BitCast(kF32, hn::ShiftLeft<23>(hn::BitCast(kU32, shifted)));
   return hn::Mul(p, power);
 }
