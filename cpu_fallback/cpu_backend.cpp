@@ -73,14 +73,16 @@ std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem& problem) {
 }
 
 // Kernels of the instruction set in use, on the back-end's threads. The queries only read the number of threads.
-ToolContext CpuBackend::tools() const { return {const_cast<ThreadPool&>(pool_), tool_kernels(isa_)}; }
+ToolContext CpuBackend::tools() const {
+  return {const_cast<ThreadPool&>(pool_), tool_kernels(isa_), *kernels_of(isa_)};
+}
 
 void CpuBackend::merge(const MergeParams& params, adaattn_stream_t) { cpu::merge(tools(), params); }
-size_t CpuBackend::entropy_workspace(const Problem&, const EntropyParams&) const {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
+size_t CpuBackend::entropy_workspace(const Problem& problem, const EntropyParams& params) const {
+  return cpu::entropy_workspace(tools(), problem, params);
 }
-void CpuBackend::entropy(const EntropyParams&, void*, size_t, adaattn_stream_t) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "entropy on the CPU");
+void CpuBackend::entropy(const EntropyParams& params, void* workspace, size_t, adaattn_stream_t) {
+  cpu::entropy(tools(), params, workspace);
 }
 size_t CpuBackend::low_rank_workspace(const LowRankParams& params) const {
   return cpu::low_rank_workspace(tools(), params);

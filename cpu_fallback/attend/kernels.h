@@ -53,6 +53,10 @@ struct PrefillArgs {
   const int32_t* key_begin = nullptr;
   const int32_t* key_end = nullptr;
   char* scratch = nullptr;  // prefill_scratch() bytes, 64-byte aligned
+  // The rows themselves where they are not neighbours (row_begin is not used then); null: row_begin + i.
+  const int64_t* row_map = nullptr;
+  // Not null: only the entropies of the rows are computed, and stored here in order. v is not read, d_v is 0.
+  float* row_entropy = nullptr;
 };
 
 // Rows of `heads` neighbouring KV heads of one sequence against keys [split_begin, split_end). The operands are those

@@ -75,6 +75,10 @@ size_t prefill_scratch(int64_t d_qk, int64_t d_v, int64_t tiles) {
   return arena.used;
 }
 
+HWY_INLINE int64_t row_of(const PrefillArgs& args, int64_t at) {
+  return args.row_map == nullptr ? args.row_begin + at : args.row_map[at];
+}
+
 HWY_INLINE void start_panel(const PrefillArgs& args, const ScoreRule& rule, PrefillScratch& x, Panel& p, int64_t row) {
   const RowOperands& rows = args.rows;
   p.row = row;
@@ -86,7 +90,7 @@ HWY_INLINE void start_panel(const PrefillArgs& args, const ScoreRule& rule, Pref
   for (int64_t lane = 0; lane < kPanel; ++lane) {
     // Lanes without a row repeat the last one: they constrain nothing and are not stored.
     const int64_t at = row + (lane < p.rows ? lane : p.rows - 1);
-    const int64_t r = args.row_begin + at;
+    const int64_t r = row_of(args, at);
     const int32_t begin = args.key_begin[at], end = args.key_end[at];
     p.begin[lane] = begin;
     p.end[lane] = end;
@@ -120,6 +124,7 @@ HWY_INLINE int64_t pack_block(const PrefillArgs& args, PrefillScratch& x, int64_
   int64_t unusual = 0;
   for (int64_t j = 0; j < keys; ++j) {
     widen_row(key_address(args.k, first + j), args.k.dtype, x.k + j * k_stride, d_qk, 1.0f);
+    if (args.row_entropy != nullptr) continue;
     if (!widen_row(key_address(args.v, first + j), args.v.dtype, x.v + j * v_stride, d_v, 1.0f)) {
       memset(x.v + j * v_stride, 0, static_cast<size_t>(d_v) * sizeof(float));
       x.unusual[unusual++] = static_cast<uint8_t>(j);
@@ -150,7 +155,7 @@ HWY_NOINLINE void apply_score_terms(const PrefillArgs& args, const ScoreRule& ru
   if (bias.data == nullptr) return;
   const int64_t bytes = element_bytes(bias.dtype);
   for (int64_t lane = 0; lane < p.rows; ++lane) {
-    const int64_t r = args.row_begin + p.row + lane;
+    const int64_t r = row_of(args, p.row + lane);
     const char* at = static_cast<const char*>(bias.data) +
                      (r / rows.group * bias.stride_q + r % rows.group * bias.stride_h + first * bias.stride_k) * bytes;
     for (int64_t j = 0; j < keys; ++j)
@@ -244,9 +249,13 @@ HWY_NOINLINE void add_unusual(const PrefillArgs& args, PrefillScratch& x, Panel&
 HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const Panel& p) {
   const RowOperands& rows = args.rows;
   for (int64_t lane = 0; lane < p.rows; ++lane) {
-    const int64_t r = args.row_begin + p.row + lane;
+    const int64_t r = row_of(args, p.row + lane);
     const float* sink = rows.sinks == nullptr ? nullptr : rows.sinks + r % rows.group * rows.sinks_stride;
     const RowResult result = finish_row(p.max[lane], p.sum[lane], p.entropy_sum[lane], sink);
+    if (args.row_entropy != nullptr) {
+      args.row_entropy[p.row + lane] = result.entropy;
+      continue;
+    }
     for (int64_t i = 0; i < rows.d_v; ++i) x.row[i] = p.ot[i * kPanel + lane] * result.factor;
     store_row(x.row, row_address(rows.o, rows.group, r), rows.o.dtype, rows.d_v);
     store_statistics(rows, r, result);
@@ -284,7 +293,7 @@ void prefill(const PrefillArgs& args) {
       score_panel(x.k + skip * k_stride, k_stride, keys, p.qt, rows.d_qk, x.s, x.block_max);
       if (rule.special) apply_score_terms(args, rule, p, x.s, begin, keys);
       if (rule.special || begin < p.all_first || end > p.all_last) mask_block(p, x.s, begin, keys, x.block_max);
-      if (rows.entropy.data != nullptr) {
+      if (rows.entropy.data != nullptr || args.row_entropy != nullptr) {
         weigh_block<true>(p, x.s, keys, x.block_max, x.alpha);
       } else {
         weigh_block<false>(p, x.s, keys, x.block_max, x.alpha);

@@ -20,15 +20,8 @@ struct Exec {
   // body(lane, i), lane in [0, lanes).
   template <typename Body>
   void for_each(int64_t n, Body&& body) const {
-    if (lanes == 1 || n == 1) {
-      for (int64_t i = 0; i < n; ++i) body(int64_t{0}, i);
-    } else if (pool->num_threads() <= lanes) {
-      pool->for_each(n, body);
-    } else {  // the pool grew after the workspace was sized
-      pool->for_each(lanes < n ? lanes : n, [&](int64_t, int64_t lane) {
-        for (int64_t i = lane; i < n; i += lanes) body(lane, i);
-      });
-    }
+    if (lanes > 1) return pool->for_each(n, body, lanes);
+    for (int64_t i = 0; i < n; ++i) body(int64_t{0}, i);
   }
 };
 

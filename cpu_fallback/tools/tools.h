@@ -6,7 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/problem.h"
 #include "core/tool_params.h"
+#include "cpu_fallback/attend/kernels.h"
 #include "cpu_fallback/thread_pool.h"
 #include "cpu_fallback/tools/tool_kernels.h"
 
@@ -15,9 +17,13 @@ namespace adaattn::cpu {
 struct ToolContext {
   ThreadPool& pool;
   const ToolKernels& kernels;
+  const KernelTable& attention;
 };
 
 void merge(const ToolContext& context, const MergeParams& params);
+
+size_t entropy_workspace(const ToolContext& context, const Problem& problem, const EntropyParams& params);
+void entropy(const ToolContext& context, const EntropyParams& params, void* workspace);
 
 size_t low_rank_workspace(const ToolContext& context, const LowRankParams& params);
 void low_rank(const ToolContext& context, const LowRankParams& params, void* workspace);

@@ -13,7 +13,8 @@ constexpr uint8_t kGuardByte = 0xA5, kPoison = 0xFF;  // all ones is a NaN
 }  // namespace
 
 Runner::Runner(int32_t threads, adaattn_isa_t isa)
-    : pool_(threads, nullptr, nullptr), context_{pool_, tool_kernels(resolve_isa(isa))} {}
+    : pool_(threads, nullptr, nullptr),
+      context_{pool_, tool_kernels(resolve_isa(isa)), *kernels_of(resolve_isa(isa))} {}
 
 void* Runner::workspace(size_t bytes) {
   bytes_ = bytes;
