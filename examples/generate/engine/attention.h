@@ -2,12 +2,11 @@
 #pragma once
 
 #include <map>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "adaattn/adaattn.h"
+#include "adaattn/adaattn.hpp"
 #include "engine/compute.h"
 #include "engine/thread_pool.h"
 
@@ -17,9 +16,6 @@ class Attention {
  public:
   // isa: an ADAATTN_ISA_* the processor has; AUTO takes the best. config and pool must outlive this object.
   Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, ThreadPool& pool);
-  ~Attention();
-  Attention(const Attention&) = delete;
-  Attention& operator=(const Attention&) = delete;
 
   // o [rows, heads, head_dim] from q of the same shape, over the first start + seqlen keys of each sequence.
   void run(const Step& step, const void* q, const KvSlot& kv, void* o);
@@ -28,24 +24,16 @@ class Attention {
   adaattn_plan_info_t describe(const Step& step, int64_t capacity);
 
  private:
-  struct ContextDeleter {
-    void operator()(adaattn_context_t* context) const;
-  };
-  struct PlanDeleter {
-    void operator()(adaattn_plan_t* plan) const;
-  };
-  using Plan = std::unique_ptr<adaattn_plan_t, PlanDeleter>;
-
-  adaattn_plan_t* plan_for(const Step& step, int64_t capacity);
+  adaattn::Plan& plan_for(const Step& step, int64_t capacity);
 
   const ModelConfig& config_;
   DType dtype_;
-  std::unique_ptr<adaattn_context_t, ContextDeleter> context_;
-  std::map<std::tuple<int64_t, int64_t, int64_t>, Plan> plans_;  // by batch, seqlen and capacity
-  std::vector<std::byte> workspace_;
+  adaattn::Context context_;
+  std::map<std::tuple<int64_t, int64_t, int64_t>, adaattn::Plan> plans_;  // by batch, seqlen and capacity
+  std::vector<std::byte> workspace_;                                      // of the largest of them
 };
 
-// The name of an instruction set as --isa and reports spell it, and back; 0 is "auto". Throws on another name.
+// The names that --isa takes and reports have, "auto" for the library's choice.
 const std::map<std::string, adaattn_isa_t>& isa_names();
 
 }  // namespace generate

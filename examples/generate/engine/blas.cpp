@@ -29,8 +29,9 @@ void choose_kernels() {
 struct Blas {
   decltype(&cblas_sgemm) sgemm;
   decltype(&cblas_sgemv) sgemv;
-  decltype(&openblas_get_config) get_config;
-  decltype(&openblas_get_corename) get_corename;
+  // OpenBLAS's own functions are not in every cblas.h.
+  char* (*get_config)();
+  char* (*get_corename)();
 
   Blas() {
     choose_kernels();
@@ -45,7 +46,7 @@ struct Blas {
     resolve(sgemv, "cblas_sgemv");
     resolve(get_config, "openblas_get_config");
     resolve(get_corename, "openblas_get_corename");
-    decltype(&openblas_set_num_threads) set_num_threads = nullptr;
+    void (*set_num_threads)(int) = nullptr;
     resolve(set_num_threads, "openblas_set_num_threads");
     set_num_threads(1);
   }
@@ -70,12 +71,12 @@ std::string blas_description() {
 
 void matmul_transposed(int64_t rows, int64_t out, int64_t in, const float* x, const float* weight, float beta, float* y,
                        int64_t ldy) {
-  const auto m = static_cast<blasint>(rows), n = static_cast<blasint>(out), k = static_cast<blasint>(in);
+  const auto m = static_cast<int>(rows), n = static_cast<int>(out), k = static_cast<int>(in);
   if (rows == 1)
     blas().sgemv(CblasRowMajor, CblasNoTrans, n, k, 1.0f, weight, k, x, 1, beta, y, 1);
   else
     blas().sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, n, k, 1.0f, x, k, weight, k, beta, y,
-                 static_cast<blasint>(ldy));
+                 static_cast<int>(ldy));
 }
 
 }  // namespace generate

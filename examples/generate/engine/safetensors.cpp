@@ -222,7 +222,7 @@ void Checkpoint::append_f32(const std::string& name, std::span<const int64_t> sh
   out.resize(first + count);
   float* to = out.data() + first;
   if (tensor.dtype == "F32") {
-    std::memcpy(to, data, count * sizeof(float));
+    if (count > 0) std::memcpy(to, data, count * sizeof(float));
   } else if (tensor.dtype == "F16" || tensor.dtype == "BF16") {
     const bool half = tensor.dtype == "F16";
     for (size_t i = 0; i < count; ++i) {
