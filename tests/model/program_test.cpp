@@ -61,6 +61,14 @@ TEST(GenerateProgram, FailuresExitWith1AndSayWhy) {
                  "/nonexistent/a: cannot be written");
 }
 
+TEST(GenerateProgram, AnInstructionSetOfAnotherArchitectureIsRefused) {
+#if defined(__x86_64__)
+  expect_failure(std::string("write ") + kModel + "--prompt x --isa neon", 1, "neon");
+#else
+  expect_failure(std::string("write ") + kModel + "--prompt x --isa avx2", 1, "avx2");
+#endif
+}
+
 TEST(GenerateProgram, HelpExitsWith0) {
   const Outcome outcome = run("loss --help");
   EXPECT_EQ(outcome.status, 0);

@@ -41,7 +41,7 @@ adaattn::Plan& Attention::plan_for(const Step& step, int64_t capacity) {
   desc.dtype_q = static_cast<adaattn_dtype_t>(dtype_);
   desc.mask = ADAATTN_MASK_CAUSAL;
   if (config_.sliding_window > 0) desc.window_left = config_.sliding_window - 1;
-  adaattn::Plan plan = context_.plan(desc).value();
+  adaattn::Plan plan = context_.make_plan(desc).value();
   if (const size_t bytes = plan.workspace_size().value(); bytes > workspace_.size()) workspace_.resize(bytes);
   return plans_.emplace(key, std::move(plan)).first->second;
 }
