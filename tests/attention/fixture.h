@@ -35,6 +35,14 @@ inline std::string target_name(const testing::TestParamInfo<Target>& info) { ret
   INSTANTIATE_TEST_SUITE_P(On, suite, testing::ValuesIn(::adaattn::test::available_targets(::adaattn::test::kDevice)), \
                            ::adaattn::test::target_name)
 
+// "" or why a device other than the CPU, which serves everything, refuses the problem.
+inline std::string unsupported(const Context& context, const adaattn_attn_desc_t& desc) {
+  if (context.device() == ADAATTN_DEVICE_CPU) return "";
+  char reason[256] = {};
+  const adaattn_status_t status = adaattn_check_support(context.get(), &desc, nullptr, reason, sizeof reason);
+  return status == ADAATTN_ERROR_NOT_SUPPORTED ? reason : "";
+}
+
 // Outputs of one adaattn_attention() call, or a failure recorded.
 inline void run(const Context& context, AttentionData& data) {
   data.poison_outputs();

@@ -12,6 +12,7 @@ class RandomAttention : public testing::TestWithParam<int> {};
 TEST_P(RandomAttention, AgreesWithTheOracle) {
   const uint64_t seed = run_seed() + static_cast<uint64_t>(GetParam()) * 0x9e3779b97f4a7c15u;
   Random random(seed);
+  int compared = 0;
   for (int n = 0; n < kCasesPerBatch; ++n) {
     const AttentionCase c = random_case(random);
     const Dtypes dtypes = random.chance(0.7) ? random.pick(uniform_dtypes()) : random.pick(mixed_dtypes());
@@ -21,10 +22,13 @@ TEST_P(RandomAttention, AgreesWithTheOracle) {
     for (const Target& target : available_targets(kDevice)) {
       SCOPED_TRACE(target.name);
       const Context context(target, static_cast<int32_t>(random.between(1, 3)));
+      if (!unsupported(context, data.desc).empty()) continue;
+      ++compared;
       run(context, data);
       EXPECT_TRUE(matches(data, expected));
     }
   }
+  EXPECT_GT(compared, 0) << "no target serves any of these cases";
 }
 
 INSTANTIATE_TEST_SUITE_P(Batch, RandomAttention, testing::Range(0, kBatches));

@@ -41,6 +41,7 @@ TEST_P(Attention, AgreesWithTheOracle) {
   AttentionData data(*c, dtypes, seed);
   const reference::AttentionResult expected = reference::attention(data.desc, data.io());
 
+  if (const std::string reason = unsupported(context, data.desc); !reason.empty()) GTEST_SKIP() << reason;
   const Plan plan(context, data.desc);
   const auto before_o = bytes_outside(data.o), before_lse = bytes_outside(data.lse);
   ASSERT_TRUE(succeeded(plan.execute(data)));

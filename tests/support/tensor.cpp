@@ -17,8 +17,9 @@ Buffer::Buffer(size_t bytes) : owned_(bytes + 64, std::byte{0xff}), bytes_(bytes
 }
 
 DeviceBuffer& Buffer::on(adaattn_device_t device, int32_t device_id) {
-  if (mirror_ == nullptr) mirror_ = make_device_buffer(device, device_id, data_, bytes_);
-  return *mirror_;
+  std::unique_ptr<DeviceBuffer>& buffer = device == ADAATTN_DEVICE_CPU ? host_ : mirror_;
+  if (buffer == nullptr) buffer = make_device_buffer(device, device_id, data_, bytes_);
+  return *buffer;
 }
 
 Tensor::Tensor(std::shared_ptr<Buffer> buffer, adaattn_dtype_t dtype, std::vector<int64_t> shape,

@@ -25,7 +25,7 @@ class Buffer {
   std::vector<std::byte> owned_;
   std::byte* data_;
   size_t bytes_;
-  std::unique_ptr<DeviceBuffer> mirror_;
+  std::unique_ptr<DeviceBuffer> host_, mirror_;  // what the CPU sees, and the device under test
 };
 
 class Tensor {
