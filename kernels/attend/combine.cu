@@ -24,6 +24,7 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
   const int64_t row = (p.cu_seqlens_q != nullptr ? token : b * p.seqlen_q + position) * heads + head;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, d_v = static_cast<int>(p.d_v);
 
+  wait_for_previous_grid();
   float top = kNegInf;
   for (int i = lane; i < args.splits; i += 32) top = fmaxf(top, args.partial_lse[i * args.partial_rows + row]);
 #pragma unroll
@@ -36,7 +37,7 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
     const float w = lse == kNegInf ? 0.0f : expf(lse - base);
     if (warp == 0) weight[i] = w;
     real += w;
-    if (args.partial_entropy != nullptr && w > 0)
+    if (args.partial_entropy != nullptr && w != 0)
       entropy += w * (args.partial_entropy[i * args.partial_rows + row] - (lse - base));
   }
 #pragma unroll
@@ -78,10 +79,12 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
     if (p.lse.data != nullptr)
       static_cast<float*>(p.lse.data)[b * p.lse.stride_b + token * p.lse.stride_s + head * p.lse.stride_h] =
           total == 0 ? kNegInf : base + logf(total);
-    if (p.entropy.data != nullptr)
+    if (p.entropy.data != nullptr) {
+      float x = real == 0 ? 0.0f : entropy / real + logf(real);
+      if (x < 0) x = 0;  // by rounding; NaN stays
       static_cast<float*>(
-          p.entropy.data)[b * p.entropy.stride_b + token * p.entropy.stride_s + head * p.entropy.stride_h] =
-          real > 0 ? fmaxf(entropy / real + logf(real), 0.0f) : 0.0f;
+          p.entropy.data)[b * p.entropy.stride_b + token * p.entropy.stride_s + head * p.entropy.stride_h] = x;
+    }
   }
 }
 
@@ -97,7 +100,7 @@ cudaError_t launch_report(const AttendArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_combine(const AttendArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.p.batch * args.p.seqlen_q * args.p.heads_q));
-  return launch_grid(combine_kernel, grid, kThreads, 0, stream, args);
+  return launch_grid_overlapped(combine_kernel, grid, kThreads, 0, stream, args.overlap_grids, args);
 }
 
 }  // namespace adaattn::cuda

@@ -33,8 +33,10 @@ struct AttendArgs {
   int32_t pack = 1;                  // query heads interleaved in one tile's rows: row = q_pos * pack + head
   int32_t splits = 1;                // parts of the keys; above 1 the partial_* arrays get the results
   int32_t section = 1;               // (sequence, head) pairs walked together, tiles of most work first
+  int32_t group = 1;                 // heads_q / heads_kv
   int32_t page_shift = -1;           // log2(page_size) where that is whole
   bool causal_order = false;         // tiles of most work first pays
+  bool overlap_grids = false;        // the combining grid may be launched early (compute capability 9.0 and newer)
   bool aligned = true;               // rows of q, k, v, o start on 16 bytes
   float* partial_o = nullptr;        // [splits, rows, d_v], normalised per split
   float* partial_lse = nullptr;      // [splits, rows], natural
@@ -48,8 +50,8 @@ struct AttendArgs {
 
 enum class Phase : int32_t { kForward, kDecode, kExactF32, kTf32, kEntropy };
 
-// What a call may need beyond the plain forward pass (windows, causal masks, packed and paged sequences, grouped
-// heads, LSE, sinks and split keys, which every kernel has).
+// What a call may need beyond the plain forward pass (windows, causal masks, packed sequences, grouped heads, LSE,
+// sinks and split keys, which every portable kernel has).
 enum Feature : uint32_t {
   kPlain = 0,
   kSoftcap = 1u << 0,
@@ -67,8 +69,8 @@ enum Feature : uint32_t {
   kMasked = 1u << 12,  // any window or causal mask
   kRowSample = 1u << 13,
   kRagged = 1u << 14,  // head_dim below the kernel's padded one
-  kExtras = kSoftcap | kAlibi | kBias | kEntropy | kUnaligned | kAnyScale,
-  kCommon = kPaged | kVarlen | kSplit | kPacked | kWideOutput | kSink | kMasked | kRagged,
+  kExtras = kSoftcap | kAlibi | kBias | kEntropy | kUnaligned | kAnyScale | kPaged,
+  kCommon = kVarlen | kSplit | kPacked | kWideOutput | kSink | kMasked | kRagged,
 };
 
 struct AttendKernel {

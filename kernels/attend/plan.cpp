@@ -57,6 +57,7 @@ class Plan final : public AttentionPlan {
       AttendArgs args = make_args(params, problem_, launch, workspace);
       args.scheduler = record_.device->scheduler;
       args.multiprocessors = device_.multiprocessors;
+      args.overlap_grids = device_.compute_capability >= 90;
       if (lengths_on_device(params)) args.record = record_.device;
       check(launch.kernel->launch(args, stream), launch.kernel->name);
       if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
@@ -121,6 +122,7 @@ AttendArgs make_args(const AttnParams& params, const Problem& problem, const Lau
   args.pack = launch.pack;
   args.heads = static_cast<int32_t>(p.heads_q / launch.pack);
   args.splits = launch.splits;
+  args.group = static_cast<int32_t>(p.heads_q / p.heads_kv);
   args.section = launch.section;
   args.causal_order = p.window_right >= 0;
   args.aligned = aligned(params);

@@ -36,9 +36,10 @@ struct RowMap {
 };
 
 // Key blocks of kN that a tile of query positions [q_first, q_last] walks: blocks in [begin, end), of which those
-// outside [full_begin, full_end) need a mask.
+// outside [full_begin, full_end) need a mask. Keys outside [first_key, end_key) are seen by no row of the tile and are
+// never read.
 struct BlockRange {
-  int begin, end, full_begin, full_end;
+  int begin, end, full_begin, full_end, first_key, end_key;
 };
 
 template <int kN>
@@ -56,6 +57,8 @@ __device__ __forceinline__ BlockRange block_range(const AttendArgs& args, const 
     full_high = min(len_k, q_first + off + right + 1);
   }
   BlockRange r;
+  r.first_key = low;
+  r.end_key = high;
   r.begin = low / kN;
   r.end = high > low ? (high + kN - 1) / kN : r.begin;
   r.full_begin = (full_low + kN - 1) / kN;

@@ -68,17 +68,22 @@ struct RowResult {
 };
 
 // max2: maximum in log2 units (-inf: no key seen); sum = sum of 2^(x - max2); weighted = sum of 2^(x - max2)(x - max2).
+template <bool kWithEntropy>
 __device__ __forceinline__ RowResult finish_row(float max2, float sum, float weighted, float sink2) {
   RowResult r;
-  r.entropy = sum > 0 ? fmaxf(kLn2 * (log2f(sum) - weighted / sum), 0.0f) : (sum == 0 ? 0.0f : sum);
+  r.entropy = 0;
+  if (kWithEntropy && sum != 0) {
+    r.entropy = kLn2 * (__log2f(sum) - __fdividef(weighted, sum));
+    if (r.entropy < 0) r.entropy = 0;  // by rounding; NaN stays
+  }
   float top = max2, shrink = 1.0f, total = sum;
   if (sink2 != kNegInf) {
     top = fmaxf(max2, sink2);
-    shrink = max2 == kNegInf ? 0.0f : exp2f(max2 - top);
-    total = sum * shrink + exp2f(sink2 - top);
+    shrink = max2 == kNegInf ? 0.0f : exp2_approx(max2 - top);
+    total = sum * shrink + exp2_approx(sink2 - top);
   }
-  r.factor = total == 0 ? 0.0f : shrink / total;
-  r.lse = total == 0 ? kNegInf : kLn2 * (top + log2f(total));
+  r.factor = total == 0 ? 0.0f : __fdividef(shrink, total);
+  r.lse = total == 0 ? kNegInf : kLn2 * (top + __log2f(total));
   return r;
 }
 
@@ -105,14 +110,16 @@ struct RowPlace {
   __device__ __forceinline__ float sink2(const AttendArgs& args) const {
     return args.p.sinks != nullptr && !split ? args.p.sinks[head * args.p.sinks_stride] * kLog2e : kNegInf;
   }
+  template <bool kWithEntropy>
   __device__ __forceinline__ void store_statistics(const AttendArgs& args, const RowResult& result) const {
     const AttnParams& p = args.p;
     if (split) {
       args.partial_lse[partial] = result.lse;
-      if (args.partial_entropy != nullptr) args.partial_entropy[partial] = result.entropy;
+      if (kWithEntropy && args.partial_entropy != nullptr) args.partial_entropy[partial] = result.entropy;
     } else {
       if (p.lse.data != nullptr) static_cast<float*>(p.lse.data)[offset(p.lse)] = result.lse;
-      if (p.entropy.data != nullptr) static_cast<float*>(p.entropy.data)[offset(p.entropy)] = result.entropy;
+      if (kWithEntropy && p.entropy.data != nullptr)
+        static_cast<float*>(p.entropy.data)[offset(p.entropy)] = result.entropy;
     }
   }
   // The row of f32 results: partial ones, or a wide output.

@@ -19,11 +19,29 @@ struct TileLayout {
   __device__ static __forceinline__ uint32_t offset(int row, int chunk) {
     return row * kPitch + ((chunk ^ twist(row)) << 4);
   }
+  // From the address of (row, chunk 0 or 1) to that of the chunk 2 * step further: one XOR within the twisted bits.
+  // Tiles start on 128 bytes, so that those bits of the address are the chunk's.
+  static constexpr int kTwisted = kWhole ? 4 : 2;
+  __device__ static __forceinline__ uint32_t advance(uint32_t address, int step) {
+    return (address ^ (step % kTwisted << 5)) + step / kTwisted * (kTwisted * 32);
+  }
 };
 
-// Where key j of one (sequence, head) lives.
-template <typename T>
+// Where key j of one (sequence, head) lives. Kernels that never page carry a base and a stride only.
+template <typename T, bool kMayBePaged>
 struct KeyRows {
+  const T* base = nullptr;
+  int64_t stride_s = 0;
+
+  __device__ __forceinline__ KeyRows(const AttendArgs& args, const Operand& x, const Sequence& s, int b, int head_kv)
+      : base(static_cast<const T*>(x.data) + b * x.stride_b + s.k_start * x.stride_s + head_kv * x.stride_h),
+        stride_s(x.stride_s) {}
+  __device__ __forceinline__ bool paged() const { return false; }
+  __device__ __forceinline__ const T* row(int key) const { return base + key * stride_s; }
+};
+
+template <typename T>
+struct KeyRows<T, true> {
   const T* base = nullptr;
   int64_t stride_s = 0;
   const int32_t* table = nullptr;  // of this sequence, null unless paged
@@ -44,6 +62,7 @@ struct KeyRows {
       base += b * x.stride_b + s.k_start * x.stride_s;
     }
   }
+  __device__ __forceinline__ bool paged() const { return table != nullptr; }
   __device__ __forceinline__ const T* row(int key) const {
     if (table == nullptr) return base + key * stride_s;
     const int slot = page_shift >= 0 ? key >> page_shift : key / page_size;
@@ -68,10 +87,15 @@ __device__ __forceinline__ void store_chunk_by_element(uint32_t shared, const T*
                : "memory");
 }
 
-// Fills kRows rows at `shared` by kThreads threads. row_of(r) gives the address of row r; rows from `valid` on and
-// columns from d on become zero, so that 0 * V never meets what lies beyond a sequence.
+// Rows of a tile that exist: [begin, end).
+struct RowSpan {
+  int begin, end;
+};
+
+// Fills kRows rows at `shared` by kThreads threads. row_of(r) gives the address of row r; rows outside `valid` and
+// columns from d on become zero, so that 0 * V never meets what lies beyond a sequence or before a window.
 template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename RowOf>
-__device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, int valid, bool aligned,
+__device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, RowSpan valid, bool aligned,
                                           const RowOf& row_of) {
   using Layout = TileLayout<kD>;
   constexpr int kLanes = chunk_lanes(Layout::kChunks);
@@ -79,12 +103,12 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, in
   constexpr int kPerRow = Layout::kChunks / kLanes;
   static_assert(kRowStep % 8 == 0 || kRows <= kRowStep || kRowStep < 8);
   const int lane = thread % kLanes, first = thread / kLanes;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kRows; i += kRowStep) {
     const int r = first + i;
     if (kRows % kRowStep != 0 && r >= kRows) break;
-    const bool ok = r < valid;
-    const auto* source = row_of(ok ? r : 0);
+    const bool ok = r >= valid.begin && r < valid.end;
+    const auto* source = row_of(ok ? r : max(valid.begin, 0));
 #pragma unroll
     for (int c = 0; c < kPerRow; ++c) {
       const int chunk = lane + c * kLanes;
@@ -99,17 +123,41 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, in
   }
 }
 
-// The same for `valid` keys from first_key on.
-template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename T>
-__device__ __forceinline__ void load_keys(uint32_t shared, int thread, int d, const KeyRows<T>& keys, int first_key,
-                                          int valid, bool aligned) {
-  if (keys.table == nullptr) {
-    const T* base = keys.base + first_key * keys.stride_s;
-    load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
-                                                    [&](int r) { return base + r * keys.stride_s; });
-  } else {
+// The same for kRows whole rows of kD elements that start on 16 bytes: nothing to test per row.
+template <int kD, int kRows, int kThreads, typename T>
+__device__ __forceinline__ void load_whole_rows(uint32_t shared, int thread, const T* base, int64_t stride) {
+  using Layout = TileLayout<kD>;
+  constexpr int kLanes = chunk_lanes(Layout::kChunks);
+  constexpr int kRowStep = kThreads / kLanes;
+  static_assert(kRows % kRowStep == 0);
+  const int lane = thread % kLanes, first = thread / kLanes;
+  const T* source = base + first * stride + lane * 8;
+  const int64_t step = kRowStep * stride;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowStep, source += step) {
+#pragma unroll
+    for (int c = 0; c < Layout::kChunks; c += kLanes)
+      cp_async16(shared + Layout::offset(first + i, lane + c), source + c * 8);
+  }
+}
+
+// The same for the keys of block `block` that lie in [keys_begin, keys_end).
+template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename T, bool kMayBePaged>
+__device__ __forceinline__ void load_keys(uint32_t shared, int thread, int d, const KeyRows<T, kMayBePaged>& keys,
+                                          int block, int keys_begin, int keys_end, bool aligned) {
+  const int first_key = block * kRows;
+  const RowSpan valid{keys_begin - first_key, keys_end - first_key};
+  if (keys.paged()) {
     load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
                                                     [&](int r) { return keys.row(first_key + r); });
+    return;
+  }
+  const T* base = keys.base + first_key * keys.stride_s;
+  if (valid.begin <= 0 && valid.end >= kRows && d == kD && (!kMayBeUnaligned || aligned)) {
+    load_whole_rows<kD, kRows, kThreads>(shared, thread, base, keys.stride_s);
+  } else {
+    load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
+                                                    [&](int r) { return base + r * keys.stride_s; });
   }
 }
 

@@ -22,14 +22,16 @@ struct DecodeShape {
   static_assert(kSharedBytes <= 98 * 1024, "compute capability 8.6 and 8.9 have 99 KiB");
 };
 
-template <typename T, int kD>
+template <typename T, int kD, uint32_t kFeatures>
 __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(const __grid_constant__ AttendArgs args) {
+  constexpr bool kExtras = (kFeatures & kUnaligned) != 0;
   using Shape = DecodeShape<T, kD>;
   using Layout = TileLayout<kD>;
   constexpr int kWarps = Shape::kWarps, kKeys = Shape::kKeys, kStages = Shape::kStages, kDimTiles = kD / 8;
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char shared_memory[];
   __shared__ float warp_max2[kWarps][16], warp_sum[kWarps][16], warp_weighted[kWarps][16];
 
+  if (args.splits > 1) launch_dependents();
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -42,47 +44,57 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   const RowMap row_map{args.pack, tile.head * args.pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + 16, rows) - 1);
   const BlockRange blocks = block_range<kKeys>(args, s, q_first, q_last, tile.split);
-  const int len_k = static_cast<int>(s.len_k);
-  const int head_kv = row_map.first_head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int head_kv = row_map.first_head / args.group;
   const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
-  const KeyRows<T> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
+  const KeyRows<T, true> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
 
   const uint32_t stages = shared_address(shared_memory) + warp * Shape::kWarpBytes;
   const auto load_stage = [&](int stage, int block) {
     if (block < blocks.end) {
-      const int key = block * kKeys;
       const uint32_t to = stages + stage * Shape::kStageBytes;
-      load_keys<kD, kKeys, 32, true>(to, lane, d_qk, k_rows, key, len_k - key, args.aligned);
-      load_keys<kD, kKeys, 32, true>(to + Shape::kTileBytes, lane, d_v, v_rows, key, len_k - key, args.aligned);
+      load_keys<kD, kKeys, 32, kExtras>(to, lane, d_qk, k_rows, block, blocks.first_key, blocks.end_key, args.aligned);
+      load_keys<kD, kKeys, 32, kExtras>(to + Shape::kTileBytes, lane, d_v, v_rows, block, blocks.first_key,
+                                        blocks.end_key, args.aligned);
     }
     cp_async_commit();
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load_stage(i, blocks.begin + warp + i * kWarps);
 
-  // Query fragments straight from memory: rows lane/4 and lane/4 + 8, columns 2(lane%4) + {0, 1, 8, 9} of each 16.
+  // The two query rows of this thread, and their fragments straight from memory: columns 2(lane%4) + {0, 1, 8, 9} of
+  // each 16.
   uint32_t q[kD / 16][4];
+  int position[2], head[2];
+  KeySpan span[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int m = m0 + lane / 4 + 8 * half;
     const bool real = m < rows;
-    const int position = real ? row_map.position(m) : 0, head = real ? row_map.head(m) : 0;
-    const unsigned short* from =
-        reinterpret_cast<const unsigned short*>(static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b +
-                                                (s.q_start + position) * p.q.stride_s + head * p.q.stride_h);
+    position[half] = real ? row_map.position(m) : 0;
+    head[half] = real ? row_map.head(m) : row_map.first_head;
+    span[half] = real ? key_span(args, s, position[half]) : KeySpan{0, 0};
+    const T* from = static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b +
+                    (s.q_start + position[half]) * p.q.stride_s + head[half] * p.q.stride_h;
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int c = 16 * k + 8 * side + 2 * (lane % 4);
-        const uint32_t low = real && c < d_qk ? from[c] : 0, high = real && c + 1 < d_qk ? from[c + 1] : 0;
-        q[k][half + 2 * side] = low | high << 16;
+        uint32_t pair = 0;
+        if ((!kExtras || args.aligned) && real && c + 1 < d_qk) {
+          pair = *reinterpret_cast<const uint32_t*>(from + c);
+        } else if (real) {
+          if (c < d_qk) pair = reinterpret_cast<const unsigned short*>(from)[c];
+          if (c + 1 < d_qk) pair |= static_cast<uint32_t>(reinterpret_cast<const unsigned short*>(from)[c + 1]) << 16;
+        }
+        q[k][half + 2 * side] = pair;
       }
   }
 
-  const int k_row = (lane & 7) + ((lane >> 4) << 3), k_twist = Layout::twist(k_row) ^ ((lane >> 3) & 1);
-  const int v_row = lane & 15, v_twist = Layout::twist(v_row) ^ (lane >> 4);
+  const uint32_t k_lane = stages + Layout::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  const uint32_t v_lane = stages + Shape::kTileBytes + Layout::offset(lane & 15, lane >> 4);
 
+  const float to_log2 = p.scale * kLog2e;
   float out[kDimTiles][4], max2[2] = {kNegInf, kNegInf}, sum[2] = {0, 0}, weighted[2] = {0, 0};
 #pragma unroll
   for (int j = 0; j < kDimTiles; ++j)
@@ -94,24 +106,19 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     cp_async_wait<kStages - 2>();
     __syncwarp();  // this block is there, and all lanes are done with the one before
     load_stage(stage == 0 ? kStages - 1 : stage - 1, block + (kStages - 1) * kWarps);
-    const uint32_t k_tile = stages + stage * Shape::kStageBytes, v_tile = k_tile + Shape::kTileBytes;
+    const uint32_t shift = stage * Shape::kStageBytes;
 
     float score[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       uint32_t b[4];
-      ldmatrix_x4(b, k_tile + k_row * Layout::kPitch + ((2 * k ^ k_twist) << 4));
+      ldmatrix_x4(b, Layout::advance(k_lane + shift, k));
       mma_m16n8k16<T>(score[0], q[k], b[0], b[1]);
       mma_m16n8k16<T>(score[1], q[k], b[2], b[3]);
     }
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int m = m0 + lane / 4 + 8 * i;
-      const bool real = m < rows;
-      const int position = real ? row_map.position(m) : 0;
-      const ScoreModifier modify(args, s, tile.batch, real ? row_map.head(m) : 0, position);
-      const KeySpan span = key_span(args, s, position);
       float top = max2[i];
 #pragma unroll
       for (int j = 0; j < 2; ++j)
@@ -119,14 +126,21 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
         for (int e = 0; e < 2; ++e) {
           float& x = score[j][2 * i + e];
           const int key = block * kKeys + 8 * j + 2 * (lane % 4) + e;
-          x = real && key >= span.begin && key < span.end ? modify(x, key) * kLog2e : kNegInf;
+          const bool visible = key >= span[i].begin && key < span[i].end;
+          if constexpr (kExtras) {
+            x = visible ? ScoreModifier(args, s, tile.batch, head[i], position[i])(x, key) * kLog2e : kNegInf;
+          } else {
+            x = visible ? x * to_log2 : kNegInf;
+          }
           top = fmaxf(top, x);
         }
       top = quad_max(top);
       const float base = top == kNegInf ? 0.0f : top;
       const float shrink = exp2_approx(max2[i] - base);
-      const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
-      weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
+      if constexpr (kExtras) {
+        const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
+        weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
+      }
       sum[i] *= shrink;
       max2[i] = top;
 #pragma unroll
@@ -142,7 +156,7 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
           const float centred = x - base;
           x = exp2_approx(centred);
           sum[i] += x;
-          if (x > 0) weighted[i] = fmaf(x, centred, weighted[i]);
+          if (kExtras && x > 0) weighted[i] = fmaf(x, centred, weighted[i]);
         }
     }
 
@@ -151,7 +165,7 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
 #pragma unroll
     for (int j = 0; j < kDimTiles; j += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, v_tile + v_row * Layout::kPitch + ((j ^ v_twist) << 4));
+      ldmatrix_x4_trans(b, Layout::advance(v_lane + shift, j / 2));
       mma_m16n8k16<T>(out[j], prob, b[0], b[1]);
       mma_m16n8k16<T>(out[j + 1], prob, b[2], b[3]);
     }
@@ -191,8 +205,8 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
         total_weighted += part[w] * fmaf(shift, warp_sum[w][r], warp_weighted[w][r]);
       }
     }
-    const RowResult result = finish_row(top, total, total_weighted, place.sink2(args));
-    if (lane == 0) place.store_statistics(args, result);
+    const RowResult result = finish_row<kExtras>(top, total, total_weighted, place.sink2(args));
+    if (lane == 0) place.store_statistics<kExtras>(args, result);
     const bool wide = place.split || p.o.dtype == Dtype::kF32;
     for (int c = lane; c < d_v; c += 32) {
       float x = 0;
@@ -223,16 +237,16 @@ struct Decode {
     k.dtype = dtype_of<T>();
     k.d_qk = kDqk;
     k.d_v = kDv;
-    k.features = kCommon | kFeatures;
+    k.features = kCommon | kPaged | kFeatures;
     k.tile_q = 16;
     k.tile_k = Shape::kKeys * Shape::kWarps;
     k.ctas_per_sm = 2;
     k.reports = true;
     k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&decode_kernel<T, kDqk>);
+    k.function = reinterpret_cast<const void*>(&decode_kernel<T, kDqk, kFeatures>);
     k.launch = [](const AttendArgs& args, cudaStream_t stream) {
       const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(decode_kernel<T, kDqk>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
+      return launch_grid(decode_kernel<T, kDqk, kFeatures>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
     };
     return k;
   }

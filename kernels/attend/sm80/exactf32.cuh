@@ -33,11 +33,12 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
   using Shape = ExactF32Shape<kD>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kPitch = Shape::kPitch, kScorePitch = Shape::kScorePitch;
   constexpr int kRows = kM / 16, kKeys = kN / 16, kGroups = kD / 64;  // of one thread; columns in groups of 4
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char shared_memory[];
   float* q_tile = reinterpret_cast<float*>(shared_memory);
   float* kv_tile = q_tile + kM * kPitch;
   float* score_tile = kv_tile + kN * kPitch;
 
+  if (args.splits > 1) launch_dependents();
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
@@ -50,13 +51,12 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
   const RowMap row_map{args.pack, tile.head * args.pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + kM, rows) - 1);
   const BlockRange blocks = block_range<kN>(args, s, q_first, q_last, tile.split);
-  const int len_k = static_cast<int>(s.len_k);
-  const int head_kv = row_map.first_head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int head_kv = row_map.first_head / args.group;
   const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
-  const KeyRows<float> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
+  const KeyRows<float, true> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
 
   const float* q_base = static_cast<const float*>(p.q.data) + tile.batch * p.q.stride_b + s.q_start * p.q.stride_s;
-  load_rows_f32<kD, kM, Shape::kThreads>(q_tile, thread, d_qk, rows - m0, args.aligned, [&](int r) {
+  load_rows_f32<kD, kM, Shape::kThreads>(q_tile, thread, d_qk, RowSpan{0, rows - m0}, args.aligned, [&](int r) {
     return q_base + row_map.position(m0 + r) * p.q.stride_s + row_map.head(m0 + r) * p.q.stride_h;
   });
   cp_async_commit();
@@ -67,7 +67,8 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
 
   for (int n = blocks.begin; n < blocks.end; ++n) {
     __syncthreads();  // V of the block before is used up
-    load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_qk, len_k - n * kN, args.aligned,
+    load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_qk,
+                                           RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
                                            [&](int r) { return k_rows.row(n * kN + r); });
     cp_async_commit();
     cp_async_wait<0>();
@@ -93,7 +94,8 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
         }
     }
     __syncthreads();  // K is used up
-    load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_v, len_k - n * kN, args.aligned,
+    load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_v,
+                                           RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
                                            [&](int r) { return v_rows.row(n * kN + r); });
     cp_async_commit();
 
@@ -166,8 +168,8 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
     const float total = half_warp_sum(sum[i]), total_weighted = half_warp_sum(weighted[i]);
     if (m >= rows) continue;
     const RowPlace place(args, tile, s, row_map, m);
-    const RowResult result = finish_row(max2[i], total, total_weighted, place.sink2(args));
-    if (tx == 0) place.store_statistics(args, result);
+    const RowResult result = finish_row<true>(max2[i], total, total_weighted, place.sink2(args));
+    if (tx == 0) place.store_statistics<true>(args, result);
     float* to = place.f32_output(args);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)

@@ -1,5 +1,6 @@
-// Forward attention for 16-bit inputs on mma.sync and cp.async: four warps share a tile of queries, K and V stream
-// through one buffer each. K of the next block loads during softmax and PV, V of this block during QK.
+// Forward attention for 16-bit inputs on mma.sync and cp.async: four warps share a tile of queries. Up to head_dim 128
+// K and V have two buffers each and one barrier per block; wider ones have one buffer each, K of the next block loads
+// during softmax and PV, V of this block during QK.
 #pragma once
 
 #include "attend/launch.h"
@@ -17,9 +18,10 @@ struct ForwardShape {
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kM = kWarps * kWarpRows;
   static constexpr int kN = kDqk <= 64 && kDv <= 64 ? 128 : 64;
+  static constexpr int kStages = kDqk <= 128 && kDv <= 128 ? 2 : 1;
   static constexpr int kQBytes = kM * (kDqk > kDv ? kDqk : kDv) * 2;
   static constexpr int kKBytes = kN * kDqk * 2, kVBytes = kN * kDv * 2;
-  static constexpr int kSharedBytes = kQBytes + kKBytes + kVBytes;
+  static constexpr int kSharedBytes = kQBytes + kStages * (kKBytes + kVBytes);
   static_assert(kSharedBytes <= 99 * 1024, "compute capability 8.6 and 8.9 have 99 KiB");
 };
 
@@ -35,15 +37,17 @@ struct RunningSoftmax {
 // in either 16-bit format.
 inline constexpr float kSlack = 8.0f;
 
-template <typename T, int kDqk, int kDv, bool kExtras>
+template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__ AttendArgs args) {
+  constexpr bool kExtras = (kFeatures & kUnaligned) != 0, kPages = (kFeatures & kPaged) != 0;
   using Shape = ForwardShape<T, kDqk, kDv>;
   using QLayout = TileLayout<kDqk>;
   using VLayout = TileLayout<kDv>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
-  constexpr int kKeyTiles = kN / 8, kDimTiles = kDv / 8;
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  constexpr int kKeyTiles = kN / 8, kDimTiles = kDv / 8, kStages = Shape::kStages;
+  extern __shared__ __align__(128) unsigned char shared_memory[];
 
+  if (args.splits > 1) launch_dependents();
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -56,37 +60,41 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   const RowMap row_map{pack, tile.head * pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + kM, rows) - 1);
   const BlockRange blocks = block_range<kN>(args, s, q_first, q_last, tile.split);
-  const int len_k = static_cast<int>(s.len_k);
-  const int head_kv = row_map.first_head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int head_kv = row_map.first_head / args.group;
   const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
 
   const uint32_t q_shared = shared_address(shared_memory);
-  const uint32_t k_shared = q_shared + Shape::kQBytes, v_shared = k_shared + Shape::kKBytes;
-  const KeyRows<T> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
-  const auto load_k = [&](int n) {
-    load_keys<kDqk, kN, Shape::kThreads, kExtras>(k_shared, thread, d_qk, k_rows, n * kN, len_k - n * kN, args.aligned);
+  const uint32_t k_shared = q_shared + Shape::kQBytes, v_shared = k_shared + kStages * Shape::kKBytes;
+  const KeyRows<T, kPages> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
+  const auto load_k = [&](int n, uint32_t to) {
+    load_keys<kDqk, kN, Shape::kThreads, kExtras>(to, thread, d_qk, k_rows, n, blocks.first_key, blocks.end_key,
+                                                  args.aligned);
   };
-  const auto load_v = [&](int n) {
-    load_keys<kDv, kN, Shape::kThreads, kExtras>(v_shared, thread, d_v, v_rows, n * kN, len_k - n * kN, args.aligned);
+  const auto load_v = [&](int n, uint32_t to) {
+    load_keys<kDv, kN, Shape::kThreads, kExtras>(to, thread, d_v, v_rows, n, blocks.first_key, blocks.end_key,
+                                                 args.aligned);
   };
 
   if (blocks.end > blocks.begin) {
     const T* q_base = static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b + s.q_start * p.q.stride_s;
-    load_rows<kDqk, kM, Shape::kThreads, kExtras>(q_shared, thread, d_qk, rows - m0, args.aligned, [&](int r) {
-      return q_base + row_map.position(m0 + r) * p.q.stride_s + row_map.head(m0 + r) * p.q.stride_h;
-    });
-    load_k(blocks.end - 1);
+    if (pack == 1 && rows - m0 >= kM && d_qk == kDqk && (!kExtras || args.aligned)) {
+      load_whole_rows<kDqk, kM, Shape::kThreads>(
+          q_shared, thread, q_base + m0 * p.q.stride_s + row_map.first_head * p.q.stride_h, p.q.stride_s);
+    } else {
+      load_rows<kDqk, kM, Shape::kThreads, kExtras>(
+          q_shared, thread, d_qk, RowSpan{0, rows - m0}, args.aligned, [&](int r) {
+            return q_base + row_map.position(m0 + r) * p.q.stride_s + row_map.head(m0 + r) * p.q.stride_h;
+          });
+    }
+    load_k(blocks.end - 1, k_shared);
+    if (kStages == 2) load_v(blocks.end - 1, v_shared);
     cp_async_commit();
   }
 
-  // ldmatrix addresses: the row part of each operand; the chunk part is XORed in per step.
-  const int q_row = warp * Shape::kWarpRows + (lane & 15), q_chunk = lane >> 4;
-  const int k_row = (lane & 7) + ((lane >> 4) << 3), k_chunk = (lane >> 3) & 1;
-  const int v_row = lane & 15, v_chunk = lane >> 4;
-  const int q_twist = QLayout::twist(q_row) ^ q_chunk, k_twist = QLayout::twist(k_row) ^ k_chunk;
-  const int v_twist = VLayout::twist(v_row) ^ v_chunk;
-  const uint32_t q_lane = q_shared + q_row * QLayout::kPitch, k_lane = k_shared + k_row * QLayout::kPitch;
-  const uint32_t v_lane = v_shared + v_row * VLayout::kPitch;
+  // ldmatrix addresses of this lane's row in the first 16 columns of each operand.
+  const uint32_t q_lane = q_shared + QLayout::offset(warp * Shape::kWarpRows + (lane & 15), lane >> 4);
+  uint32_t k_lane = k_shared + QLayout::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  uint32_t v_lane = v_shared + VLayout::offset(lane & 15, lane >> 4);
 
   const int first_row = m0 + warp * Shape::kWarpRows + lane / 4;  // row i of this thread is first_row + 8 i
   const float to_log2 = kExtras ? kLog2e : p.scale * kLog2e;
@@ -106,11 +114,18 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
     if (kExtras) soft.weighted[i] = 0;
   }
 
+  int stage = 0;
   for (int n = blocks.end - 1; n >= blocks.begin; --n) {
     cp_async_wait<0>();
-    __syncthreads();  // K(n) is there, and all warps are done with V(n + 1)
-    load_v(n);
-    cp_async_commit();
+    __syncthreads();  // what was asked for is there, and all warps are done with block n + 1
+    if constexpr (kStages == 1) {
+      load_v(n, v_shared);
+      cp_async_commit();
+    } else if (n > blocks.begin) {
+      load_k(n - 1, k_shared + (stage ^ 1) * Shape::kKBytes);
+      load_v(n - 1, v_shared + (stage ^ 1) * Shape::kVBytes);
+      cp_async_commit();
+    }
 
     float score[kRowTiles][kKeyTiles][4];
 #pragma unroll
@@ -123,12 +138,11 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
     for (int k = 0; k < kDqk / 16; ++k) {
       uint32_t q[kRowTiles][4];
 #pragma unroll
-      for (int t = 0; t < kRowTiles; ++t)
-        ldmatrix_x4(q[t], q_lane + t * 16 * QLayout::kPitch + ((2 * k ^ q_twist) << 4));
+      for (int t = 0; t < kRowTiles; ++t) ldmatrix_x4(q[t], QLayout::advance(q_lane, k) + t * 16 * QLayout::kPitch);
 #pragma unroll
       for (int j = 0; j < kKeyTiles; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, k_lane + j * 8 * QLayout::kPitch + ((2 * k ^ k_twist) << 4));
+        ldmatrix_x4(b, QLayout::advance(k_lane, k) + j * 8 * QLayout::kPitch);
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
           mma_m16n8k16<T>(score[t][j], q[t], b[0], b[1]);
@@ -137,11 +151,13 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
       }
     }
 
-    cp_async_wait<0>();
-    __syncthreads();  // V(n) is there, and all warps are done with K(n)
-    if (n > blocks.begin) {
-      load_k(n - 1);
-      cp_async_commit();
+    if constexpr (kStages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();  // V(n) is there, and all warps are done with K(n)
+      if (n > blocks.begin) {
+        load_k(n - 1, k_shared);
+        cp_async_commit();
+      }
     }
 
     const bool masked = n < blocks.full_begin || n >= blocks.full_end;
@@ -236,7 +252,7 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
 #pragma unroll
       for (int j = 0; j < kDimTiles; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, v_lane + k * 16 * VLayout::kPitch + ((j ^ v_twist) << 4));
+        ldmatrix_x4_trans(b, VLayout::advance(v_lane, j / 2) + k * 16 * VLayout::kPitch);
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
           mma_m16n8k16<T>(out[t][j], prob[t], b[0], b[1]);
@@ -244,63 +260,79 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
         }
       }
     }
+    if constexpr (kStages == 2) {
+      k_lane += stage == 0 ? Shape::kKBytes : -Shape::kKBytes;
+      v_lane += stage == 0 ? Shape::kVBytes : -Shape::kVBytes;
+      stage ^= 1;
+    }
   }
 
   // Normalise, then write: partial results and wide outputs from the fragments, narrow ones through shared memory.
+  const bool staged = args.splits == 1 && p.o.dtype != Dtype::kF32;
+  const bool statistics = args.splits > 1 || p.lse.data != nullptr || (kExtras && p.entropy.data != nullptr);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int m = first_row + 8 * i;
-    const RowPlace place(args, tile, s, row_map, m < rows ? m : m0);
+    float sink2 = kNegInf;
+    if (p.sinks != nullptr && args.splits == 1 && m < rows) sink2 = p.sinks[row_map.head(m) * p.sinks_stride] * kLog2e;
     const RowResult result =
-        finish_row(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, place.sink2(args));
+        finish_row<kExtras>(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, sink2);
 #pragma unroll
     for (int j = 0; j < kDimTiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = out[i / 2][j][2 * (i % 2) + e];
-        x = result.factor == 0 ? 0.0f : x * result.factor;
-      }
-    if (m < rows) {
-      if (lane % 4 == 0) place.store_statistics(args, result);
-      if (place.split || p.o.dtype == Dtype::kF32) {
-        float* to = place.f32_output(args);
+      for (int e = 0; e < 2; ++e) out[i / 2][j][2 * (i % 2) + e] *= result.factor;
+    if ((statistics || !staged) && m < rows) {
+      const RowPlace place(args, tile, s, row_map, m);
+      if (lane % 4 == 0) place.store_statistics<kExtras>(args, result);
+      if (!staged) {
+        float* to = place.f32_output(args) + 2 * (lane % 4);
+        const int columns = d_v - 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kDimTiles; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            if (const int c = 8 * j + 2 * (lane % 4) + e; c < d_v) to[c] = out[i / 2][j][2 * (i % 2) + e];
+            if (8 * j + e < columns) to[8 * j + e] = out[i / 2][j][2 * (i % 2) + e];
       }
     }
   }
-  if (args.splits == 1 && p.o.dtype != Dtype::kF32) {
+  if (staged) {
     // Each warp stages its rows where its own queries were; the region starts where they did.
     const int region = warp * Shape::kWarpRows * (Shape::kQBytes / Shape::kM);
+    unsigned char* own = shared_memory + region + VLayout::offset(lane / 4, 0) + 4 * (lane % 4);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int r = lane / 4 + 8 * i;
 #pragma unroll
       for (int j = 0; j < kDimTiles; ++j) {
-        *reinterpret_cast<uint32_t*>(shared_memory + region + VLayout::offset(r, j) + 4 * (lane % 4)) =
+        // offset(r, j) from offset(r, 0): chunks differ by an XOR in the low bits and a sum above them.
+        constexpr int kMask = VLayout::kWhole ? 7 : 3;
+        const int twisted = ((j & kMask) ^ VLayout::twist(lane / 4)) - VLayout::twist(lane / 4) + (j & ~kMask);
+        *reinterpret_cast<uint32_t*>(own + i * 8 * VLayout::kPitch + twisted * 16) =
             pack2<T>(out[i / 2][j][2 * (i % 2)], out[i / 2][j][2 * (i % 2) + 1]);
       }
     }
     __syncwarp();
     constexpr int kLanes = chunk_lanes(VLayout::kChunks);
     T* o_base = static_cast<T*>(p.o.data) + tile.batch * p.o.stride_b + s.q_start * p.o.stride_s;
-#pragma unroll 1
-    for (int r = lane / kLanes; r < Shape::kWarpRows; r += 32 / kLanes) {
-      const int m = m0 + warp * Shape::kWarpRows + r;
+    const int warp_row = m0 + warp * Shape::kWarpRows;
+    const bool whole = d_v == kDv && (!kExtras || args.aligned);
+#pragma unroll 4
+    for (int i = 0; i < Shape::kWarpRows; i += 32 / kLanes) {
+      const int r = i + lane / kLanes, m = warp_row + r;
       if (m >= rows) break;
       T* to = o_base + row_map.position(m) * p.o.stride_s + row_map.head(m) * p.o.stride_h;
 #pragma unroll
       for (int c = lane % kLanes; c < VLayout::kChunks; c += kLanes) {
-        const int elements = min(d_v - 8 * c, 8);
         const unsigned char* from = shared_memory + region + VLayout::offset(r, c);
-        if (elements == 8 && (!kExtras || args.aligned)) {
+        if (whole) {
           *reinterpret_cast<uint4*>(to + 8 * c) = *reinterpret_cast<const uint4*>(from);
         } else {
-          for (int e = 0; e < elements; ++e) to[8 * c + e] = reinterpret_cast<const T*>(from)[e];
+          const int elements = min(d_v - 8 * c, 8);
+          if (elements == 8 && (!kExtras || args.aligned)) {
+            *reinterpret_cast<uint4*>(to + 8 * c) = *reinterpret_cast<const uint4*>(from);
+          } else {
+            for (int e = 0; e < elements; ++e) to[8 * c + e] = reinterpret_cast<const T*>(from)[e];
+          }
         }
       }
     }
@@ -311,7 +343,6 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Forward {
   using Shape = ForwardShape<T, kDqk, kDv>;
-  static constexpr bool kExtrasToo = (kFeatures & kExtras) != 0;
   static AttendKernel row(const char* name) {
     AttendKernel k{};
     k.name = name;
@@ -326,10 +357,10 @@ struct Forward {
     k.ctas_per_sm = 2;
     k.reports = true;
     k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&forward_kernel<T, kDqk, kDv, kExtrasToo>);
+    k.function = reinterpret_cast<const void*>(&forward_kernel<T, kDqk, kDv, kFeatures>);
     k.launch = [](const AttendArgs& args, cudaStream_t stream) {
       const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(forward_kernel<T, kDqk, kDv, kExtrasToo>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
+      return launch_grid(forward_kernel<T, kDqk, kDv, kFeatures>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
                          args);
     };
     return k;

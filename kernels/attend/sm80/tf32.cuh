@@ -25,11 +25,12 @@ __global__ __launch_bounds__(128, kD > 128 ? 1 : 2) void tf32_kernel(const __gri
   using Shape = Tf32Shape<kD>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kPitch = Shape::kPitch, kRowTiles = Shape::kRowTiles;
   constexpr int kRows = 2 * kRowTiles, kKeyTiles = kN / 8, kDimTiles = kD / 8;
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char shared_memory[];
   float* q_tile = reinterpret_cast<float*>(shared_memory);
   float* k_tile = q_tile + kM * kPitch;
   float* v_tile = k_tile + kN * kPitch;
 
+  if (args.splits > 1) launch_dependents();
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -42,24 +43,25 @@ __global__ __launch_bounds__(128, kD > 128 ? 1 : 2) void tf32_kernel(const __gri
   const RowMap row_map{args.pack, tile.head * args.pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + kM, rows) - 1);
   const BlockRange blocks = block_range<kN>(args, s, q_first, q_last, tile.split);
-  const int len_k = static_cast<int>(s.len_k);
-  const int head_kv = row_map.first_head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int head_kv = row_map.first_head / args.group;
   const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
-  const KeyRows<float> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
+  const KeyRows<float, true> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
   const auto load_k = [&](int n) {
-    load_rows_f32<kD, kN, Shape::kThreads>(k_tile, thread, d_qk, len_k - n * kN, args.aligned,
+    load_rows_f32<kD, kN, Shape::kThreads>(k_tile, thread, d_qk,
+                                           RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
                                            [&](int r) { return k_rows.row(n * kN + r); });
     cp_async_commit();
   };
   const auto load_v = [&](int n) {
-    load_rows_f32<kD, kN, Shape::kThreads>(v_tile, thread, d_v, len_k - n * kN, args.aligned,
+    load_rows_f32<kD, kN, Shape::kThreads>(v_tile, thread, d_v,
+                                           RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
                                            [&](int r) { return v_rows.row(n * kN + r); });
     cp_async_commit();
   };
 
   if (blocks.end > blocks.begin) {
     const float* q_base = static_cast<const float*>(p.q.data) + tile.batch * p.q.stride_b + s.q_start * p.q.stride_s;
-    load_rows_f32<kD, kM, Shape::kThreads>(q_tile, thread, d_qk, rows - m0, args.aligned, [&](int r) {
+    load_rows_f32<kD, kM, Shape::kThreads>(q_tile, thread, d_qk, RowSpan{0, rows - m0}, args.aligned, [&](int r) {
       return q_base + row_map.position(m0 + r) * p.q.stride_s + row_map.head(m0 + r) * p.q.stride_h;
     });
     load_k(blocks.end - 1);
@@ -196,8 +198,8 @@ __global__ __launch_bounds__(128, kD > 128 ? 1 : 2) void tf32_kernel(const __gri
     const float total = quad_sum(sum[i]), total_weighted = quad_sum(weighted[i]);
     if (m >= rows) continue;
     const RowPlace place(args, tile, s, row_map, m);
-    const RowResult result = finish_row(max2[i], total, total_weighted, place.sink2(args));
-    if (lane % 4 == 0) place.store_statistics(args, result);
+    const RowResult result = finish_row<true>(max2[i], total, total_weighted, place.sink2(args));
+    if (lane % 4 == 0) place.store_statistics<true>(args, result);
     float* to = place.f32_output(args);
 #pragma unroll
     for (int j = 0; j < kDimTiles; ++j)
