@@ -60,7 +60,7 @@ TEST_P(EntropyTool, AgreesWithTheOracleOverTheTable) {
       SCOPED_TRACE(describe(c) + dtypes.name);
       const AttentionData data(c, dtypes, run_seed());
       const auto expected = reference::attention(data.desc, data.io());
-      const Tolerance tolerance = tolerance_of(data.desc);
+      const Tolerance tolerance = tolerance_of(data.desc, weights_of(target()));
       for (bool normalized : {false, true}) {
         const Entropies result = entropy(context, data, entropy_desc(normalized));
         std::vector<double> rows = expected.entropy;

@@ -185,13 +185,13 @@ TEST_P(Execution, APlanServesEverySizeUpToItsMaxima) {
     AttentionData data(c, kF32All, run_seed());
     const auto expected = reference::attention(data.desc, data.io());
     ASSERT_TRUE(succeeded(plan.execute(data)));
-    EXPECT_TRUE(matches(data, expected));
+    EXPECT_TRUE(matches(data, expected, weights_of(target())));
     if (kOnCpu) {
       std::vector<unsigned char> memory(bytes + 1, 0xee);
       data.poison_outputs();
       const adaattn_io_t io = data.io();
       ASSERT_TRUE(succeeded(adaattn_plan_execute(plan.get(), &io, memory.data(), bytes, nullptr)));
-      EXPECT_TRUE(matches(data, expected));
+      EXPECT_TRUE(matches(data, expected, weights_of(target())));
       EXPECT_EQ(memory[bytes], 0xee);
     }
   }
@@ -247,7 +247,7 @@ TEST_P(Execution, WorkspacesComeFromTheAllocatorHookAndGoBack) {
       const Plan plan(context, data.desc);
       const int before = allocations.count;
       ASSERT_TRUE(succeeded(plan.execute(data)));
-      EXPECT_TRUE(matches(data, expected));
+      EXPECT_TRUE(matches(data, expected, weights_of(target())));
       if (plan.workspace_size() > 0) {
         EXPECT_GT(allocations.count, before);
         data.poison_outputs();
@@ -257,7 +257,7 @@ TEST_P(Execution, WorkspacesComeFromTheAllocatorHookAndGoBack) {
         EXPECT_EQ(data.o.bytes(), poisoned) << "a refused call wrote to o";
         allocations.refuse = false;
         ASSERT_TRUE(succeeded(plan.execute(data)));
-        EXPECT_TRUE(matches(data, expected));
+        EXPECT_TRUE(matches(data, expected, weights_of(target())));
       }
     }
   }

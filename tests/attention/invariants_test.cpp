@@ -45,7 +45,7 @@ TEST_P(Invariant, PermutedKeysGiveTheSameResult) {
       }
     });
     run(Context(target()), permuted);
-    EXPECT_TRUE(matches(permuted, expected));
+    EXPECT_TRUE(matches(permuted, expected, weights_of(target())));
   }
 }
 
@@ -70,7 +70,7 @@ TEST_P(Invariant, ShiftingEveryKeyShiftsOnlyTheLse) {
       shifted.lse[flat] += dot / std::sqrt(static_cast<double>(c.d_qk));
       shifted.score_scale[flat] += 4 * std::fabs(dot);
     });
-    EXPECT_TRUE(matches(data, shifted));
+    EXPECT_TRUE(matches(data, shifted, weights_of(target())));
   }
 }
 
@@ -211,7 +211,7 @@ TEST_P(Invariant, UniformAttentionIsTheMeanOfTheValues) {
     data.q.fill(0.0);
     const auto expected = reference::attention(data.desc, data.io());
     run(Context(target()), data);
-    EXPECT_TRUE(matches(data, expected));
+    EXPECT_TRUE(matches(data, expected, weights_of(target())));
     const double ln_n = std::log(static_cast<double>(c.seqlen_k));
     EXPECT_TRUE(close(data.lse.values(), std::vector<double>(data.lse.elements(), ln_n), 0, 1e-6, "lse"));
     EXPECT_TRUE(close(data.entropy.values(), std::vector<double>(data.lse.elements(), ln_n), 0, 1e-6, "entropy"));

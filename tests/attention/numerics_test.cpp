@@ -32,7 +32,7 @@ TEST_P(Numerics, ScoresOfAThousandDoNotOverflow) {
     AttentionData data = with_scores({1000, 1001, 1002}, seqlen_q);
     run(Context(target()), data);
     for (double lse : data.lse.values()) EXPECT_NEAR(lse, 1002.4076059644443, 1e-4);
-    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
   }
 }
 
@@ -42,7 +42,8 @@ TEST_P(Numerics, ScoresFarApartOrVeryNegative) {
     for (int64_t seqlen_q : {1, 40}) {
       AttentionData data = with_scores(scores, seqlen_q);
       run(Context(target()), data);
-      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()))) << scores[0] << ", " << scores[1];
+      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())))
+          << scores[0] << ", " << scores[1];
     }
   }
 }
@@ -57,7 +58,7 @@ TEST_P(Numerics, RisingScoresRescaleWhatCameBefore) {
     for (int64_t seqlen_q : {1, 40}) {
       AttentionData data = with_scores(scores, seqlen_q);
       run(Context(target()), data);
-      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
     }
   }
 }
@@ -83,7 +84,7 @@ TEST_P(Numerics, NaNInAVisibleInputReachesExactlyItsRows) {
         if (which == 1) data.k.set({1, 5, 0, 2}, kNaN);
         if (which == 2) data.v.set({1, 5, 1, 2}, kNaN);
         run(Context(target()), data);
-        EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+        EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
       }
     }
   }
@@ -98,7 +99,7 @@ TEST_P(Numerics, NaNInBiasOrSinkShows) {
     AttentionData data(c, kF32All, run_seed());
     data.bias.set({0, 1, 0, 7}, kNaN);
     run(Context(target()), data);
-    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
     data.sinks.set({2}, kNaN);
     run(Context(target()), data);
     EXPECT_TRUE(std::isnan(data.o.get({0, 0, 2, 0})));
@@ -113,7 +114,7 @@ TEST_P(Numerics, InfiniteValuesComeThrough) {
     data.v.set({0, 1, 0, 0}, kInf);
     data.v.set({0, 2, 0, 1}, -kInf);
     run(Context(target()), data);
-    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
   }
 }
 
@@ -130,7 +131,7 @@ TEST_P(Numerics, SinksOfMinusInfinityAreAbsent) {
     AttentionData data(c, kF32All, run_seed());
     data.sinks.fill(-kInf);
     run(Context(target()), data);
-    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
   }
 }
 
@@ -142,7 +143,7 @@ TEST_P(Numerics, InputsTimesAHundredAndOverAHundred) {
         SCOPED_TRACE(describe(c) + dtypes.name);
         AttentionData data(c, dtypes, run_seed());
         run(Context(target()), data);
-        EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+        EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target())));
         for (double x : data.o.values()) ASSERT_TRUE(std::isfinite(x));
       }
     }
@@ -156,7 +157,7 @@ TEST_P(Numerics, SoftcapAtItsLimits) {
       c.input_scale = factor;
       AttentionData data(c, kF32All, run_seed());
       run(Context(target()), data);
-      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()))) << factor;
+      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), weights_of(target()))) << factor;
     }
   }
 }

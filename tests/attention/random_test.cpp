@@ -25,7 +25,7 @@ TEST_P(RandomAttention, AgreesWithTheOracle) {
       if (!unsupported(context, data.desc).empty()) continue;
       ++compared;
       run(context, data);
-      EXPECT_TRUE(matches(data, expected));
+      EXPECT_TRUE(matches(data, expected, weights_of(target)));
     }
   }
   EXPECT_GT(compared, 0) << "no target serves any of these cases";

@@ -45,7 +45,7 @@ TEST_P(Attention, AgreesWithTheOracle) {
   const Plan plan(context, data.desc);
   const auto before_o = bytes_outside(data.o), before_lse = bytes_outside(data.lse);
   ASSERT_TRUE(succeeded(plan.execute(data)));
-  EXPECT_TRUE(matches(data, expected));
+  EXPECT_TRUE(matches(data, expected, weights_of(target)));
   EXPECT_EQ(bytes_outside(data.o), before_o) << "bytes between the rows of o were written";
   EXPECT_EQ(bytes_outside(data.lse), before_lse) << "bytes between the elements of lse were written";
 
@@ -60,7 +60,7 @@ TEST_P(Attention, AgreesWithTheOracle) {
   AttentionData bare = with_own_outputs(data);
   bare.drop_optional_outputs();
   ASSERT_TRUE(succeeded(attention(context, bare)));
-  EXPECT_TRUE(matches(bare, expected)) << "without lse and entropy, by adaattn_attention()";
+  EXPECT_TRUE(matches(bare, expected, weights_of(target))) << "without lse and entropy, by adaattn_attention()";
 }
 
 }  // namespace adaattn::test

@@ -20,14 +20,18 @@ struct Tolerance {
 };
 inline constexpr double kElementFactor = 4;
 
-// The tolerance belongs to the number formats of q, k, v and o.
-Tolerance tolerance_of(const adaattn_attn_desc_t& desc);
+// Whether the weights enter the second product as floats or rounded to the input type.
+enum class Weights { kFloat, kInputType };
+
+// The tolerance belongs to the number formats: of o, and of q, k and v where weights are rounded to them.
+Tolerance tolerance_of(const adaattn_attn_desc_t& desc, Weights weights = Weights::kInputType);
 
 // expected has NaN where the output must still hold its poison.
 testing::AssertionResult matches(const AttentionData& data, const reference::AttentionResult& expected,
                                  const Tolerance& tolerance);
-inline testing::AssertionResult matches(const AttentionData& data, const reference::AttentionResult& expected) {
-  return matches(data, expected, tolerance_of(data.desc));
+inline testing::AssertionResult matches(const AttentionData& data, const reference::AttentionResult& expected,
+                                        Weights weights = Weights::kInputType) {
+  return matches(data, expected, tolerance_of(data.desc, weights));
 }
 
 // Element by element within absolute or relative tolerance.

@@ -9,6 +9,7 @@
 
 #include "adaattn/adaattn.h"
 #include "support/attention_data.h"
+#include "support/compare.h"
 
 namespace adaattn::test {
 
@@ -18,6 +19,12 @@ struct Target {
   adaattn_device_t device = ADAATTN_DEVICE_CPU;
   adaattn_isa_t isa = ADAATTN_ISA_AUTO;
 };
+
+// Only tile and tensor-core kernels round the weights.
+inline Weights weights_of(const Target& target) {
+  const bool rounds = target.device != ADAATTN_DEVICE_CPU || target.isa == ADAATTN_ISA_AMX;
+  return rounds ? Weights::kInputType : Weights::kFloat;
+}
 
 inline void PrintTo(const Target& target, std::ostream* out) { *out << target.name; }
 
