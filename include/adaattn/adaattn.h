@@ -91,8 +91,6 @@ typedef struct CUstream_st* adaattn_stream_t;
 
 typedef struct adaattn_context adaattn_context_t;
 typedef struct adaattn_plan adaattn_plan_t;
-/* How much error to allow in exchange for time. In this version there is exact attention only: pass NULL. */
-typedef struct adaattn_adaptive_desc adaattn_adaptive_desc_t;
 
 /* A view of memory the caller owns: 96 bytes, plain data, passed by value inside other structs.
  * An absent tensor is all zero (ndim 0). Strides are in elements and may be anything for extents of 1; stride 0
@@ -333,6 +331,82 @@ typedef struct adaattn_io {
 
 ADAATTN_API adaattn_status_t adaattn_io_init(adaattn_io_t* io, size_t size);
 
+/* ---- Adaptive attention ------------------------------------------------------------------------------------- */
+
+/* The error of a head, the unit of every tolerance here:
+ *   err = sqrt(mean_i ||o_i - o'_i||^2) / sqrt(mean_j ||v_j - mu||^2),  mu the head's mean of v
+ * over query rows i and keys j of one (batch, head), o exact and o' computed. */
+
+typedef int32_t adaattn_policy_t;
+#define ADAATTN_POLICY_EXACT 0   /* default: as if no descriptor was given */
+#define ADAATTN_POLICY_QUALITY 1 /* the named policies set every field but the precisions, memory and seed */
+#define ADAATTN_POLICY_BALANCED 2
+#define ADAATTN_POLICY_SPEED 3
+#define ADAATTN_POLICY_CUSTOM 4 /* the fields below, each 0 taking the BALANCED value */
+
+typedef int32_t adaattn_switch_t;
+#define ADAATTN_SWITCH_DEFAULT 0
+#define ADAATTN_SWITCH_ON 1
+#define ADAATTN_SWITCH_OFF 2
+
+/* A search of the skipped tiles for single keys that block statistics cannot see. RANK: scores in a projection of q
+ * and k of probe_rank dimensions, finds them statistically. FULL: all dimensions; no key that holds needle_share of a
+ * row or more is dropped, short of the rounding of the probe's scores. */
+typedef int32_t adaattn_probe_t;
+#define ADAATTN_PROBE_DEFAULT 0
+#define ADAATTN_PROBE_OFF 1
+#define ADAATTN_PROBE_RANK 2
+#define ADAATTN_PROBE_FULL 3
+
+/* Projection of V on its principal directions. FIXED: rank_ratio * head_dim_v; ENERGY: the least rank that keeps
+ * rank_threshold of V's energy, at most rank_ratio * head_dim_v, at least min_rank. Ranks are rounded up to those the
+ * kernels offer. */
+typedef int32_t adaattn_rank_mode_t;
+#define ADAATTN_RANK_DEFAULT 0
+#define ADAATTN_RANK_OFF 1
+#define ADAATTN_RANK_FIXED 2
+#define ADAATTN_RANK_ENERGY 3
+
+/* Arithmetic of the products in increasing precision. */
+typedef int32_t adaattn_precision_t;
+#define ADAATTN_PRECISION_DEFAULT 0
+#define ADAATTN_PRECISION_I8 1
+#define ADAATTN_PRECISION_BF16 2
+#define ADAATTN_PRECISION_F16 3
+#define ADAATTN_PRECISION_F32 4
+
+typedef int32_t adaattn_on_exceed_t;
+#define ADAATTN_ON_EXCEED_REPORT 0    /* default: heads measured over the tolerance are counted in the statistics */
+#define ADAATTN_ON_EXCEED_RECOMPUTE 1 /* and computed again exactly before the call returns */
+
+/* How much error to allow in exchange for time. Zero in a numeric field means the policy's own value. A plan with an
+ * adaptive descriptor holds the feedback and the statistics of one layer: use one plan per layer. */
+typedef struct adaattn_adaptive_desc {
+  size_t struct_size;
+  adaattn_policy_t policy;
+  adaattn_probe_t probe;
+  double tolerance;           /* error allowed per head, > 0 */
+  double tile_mass;           /* least share of the estimated mass whose key tiles are computed exactly, in (0, 1] */
+  int64_t probe_rank;         /* 1..head_dim_qk */
+  double needle_share;        /* in (0, 1]: share of a row that a key must hold to be searched for */
+  adaattn_switch_t far_field; /* represent skipped tiles by the centroids of their groups of 32 keys */
+  adaattn_rank_mode_t rank_mode;
+  double rank_ratio;                 /* in (0, 1] */
+  double rank_threshold;             /* in (0, 1] */
+  int64_t min_rank;                  /* 1..head_dim_v */
+  adaattn_precision_t min_precision; /* default: the input's own */
+  adaattn_precision_t max_precision;
+  int64_t verify_rows; /* rows per head recomputed exactly to measure the error; -1: none */
+  adaattn_switch_t feedback;
+  adaattn_on_exceed_t on_exceed;
+  adaattn_switch_t freeze; /* ON: the first call's decisions are kept for the following ones; default OFF */
+  int32_t reserved0;       /* must be 0 */
+  uint64_t seed;
+  uint64_t max_workspace_bytes; /* heads are processed in groups that fit; 0: no limit */
+} adaattn_adaptive_desc_t;
+
+ADAATTN_API adaattn_status_t adaattn_adaptive_desc_init(adaattn_adaptive_desc_t* desc, size_t size);
+
 /* Whether a plan for desc can be made on this context, decided by the code that makes it. The status says no, and
  * the reason (as adaattn_last_error() would give it) is copied to reason when that is not NULL. */
 ADAATTN_API adaattn_status_t adaattn_check_support(adaattn_context_t* context, const adaattn_attn_desc_t* desc,
@@ -391,9 +465,60 @@ typedef struct adaattn_plan_stats {
   int32_t reserved0;
   int64_t violation_index; /* its index in that array, rows flattened */
   int64_t violation_value;
+
+  /* Adaptive plans: what was decided and measured, summed over calls, batch and heads. */
+  uint64_t heads;          /* (batch, query head) pairs */
+  uint64_t heads_dense;    /* of these, computed exactly because nothing was worth saving */
+  uint64_t heads_low_rank; /* of these, computed with a projected V */
+  uint64_t heads_f32;      /* by precision of their products */
+  uint64_t heads_f16;
+  uint64_t heads_bf16;
+  uint64_t heads_i8;
+  uint64_t tiles;           /* 128 x 128 tiles with any visible pair */
+  uint64_t tiles_kept;      /* of these, computed exactly */
+  uint64_t tiles_probed_in; /* of the kept ones, found by the probe */
+  double flops_done;        /* of every stage, in the same unit as flops */
+  double rank_v_sum;        /* over heads, head_dim_v where not projected */
+  double entropy_sum;       /* normalized entropy estimated from block statistics, over heads */
+  double entropy_min;
+  double entropy_max;
+  double predicted_error_sum; /* over heads */
+  double dropped_mass_sum;    /* estimated share of the mass in tiles not computed exactly, over heads */
+  uint64_t verified_heads;
+  uint64_t verified_rows;
+  double measured_error_sum; /* over verified heads */
+  double measured_error_max;
+  double measured_row_error_max; /* largest error of one sampled row, relative to the same spread */
+  uint64_t heads_over_tolerance;
+  uint64_t heads_recomputed;
+  double seconds_analyze; /* time of the stages; the CPU always measures it */
+  double seconds_decide;
+  double seconds_attend;
+  double seconds_verify;
 } adaattn_plan_stats_t;
 
 ADAATTN_API adaattn_status_t adaattn_plan_get_stats(adaattn_plan_t* plan, uint32_t flags, adaattn_plan_stats_t* stats);
+
+/* The newest call's decisions for one (batch, query head), adaptive plans only. */
+typedef struct adaattn_head_stats {
+  int64_t batch;
+  int64_t head;
+  double entropy;    /* normalized, estimated from block statistics */
+  double kept_tiles; /* fraction */
+  double dropped_mass;
+  double predicted_error;
+  double measured_error; /* NaN where not verified */
+  double feedback;       /* multiplier on the prediction, for the next call */
+  int64_t rank_v;        /* head_dim_v where V is not projected */
+  double rank_energy;    /* share of V's energy that the projection keeps */
+  adaattn_precision_t precision;
+  int32_t dense;
+} adaattn_head_stats_t;
+
+/* Copies up to `cap` entries, each cut to element_size bytes (the caller's sizeof), heads fastest, and says in *count
+ * how many there are; array may be NULL when cap is 0. */
+ADAATTN_API adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, adaattn_head_stats_t* array,
+                                                         size_t element_size, size_t cap, size_t* count);
 
 /* NULL is accepted. */
 ADAATTN_API adaattn_status_t adaattn_plan_destroy(adaattn_plan_t* plan);
