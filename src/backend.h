@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "adaattn/adaattn.h"
 #include "core/allocator.h"
@@ -23,9 +24,36 @@ struct PlanInfo {
   size_t workspace_bytes = 0;
 };
 
+// Sums of an adaptive plan, as adaattn_plan_stats_t has them. "heads" are (sequence, query head) pairs.
+struct AdaptiveCounters {
+  uint64_t heads = 0, heads_dense = 0, heads_low_rank = 0;
+  uint64_t heads_f32 = 0, heads_f16 = 0, heads_bf16 = 0, heads_i8 = 0;
+  uint64_t tiles = 0, tiles_kept = 0, tiles_probed_in = 0;
+  double flops_done = 0;
+  double rank_v_sum = 0;
+  double entropy_sum = 0, entropy_min = 0, entropy_max = 0;
+  double predicted_error_sum = 0, dropped_mass_sum = 0;
+  uint64_t verified_heads = 0, verified_rows = 0;
+  double measured_error_sum = 0, measured_error_max = 0, measured_row_error_max = 0;
+  uint64_t heads_over_tolerance = 0, heads_recomputed = 0;
+  double seconds_analyze = 0, seconds_decide = 0, seconds_attend = 0, seconds_verify = 0;
+};
+
 struct PlanCounters {
   uint64_t calls = 0, query_rows = 0, score_pairs = 0;
   Violation violation;
+  AdaptiveCounters adaptive;
+};
+
+// The newest call's decisions for one head, as adaattn_head_stats_t has them.
+struct HeadRecord {
+  int64_t batch = 0, head = 0;
+  double entropy = 0, kept_tiles = 1, dropped_mass = 0;
+  double predicted_error = 0, measured_error = 0, feedback = 1;
+  int64_t rank_v = 0;
+  double rank_energy = 1;
+  adaattn_precision_t precision = ADAATTN_PRECISION_DEFAULT;
+  bool dense = true;
 };
 
 // The back-end's half of a plan: the kernel that its selector chose and the state that belongs to the plan.
@@ -36,6 +64,8 @@ class AttentionPlan {
   // params lies within the plan's Problem. workspace holds at least info().workspace_bytes.
   virtual void execute(const AttnParams& params, void* workspace, size_t workspace_bytes, adaattn_stream_t stream) = 0;
   virtual PlanCounters counters(bool wait, bool reset) = 0;
+  // Of the newest call, heads fastest; empty for an exact plan.
+  virtual std::vector<HeadRecord> head_records() { return {}; }
 };
 
 struct BackendConfig {

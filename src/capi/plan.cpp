@@ -5,16 +5,15 @@
 #include "capi/context.h"
 #include "capi/guard.h"
 #include "capi/structs.h"
+#include "core/adaptive_options.h"
 #include "core/log.h"
 
 namespace adaattn::capi {
 namespace {
 
 Problem read_problem(const adaattn_attn_desc_t* desc, const adaattn_adaptive_desc_t* adaptive) {
-  const Problem problem = problem_from(read_struct(desc), Use::kAttention);
-  if (adaptive != nullptr)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive is %p; accepted: NULL, as this version computes exact attention only",
-         static_cast<const void*>(adaptive));
+  Problem problem = problem_from(read_struct(desc), Use::kAttention);
+  if (adaptive != nullptr) problem.adaptive = resolve_options(read_struct(adaptive), problem);
   return problem;
 }
 
@@ -72,6 +71,52 @@ adaattn_plan_stats_t stats_of(const PlanCounters& from, const Problem& problem) 
   stats.violation_field = static_cast<adaattn_field_t>(from.violation.field);
   stats.violation_index = from.violation.index;
   stats.violation_value = from.violation.value;
+  const AdaptiveCounters& a = from.adaptive;
+  stats.heads = a.heads;
+  stats.heads_dense = a.heads_dense;
+  stats.heads_low_rank = a.heads_low_rank;
+  stats.heads_f32 = a.heads_f32;
+  stats.heads_f16 = a.heads_f16;
+  stats.heads_bf16 = a.heads_bf16;
+  stats.heads_i8 = a.heads_i8;
+  stats.tiles = a.tiles;
+  stats.tiles_kept = a.tiles_kept;
+  stats.tiles_probed_in = a.tiles_probed_in;
+  stats.flops_done = a.flops_done;
+  stats.rank_v_sum = a.rank_v_sum;
+  stats.entropy_sum = a.entropy_sum;
+  stats.entropy_min = a.entropy_min;
+  stats.entropy_max = a.entropy_max;
+  stats.predicted_error_sum = a.predicted_error_sum;
+  stats.dropped_mass_sum = a.dropped_mass_sum;
+  stats.verified_heads = a.verified_heads;
+  stats.verified_rows = a.verified_rows;
+  stats.measured_error_sum = a.measured_error_sum;
+  stats.measured_error_max = a.measured_error_max;
+  stats.measured_row_error_max = a.measured_row_error_max;
+  stats.heads_over_tolerance = a.heads_over_tolerance;
+  stats.heads_recomputed = a.heads_recomputed;
+  stats.seconds_analyze = a.seconds_analyze;
+  stats.seconds_decide = a.seconds_decide;
+  stats.seconds_attend = a.seconds_attend;
+  stats.seconds_verify = a.seconds_verify;
+  return stats;
+}
+
+adaattn_head_stats_t head_stats_of(const HeadRecord& from) {
+  adaattn_head_stats_t stats = {};
+  stats.batch = from.batch;
+  stats.head = from.head;
+  stats.entropy = from.entropy;
+  stats.kept_tiles = from.kept_tiles;
+  stats.dropped_mass = from.dropped_mass;
+  stats.predicted_error = from.predicted_error;
+  stats.measured_error = from.measured_error;
+  stats.feedback = from.feedback;
+  stats.rank_v = from.rank_v;
+  stats.rank_energy = from.rank_energy;
+  stats.precision = from.precision;
+  stats.dense = from.dense ? 1 : 0;
   return stats;
 }
 
@@ -148,6 +193,28 @@ adaattn_status_t adaattn_plan_get_stats(adaattn_plan_t* plan, uint32_t flags, ad
     const adaattn::PlanCounters counters =
         from.impl->counters((flags & ADAATTN_STATS_WAIT) != 0, (flags & ADAATTN_STATS_RESET) != 0);
     capi::write_bytes(stats, size, capi::stats_of(counters, from.problem));
+  });
+}
+
+adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, adaattn_head_stats_t* array, size_t element_size,
+                                             size_t cap, size_t* count) {
+  return guarded([&] {
+    adaattn_plan& from = capi::require(plan, "plan");
+    capi::require(count, "count");
+    if (cap > 0) capi::require(array, "array");
+    constexpr size_t kWhole = sizeof(adaattn_head_stats_t);
+    if (element_size == 0 || element_size % 8 != 0 || element_size > capi::kLargestStruct)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT,
+           "element_size is %zu; accepted: sizeof(adaattn_head_stats_t), %zu in this version", element_size, kWhole);
+    capi::PlanUse use(from);
+    const std::vector<adaattn::HeadRecord> records = from.impl->head_records();
+    auto* bytes = reinterpret_cast<unsigned char*>(array);
+    for (size_t i = 0; i < std::min(cap, records.size()); ++i) {
+      const adaattn_head_stats_t stats = capi::head_stats_of(records[i]);
+      std::memcpy(bytes + i * element_size, &stats, std::min(element_size, kWhole));
+      if (element_size > kWhole) std::memset(bytes + i * element_size + kWhole, 0, element_size - kWhole);
+    }
+    *count = records.size();
   });
 }
 

@@ -17,6 +17,12 @@ adaattn_attn_desc_t StructTraits<adaattn_attn_desc_t>::defaults() {
   return desc;
 }
 
+adaattn_adaptive_desc_t StructTraits<adaattn_adaptive_desc_t>::defaults() {
+  adaattn_adaptive_desc_t desc = {};
+  desc.struct_size = sizeof desc;
+  return desc;
+}
+
 adaattn_io_t StructTraits<adaattn_io_t>::defaults() {
   adaattn_io_t io = {};
   io.struct_size = sizeof io;
@@ -51,6 +57,10 @@ adaattn_status_t adaattn_config_init(adaattn_config_t* config, size_t size) {
 }
 
 adaattn_status_t adaattn_attn_desc_init(adaattn_attn_desc_t* desc, size_t size) {
+  return guarded([&] { init_struct(desc, size); });
+}
+
+adaattn_status_t adaattn_adaptive_desc_init(adaattn_adaptive_desc_t* desc, size_t size) {
   return guarded([&] { init_struct(desc, size); });
 }
 

@@ -31,6 +31,13 @@ struct StructTraits<adaattn_attn_desc_t> {
 };
 
 template <>
+struct StructTraits<adaattn_adaptive_desc_t> {
+  static constexpr const char* kName = "adaptive";
+  static constexpr size_t kSmallest = offsetof(adaattn_adaptive_desc_t, tolerance), kUnit = 8;
+  static adaattn_adaptive_desc_t defaults();
+};
+
+template <>
 struct StructTraits<adaattn_io_t> {
   static constexpr const char* kName = "io";
   static constexpr size_t kSmallest = offsetof(adaattn_io_t, lse), kUnit = sizeof(adaattn_tensor_t);

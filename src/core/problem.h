@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/attn_params.h"
+#include "decide/policy.h"
 
 namespace adaattn {
 
@@ -22,6 +23,7 @@ struct Problem {
   float scale = 1, softcap = 0;
   bool alibi = false, sink = false, bias = false;
   bool want_lse = false, want_entropy = false;
+  decide::Options adaptive;  // policy kExact: nothing below it is used
   bool operator==(const Problem&) const = default;
 };
 

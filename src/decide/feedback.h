@@ -1,0 +1,26 @@
+// The per-head multiplier on the predicted error, learned from the error that verify measures.
+#pragma once
+
+#include "core/host_device.h"
+
+namespace adaattn::decide {
+
+constexpr float kFeedbackStart = 1.0f;
+constexpr float kFeedbackMin = 0.0625f, kFeedbackMax = 16.0f;
+// A few dozen sampled rows underestimate a head's error now and then; the multiplier keeps this much in hand.
+constexpr float kFeedbackMargin = 1.25f;
+// Share of the old multiplier that one call may take away. Upwards it follows at once.
+constexpr float kFeedbackDecay = 0.5f;
+
+// predicted: the call's prediction, made with the multiplier f. measured: what verify found. A call that skipped
+// nothing (predicted 0) teaches nothing.
+ADAATTN_HD inline float next_feedback(float f, float predicted, float measured) {
+  if (!(predicted > 0.0f) || !(measured >= 0.0f)) return f;
+  const float wanted = kFeedbackMargin * measured * f / predicted;
+  float next = wanted > kFeedbackDecay * f ? wanted : kFeedbackDecay * f;
+  if (next < kFeedbackMin) next = kFeedbackMin;
+  if (next > kFeedbackMax) next = kFeedbackMax;
+  return next;
+}
+
+}  // namespace adaattn::decide
