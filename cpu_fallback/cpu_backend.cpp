@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/log.h"
+#include "cpu_fallback/adaptive/plan.h"
 #include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/cpu_features.h"
 #include "cpu_fallback/isa/registry.h"
@@ -65,10 +66,12 @@ int64_t CpuBackend::get_option(adaattn_option_t option) const {
 }
 
 PlanInfo CpuBackend::select(const Problem& problem) const {
+  if (problem.adaptive.policy != decide::Policy::kExact) return select_adaptive(problem, isa_, pool_.num_threads());
   return select_attention(problem, isa_, pool_.num_threads());
 }
 
 std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem& problem) {
+  if (problem.adaptive.policy != decide::Policy::kExact) return make_adaptive_plan(problem, isa_, pool_);
   return make_attention_plan(problem, isa_, pool_);
 }
 

@@ -68,7 +68,7 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
   }
 }
 
-size_t prefill_scratch(int64_t d_qk, int64_t d_v, int64_t tiles) {
+[[maybe_unused]] size_t prefill_scratch(int64_t d_qk, int64_t d_v, int64_t tiles) {
   Arena arena{nullptr};
   PrefillScratch unused;
   lay_out(arena, unused, d_qk, d_v, tiles * (kTileRows / kPanel));
@@ -262,7 +262,7 @@ HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const P
   }
 }
 
-void prefill(const PrefillArgs& args) {
+[[maybe_unused]] void prefill(const PrefillArgs& args) {
   const RowOperands& rows = args.rows;
   const ScoreRule rule = score_rule(rows);
   const int64_t panels = (args.row_count + kPanel - 1) / kPanel;

@@ -11,17 +11,18 @@ struct IsaRow {
   const char* name;
   bool (*available)();
   const KernelTable* kernels;
+  const AdaptiveKernels* adaptive;
 };
 
 // Best first.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
-    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, &kAvx512Kernels},
-    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, &kAvx512Kernels},
-    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, &kAvx2Kernels},
-    {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }, &kBaselineKernels},
+    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, &kAvx512Kernels, &kAvx512Adaptive},
+    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, &kAvx512Kernels, &kAvx512Adaptive},
+    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, &kAvx2Kernels, &kAvx2Adaptive},
+    {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }, &kBaselineKernels, &kBaselineAdaptive},
 #elif defined(__aarch64__)
-    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }, &kNeonKernels},
+    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }, &kNeonKernels, &kNeonAdaptive},
 #endif
 };
 
@@ -78,6 +79,12 @@ adaattn_isa_t resolve_isa(int64_t requested) {
 const KernelTable* kernels_of(adaattn_isa_t isa) {
   for (const IsaRow& row : kIsas)
     if (row.isa == isa) return row.kernels;
+  fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
+}
+
+const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa) {
+  for (const IsaRow& row : kIsas)
+    if (row.isa == isa) return row.adaptive;
   fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "adaattn/adaattn.h"
+#include "cpu_fallback/adaptive/kernels.h"
 #include "cpu_fallback/attend/kernels.h"
 
 namespace adaattn::cpu {
@@ -19,6 +20,7 @@ adaattn_isa_t resolve_isa(int64_t requested);
 
 // The kernels of an available set; AMX has its own where its tiles apply and shares AVX-512's otherwise.
 const KernelTable* kernels_of(adaattn_isa_t isa);
+const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa);
 
 // "avx512 avx2 baseline": those available (or compiled in), best first.
 std::string available_isas();

@@ -1,0 +1,149 @@
+#include <algorithm>
+#include <cmath>
+
+#include "cpu_fallback/adaptive/call.h"
+
+namespace adaattn::cpu {
+namespace {
+
+struct AttendScratch {
+  int32_t *begin, *end;
+  uint64_t* mask;
+  float* estimate;
+  char* kernel;
+};
+
+AttendScratch lay_out_attend(Arena& arena, const UnitShape& s, const KernelTable& exact,
+                             const AdaptiveKernels& kernels) {
+  AttendScratch x;
+  x.begin = arena.take<int32_t>(decide::kTileQ);
+  x.end = arena.take<int32_t>(decide::kTileQ);
+  x.mask = arena.take<uint64_t>(mask_words(s));
+  x.estimate = arena.take<float>(s.key_tiles);
+  x.kernel = arena.take<char>(static_cast<int64_t>(
+      std::max(exact.prefill_scratch(s.d_qk, s.d_v, 1), kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank))));
+  return x;
+}
+
+float* take_rows(Arena& arena, const UnitShape& s) { return arena.take<float>(decide::kTileQ * s.d_v); }
+
+}  // namespace
+
+size_t attend_scratch(const UnitShape& s, const decide::Options&, const KernelTable& exact,
+                      const AdaptiveKernels& kernels) {
+  Arena arena;
+  lay_out_attend(arena, s, exact, kernels);
+  take_rows(arena, s);
+  return arena.used() + Arena::kAlignment;
+}
+
+void attend_exact_tile(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, char* scratch) {
+  const UnitShape& s = call.shape;
+  Arena arena(scratch);
+  const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
+  PrefillArgs args;
+  args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1);
+  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
+  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  args.row_begin = tile * decide::kTileQ;
+  args.row_count = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - args.row_begin);
+  fill_ranges(call.params, unit.seq, 1, args.row_begin, args.row_count, x.begin, x.end);
+  args.key_begin = x.begin;
+  args.key_end = x.end;
+  args.scratch = x.kernel;
+  call.exact.prefill(args);
+}
+
+void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
+  const UnitShape& s = call.shape;
+  const decide::Options& o = call.problem.adaptive;
+  const decide::TileLevels& levels = unit.tile_levels[member * s.query_tiles + tile];
+  const decide::HeadChoice& choice = unit.heads[member].choice;
+  Arena arena(scratch);
+  const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
+  AdaptiveTileArgs args;
+  args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1);
+  args.row_begin = tile * decide::kTileQ;
+  args.row_count = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - args.row_begin);
+  fill_ranges(call.params, unit.seq, 1, args.row_begin, args.row_count, x.begin, x.end);
+  args.key_begin = x.begin;
+  args.key_end = x.end;
+  args.keys = unit.keys;
+  args.keys.rank = decide::rank_of_class(choice.rank_class);
+  if (choice.rank_class == 0) args.keys.v_low = nullptr;
+  tile_mask(call, unit, member, tile, x.estimate, x.mask);
+  args.mask = x.mask;
+  args.tile_begin = levels.row.begin;
+  args.tile_end = levels.row.end;
+  args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
+  args.log2_needle = std::log2(o.needle_share);
+  args.far_field = o.far_field;
+  args.scratch = x.kernel;
+  unit.results[member * s.query_tiles + tile] = call.kernels.tile(args);
+}
+
+SampledRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
+  SampledRows rows;
+  rows.count = std::min<int64_t>(call.problem.adaptive.verify_rows, unit.seq.len_q);
+  if (rows.count == 0) return rows;
+  rows.step = unit.seq.len_q / rows.count;
+  // A different phase every call, so that calls together see every row: multiples of the golden ratio fill evenly.
+  const uint64_t turn = (call.call_index + call.problem.adaptive.seed) * 0x9e3779b97f4a7c15u;
+  rows.first = static_cast<int64_t>((turn >> 32) * static_cast<uint64_t>(rows.step) >> 32);
+  return rows;
+}
+
+void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
+  const UnitShape& s = call.shape;
+  const SampledRows sample = sampled_rows(call, unit);
+  Arena arena(scratch);
+  const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
+  const int64_t total = sample.count * s.group;
+  PrefillArgs args;
+  args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group, s.group);
+  args.rows.q.data =
+      static_cast<char*>(args.rows.q.data) + sample.first * args.rows.q.stride_s * dtype_size(args.rows.q.dtype);
+  args.rows.q.stride_s *= sample.step;
+  args.rows.o = {unit.exact_rows, 0, s.group * s.d_v, s.d_v, Dtype::kF32};
+  args.rows.lse = args.rows.entropy = {};
+  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
+  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  args.key_begin = x.begin;
+  args.key_end = x.end;
+  args.scratch = x.kernel;
+  for (args.row_begin = 0; args.row_begin < total; args.row_begin += decide::kTileQ) {
+    args.row_count = std::min<int64_t>(decide::kTileQ, total - args.row_begin);
+    for (int64_t r = 0; r < args.row_count; ++r)
+      fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / s.group * sample.step, 1, x.begin + r,
+                  x.end + r);
+    call.exact.prefill(args);
+  }
+}
+
+void measure_error(const AdaptiveCall& call, Unit& unit, char* scratch) {
+  const UnitShape& s = call.shape;
+  const SampledRows sample = sampled_rows(call, unit);
+  Arena arena(scratch);
+  lay_out_attend(arena, s, call.exact, call.kernels);
+  float* row = take_rows(arena, s);
+  for (int64_t g = 0; g < s.group; ++g) {
+    HeadState& head = unit.heads[g];
+    const RowOperands rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + g, 1);
+    double sum = 0, worst = 0;
+    for (int64_t i = 0; i < sample.count; ++i) {
+      call.kernels.load_rows(rows.o, 1, sample.first + i * sample.step, 1, s.d_v, 1.0f, row);
+      const float* exact = unit.exact_rows + (i * s.group + g) * s.d_v;
+      double square = 0;
+      for (int64_t c = 0; c < s.d_v; ++c) {
+        const double shift = static_cast<double>(row[c]) - exact[c];
+        square += shift * shift;
+      }
+      sum += square;
+      worst = std::max(worst, square);
+    }
+    head.measured_error = std::sqrt(sum / static_cast<double>(sample.count)) / unit.v_spread;
+    head.measured_row_max = std::sqrt(worst) / unit.v_spread;
+  }
+}
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,102 @@
+#include <algorithm>
+#include <cmath>
+
+#include "cpu_fallback/adaptive/call.h"
+
+namespace adaattn::cpu {
+namespace {
+
+// Exponential, masking and bookkeeping of one score, in multiply-adds.
+constexpr float kScoreCost = 14;
+// Panels of few rows run below the speed of whole tiles, and a probe has to look at every maximum.
+constexpr float kProbeOverhead = 6;
+
+// Costs in units of one exact tile of 128 x 128 scores.
+decide::CostTable cost_table(const UnitShape& s, const decide::Options& o) {
+  const auto d_qk = static_cast<float>(s.d_qk), d_v = static_cast<float>(s.d_v);
+  const float whole = d_qk + d_v + kScoreCost;
+  decide::CostTable c;
+  for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class) {
+    const float width = rank_class == 0 ? d_v : static_cast<float>(decide::rank_of_class(rank_class));
+    c.tile[rank_class] = (d_qk + width + kScoreCost) / whole;
+    // O' U^T: d_v times rank for each query.
+    c.per_query_tile[rank_class] = rank_class == 0 ? 0 : d_v * width / (decide::kTileK * whole);
+  }
+  c.far_tile = (2 * d_qk + d_v + kScoreCost) / (decide::kGroupK * whole);
+  const float probe_width = o.probe == decide::Probe::kRank ? static_cast<float>(s.probe_rank) : d_qk;
+  c.probe_tile = (probe_width + kProbeOverhead) / whole;
+  // (V - mean) U for the keys of a tile.
+  c.rank_setup = d_v * 64 / (decide::kTileQ * whole);
+  return c;
+}
+
+}  // namespace
+
+int64_t mask_words(const UnitShape& s) { return (s.key_tiles + 63) / 64; }
+
+void decide_unit(const AdaptiveCall& call, Unit& unit, const float* feedback, const decide::HeadChoice* frozen) {
+  const UnitShape& s = call.shape;
+  const decide::Options& o = call.problem.adaptive;
+  const int64_t tiles_q = (unit.seq.len_q + decide::kTileQ - 1) / decide::kTileQ;
+
+  bool usable = unit.finite && unit.v_spread > 0;
+  decide::HeadLevels levels[64];
+  decide::HeadChoice choices[64];
+  for (int64_t g = 0; g < s.group; ++g) {
+    HeadState& head = unit.heads[g];
+    head = {};
+    double entropy = 0;
+    int64_t blocks = 0;
+    for (int64_t t = 0; t < tiles_q; ++t) {
+      const decide::TileLevels& tile = unit.tile_levels[g * s.query_tiles + t];
+      usable = usable && tile.usable;
+      decide::add_block(tile, &head.levels);
+      if (tile.row.begin >= tile.row.end) continue;
+      entropy += tile.entropy;
+      ++blocks;
+    }
+    head.entropy = blocks > 0 ? entropy / static_cast<double>(blocks) : 0;
+    head.tiles = static_cast<int64_t>(head.levels.tiles);
+  }
+
+  if (usable && unit.rank_class > 0) {
+    double captured = 0;
+    for (int64_t t = 0; t < unit.keys.tiles; ++t) captured += unit.captured[t];
+    const double total = static_cast<double>(unit.v_spread) * unit.v_spread * static_cast<double>(unit.seq.len_k);
+    unit.rank_energy = static_cast<float>(std::min(1.0, captured / total));
+    unit.errors.rank_allowed[unit.rank_class] = true;
+    unit.errors.rank_error[unit.rank_class] = std::sqrt(1.0f - unit.rank_energy);
+  }
+  decide::Options options = o;
+  options.tiles = o.tiles && usable;
+  // Groups larger than the local arrays choose in pieces, which at worst share the rank less well.
+  for (int64_t first = 0; first < s.group; first += 64) {
+    const int64_t count = std::min<int64_t>(64, s.group - first);
+    for (int64_t g = 0; g < count; ++g) levels[g] = unit.heads[first + g].levels;
+    if (frozen != nullptr) {
+      std::copy(frozen + first, frozen + first + count, choices);
+    } else {
+      decide::choose_group(options, cost_table(s, o), unit.errors, levels, feedback + first, static_cast<int>(count),
+                           unit.keys.tiles, choices);
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      unit.heads[first + g].choice = choices[g];
+      if (!usable || (choices[g].rank_class != 0 && choices[g].rank_class != unit.rank_class))
+        unit.heads[first + g].choice = {};
+    }
+  }
+}
+
+void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate,
+               uint64_t* mask) {
+  const decide::TileLevels& levels = unit.tile_levels[member * call.shape.query_tiles + tile];
+  const int level = unit.heads[member].choice.level;
+  std::fill(mask, mask + mask_words(call.shape), uint64_t{0});
+  if (levels.row.begin >= levels.row.end) return;
+  estimate_tiles(call, unit, member, tile, estimate);
+  for (int32_t t = levels.row.begin; t < levels.row.end; ++t) {
+    if (decide::keeps(levels, level, t, estimate[t - levels.row.begin])) mask[t / 64] |= uint64_t{1} << t % 64;
+  }
+}
+
+}  // namespace adaattn::cpu

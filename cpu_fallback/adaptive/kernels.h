@@ -1,0 +1,93 @@
+// The border between the adaptive drivers and the units compiled once per instruction set; plain data, as in
+// attend/kernels.h. Scores are in log2 units: queries carry scale * log2(e).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu_fallback/attend/kernels.h"
+#include "decide/tile_mass.h"
+
+namespace adaattn::cpu {
+
+// What analyze leaves about the keys and values of one sequence and KV head; f32, rows padded to their strides.
+struct KeyTables {
+  int64_t len = 0, tiles = 0, groups = 0;
+  int64_t d_qk = 0, d_v = 0;
+  const float* k = nullptr;  // [len][k_stride]
+  int64_t k_stride = 0;
+  const float* v = nullptr;  // [len][v_stride]
+  int64_t v_stride = 0;
+  // V - mean of V in the basis, the first `rank` columns in use; null: V is taken as it is.
+  const float* v_low = nullptr;  // [len][v_low_stride]
+  int64_t v_low_stride = 0;
+  int64_t rank = 0;
+  const float* basis = nullptr;   // [d_v][rank]
+  const float* v_mean = nullptr;  // [d_v]
+  // Far field, per 32 keys: mean of K and log2(32), then ln(2)/2 times its variance. The dot products with (q, 1) and
+  // with q^2 give log2 of the group's weight at its mean, and the second-order term of what its spread adds.
+  const float* group_k = nullptr;  // [groups][group_k_stride], 2 d_qk + 1 used
+  int64_t group_k_stride = 0;
+  const float* group_v = nullptr;      // [groups][v_stride]
+  const float* group_v_low = nullptr;  // [groups][v_low_stride]
+  // Rank probe: K - mean of K projected, then a 1. A query is multiplied by probe_basis^T, whose last row is mean of K.
+  const float* probe_k = nullptr;  // [len][probe_stride], probe_rank + 1 used
+  int64_t probe_stride = 0;
+  int64_t probe_rank = 0;
+  const float* probe_basis = nullptr;  // [probe_rank + 1][d_qk]
+};
+
+struct AdaptiveTileArgs {
+  RowOperands rows;                      // one head: group 1, no softcap, ALiBi or bias
+  int64_t row_begin = 0, row_count = 0;  // at most kTileRows
+  const int32_t* key_begin = nullptr;    // as in PrefillArgs
+  const int32_t* key_end = nullptr;
+  KeyTables keys;
+  // One bit per key tile of [tile_begin, tile_end), the tiles with any visible key: set = computed exactly. The others
+  // are wholly visible to every row. The probe sets the bits of the tiles that it brings in.
+  uint64_t* mask = nullptr;
+  int64_t tile_begin = 0, tile_end = 0;
+  bool probe = false;     // sweep the skipped tiles (rank probe if keys.probe_k, else all dimensions)
+  float log2_needle = 0;  // log2 of the share of a row that brings a tile in
+  bool far_field = false;
+  char* scratch = nullptr;
+};
+
+ADAATTN_HD inline bool tile_bit(const uint64_t* mask, int64_t tile) { return mask[tile / 64] >> tile % 64 & 1; }
+
+struct AdaptiveTileResult {
+  int64_t kept = 0;       // tiles computed exactly
+  int64_t probed_in = 0;  // of these, by the probe
+  float far_mass = 0;     // sum over rows of the share of the far field
+};
+
+struct AdaptiveKernels {
+  // Rows [first, first + n) of K or V widened; false if some element is NaN or infinite.
+  bool (*load_keys)(const KeyOperand& operand, int64_t first, int64_t n, int64_t d, float* out, int64_t stride);
+  // Rows [first, first + n) of width d, widened and multiplied by `factor`, to out [n][d]; rows as in RowOperands.
+  void (*load_rows)(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float factor,
+                    float* out);
+  // Mean and population variance of each group of 32 rows; the last may be short.
+  void (*group_stats)(const float* rows, int64_t n, int64_t d, int64_t stride, float* mean, int64_t mean_stride,
+                      float* variance, int64_t variance_stride);
+  size_t (*gram_scratch)(int64_t n, int64_t d);
+  // gram [d][d] = sum of (x_i - mean)(x_i - mean)^T over rows 0, step, 2 step, ... below n.
+  void (*gram)(const float* rows, int64_t n, int64_t step, int64_t d, int64_t stride, const float* mean, float* gram,
+               char* scratch);
+  size_t (*project_scratch)(int64_t d);
+  // y [n][0..r) = (x - mean) basis, basis [d][r].
+  void (*project)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
+                  int64_t r, float* y, int64_t y_stride, char* scratch);
+  // out[b] = a . rows[b]
+  void (*dot_rows)(const float* a, const float* rows, int64_t n, int64_t d, float* out);
+  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
+  AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
+};
+
+#if defined(__x86_64__)
+extern const AdaptiveKernels kBaselineAdaptive, kAvx2Adaptive, kAvx512Adaptive;
+#elif defined(__aarch64__)
+extern const AdaptiveKernels kNeonAdaptive;
+#endif
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,63 @@
+#include "cpu_fallback/adaptive/unit.h"
+
+#include <algorithm>
+
+namespace adaattn::cpu {
+namespace {
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Rows of whole cache lines, one more than needed, so that rows of a power-of-two length do not share cache sets.
+int64_t padded(int64_t width) { return divide_up(width, 16) * 16 + 16; }
+
+}  // namespace
+
+UnitShape unit_shape(const Problem& problem) {
+  const decide::Options& o = problem.adaptive;
+  UnitShape s;
+  s.d_qk = problem.d_qk;
+  s.d_v = problem.d_v;
+  s.group = problem.heads_q / problem.heads_kv;
+  s.len_k = problem.max_seqlen_k;
+  s.key_tiles = divide_up(s.len_k, decide::kTileK);
+  s.key_groups = divide_up(s.len_k, decide::kGroupK);
+  s.query_tiles = divide_up(problem.max_seqlen_q, decide::kTileQ);
+  s.k_stride = padded(s.d_qk);
+  s.v_stride = padded(s.d_v);
+  s.group_k_stride = padded(2 * s.d_qk + 1);
+  for (int rank_class = 1; rank_class < decide::kRankClasses; ++rank_class) {
+    const int64_t rank = decide::rank_of_class(rank_class);
+    // Over half of d_v, what a projection saves hardly pays for finding it.
+    if (o.rank_mode != decide::RankMode::kOff && 2 * rank <= s.d_v) s.max_rank = std::max(s.max_rank, rank);
+  }
+  s.low_stride = s.max_rank > 0 ? padded(s.max_rank) : 0;
+  s.probe_rank = o.probe == decide::Probe::kRank ? o.probe_rank : 0;
+  s.probe_stride = s.probe_rank > 0 ? padded(s.probe_rank + 1) : 0;
+  return s;
+}
+
+void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Unit& u) {
+  u.k = arena.take<float>(s.len_k * s.k_stride);
+  u.v = arena.take<float>(s.len_k * s.v_stride);
+  u.v_low = arena.take<float>(s.len_k * s.low_stride);
+  u.probe_k = arena.take<float>(s.len_k * s.probe_stride);
+  u.group_k = arena.take<float>(s.key_groups * s.group_k_stride);
+  u.group_v = arena.take<float>(s.key_groups * s.v_stride);
+  u.group_v_low = arena.take<float>(s.key_groups * s.low_stride);
+  u.k_mean = arena.take<float>(s.d_qk);
+  u.v_mean = arena.take<float>(s.d_v);
+  u.basis = arena.take<float>(s.d_v * s.max_rank);
+  u.probe_basis = arena.take<float>((s.probe_rank + 1) * s.d_qk);
+  u.probe_key_basis = arena.take<float>(s.d_qk * s.probe_rank);
+  u.tile_terms = arena.take<float>(s.key_tiles * s.term_width());
+  u.query_terms = arena.take<float>(s.group * s.query_tiles * s.term_width());
+  u.within = arena.take<double>(s.key_tiles);
+  u.captured = arena.take<double>(s.key_tiles);
+  u.tile_finite = arena.take<uint8_t>(s.key_tiles);
+  u.tile_levels = arena.take<decide::TileLevels>(s.group * s.query_tiles);
+  u.results = arena.take<AdaptiveTileResult>(s.group * s.query_tiles);
+  u.heads = arena.take<HeadState>(s.group);
+  u.exact_rows = arena.take<float>(o.verify_rows * s.group * s.d_v);
+}
+
+}  // namespace adaattn::cpu

@@ -1,0 +1,67 @@
+// The working memory of one unit: a sequence and KV head with the query heads that share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/problem.h"
+#include "cpu_fallback/adaptive/kernels.h"
+#include "cpu_fallback/tools/arena.h"
+#include "decide/choose.h"
+
+namespace adaattn::cpu {
+
+// Sizes that the problem fixes.
+struct UnitShape {
+  int64_t d_qk = 0, d_v = 0, group = 1;
+  int64_t len_k = 0, key_tiles = 0, key_groups = 0, query_tiles = 0;
+  int64_t k_stride = 0, v_stride = 0, low_stride = 0, group_k_stride = 0, probe_stride = 0;
+  int64_t max_rank = 0;    // 0: V is not projected
+  int64_t probe_rank = 0;  // 0: no rank probe
+  int64_t term_width() const { return 3 * d_qk; }
+};
+
+UnitShape unit_shape(const Problem& problem);
+
+// Decisions and measurements for one query head.
+struct HeadState {
+  decide::HeadLevels levels;
+  decide::HeadChoice choice;
+  double entropy = 0;
+  int64_t tiles = 0, kept = 0, probed_in = 0;
+  double far_mass = 0;
+  double measured_error = 0, measured_row_max = 0;
+  bool recomputed = false;
+};
+
+struct Unit {
+  int64_t b = 0, kv_head = 0;
+  Sequence seq;
+  bool analyzed = false;  // false: the unit is computed exactly without looking at it
+  bool finite = true;     // K and V hold no NaN or infinity
+  KeyTables keys;
+  int64_t rank_class = 0;  // candidate that analyze prepared V for; 0: none
+  float rank_energy = 1;   // share of V's energy in it
+  float v_spread = 0;      // sqrt(mean ||v - mean||^2)
+  decide::GroupErrors errors;
+
+  // Writable views of the arrays that keys points at, and of the rest.
+  float *k = nullptr, *v = nullptr, *v_low = nullptr, *probe_k = nullptr;
+  float *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
+  float *k_mean = nullptr, *v_mean = nullptr, *basis = nullptr;
+  float *probe_basis = nullptr, *probe_key_basis = nullptr;
+  float* tile_terms = nullptr;                // [key_tiles][3 d_qk], see decide
+  float* query_terms = nullptr;               // [group][query_tiles][3 d_qk]
+  double* within = nullptr;                   // [key_tiles]: sum of ||v - mean of its 32||^2
+  double* captured = nullptr;                 // [key_tiles]: sum of ||V'||^2
+  uint8_t* tile_finite = nullptr;             // [key_tiles]
+  decide::TileLevels* tile_levels = nullptr;  // [group][query_tiles]
+  AdaptiveTileResult* results = nullptr;      // [group][query_tiles]
+  HeadState* heads = nullptr;                 // [group]
+  float* exact_rows = nullptr;                // [verify rows][group][d_v]
+};
+
+// Takes one unit's arrays from the arena.
+void lay_out_unit(const UnitShape& shape, const decide::Options& options, Arena& arena, Unit& unit);
+
+}  // namespace adaattn::cpu

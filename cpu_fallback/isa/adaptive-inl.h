@@ -1,0 +1,407 @@
+// Adaptive attention over the panels of prefill: a tile of queries walks the key tiles that decide kept, searches the
+// others for single heavy keys, and takes what is left as centroids.
+#pragma once
+
+#include "cpu_fallback/adaptive/kernels.h"
+#include "cpu_fallback/isa/prefill-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+constexpr int64_t kTileKeys = decide::kTileK;
+constexpr int64_t kGroupsPerTile = decide::kTileK / decide::kGroupK;
+constexpr float kGroupBonus = 5.0f;  // log2(kGroupK)
+// The second-order term v/2 of a group's log weight overshoots where scores spread over more than a few nats, because
+// 32 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
+constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
+static_assert(decide::kGroupK == 32 && kTileKeys <= kKeyBlock && kTileRows == decide::kTileQ);
+
+bool load_keys(const KeyOperand& operand, int64_t first, int64_t n, int64_t d, float* out, int64_t stride) {
+  bool finite = true;
+  for (int64_t j = 0; j < n; ++j)
+    finite = widen_row(key_address(operand, first + j), operand.dtype, out + j * stride, d, 1.0f) && finite;
+  return finite;
+}
+
+void load_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float factor, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    widen_row(row_address(operand, group, first + i), operand.dtype, out + i * d, d, factor);
+}
+
+void group_stats(const float* HWY_RESTRICT rows, int64_t n, int64_t d, int64_t stride, float* HWY_RESTRICT mean,
+                 int64_t mean_stride, float* HWY_RESTRICT variance, int64_t variance_stride) {
+  for (int64_t first = 0; first < n; first += decide::kGroupK) {
+    const int64_t count = n - first < decide::kGroupK ? n - first : decide::kGroupK;
+    const float inverse = 1.0f / static_cast<float>(count);
+    for (int64_t c = 0; c < d; ++c) mean[c] = variance[c] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < d; ++c) mean[c] += rows[(first + i) * stride + c];
+    }
+    for (int64_t c = 0; c < d; ++c) mean[c] *= inverse;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < d; ++c) {
+        const float x = rows[(first + i) * stride + c] - mean[c];
+        variance[c] += x * x;
+      }
+    }
+    for (int64_t c = 0; c < d; ++c) variance[c] *= inverse;
+    mean += mean_stride;
+    variance += variance_stride;
+  }
+}
+
+struct GramScratch {
+  float *rows, *panel, *ones, *out;
+};
+
+HWY_INLINE void lay_out(Arena& arena, GramScratch& x, int64_t n, int64_t d) {
+  x.rows = arena.take<float>(n * packed_stride(d));
+  x.panel = arena.take<float>(n * kPanel);
+  x.ones = arena.take<float>(kPanel);
+  x.out = arena.take<float>(d * kPanel);
+}
+
+size_t gram_scratch(int64_t n, int64_t d) {
+  Arena arena{nullptr};
+  GramScratch unused;
+  lay_out(arena, unused, n, d);
+  return arena.used;
+}
+
+void gram(const float* rows, int64_t n, int64_t step, int64_t d, int64_t stride, const float* mean, float* out,
+          char* scratch) {
+  const int64_t samples = (n + step - 1) / step, packed = packed_stride(d);
+  Arena arena{scratch};
+  GramScratch x;
+  lay_out(arena, x, samples, d);
+  for (int64_t i = 0; i < samples; ++i) {
+    for (int64_t c = 0; c < d; ++c) x.rows[i * packed + c] = rows[i * step * stride + c] - mean[c];
+  }
+  for (int64_t v = 0; v < kPanel; ++v) x.ones[v] = 1;
+  for (int64_t first = 0; first < d; first += kPanel) {
+    const int64_t columns = d - first < kPanel ? d - first : kPanel;
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t c = 0; c < kPanel; ++c) x.panel[i * kPanel + c] = c < columns ? x.rows[i * packed + first + c] : 0;
+    }
+    memset(x.out, 0, static_cast<size_t>(d * kPanel) * sizeof(float));
+    value_panel(x.rows, packed, samples, x.panel, d, x.ones, x.out);
+    for (int64_t r = 0; r < d; ++r) {
+      for (int64_t c = 0; c < columns; ++c) out[r * d + first + c] = x.out[r * kPanel + c];
+    }
+  }
+}
+
+struct ProjectScratch {
+  float *basis, *offset, *out, *max;
+};
+
+HWY_INLINE void lay_out(Arena& arena, ProjectScratch& x, int64_t d) {
+  x.basis = arena.take<float>(d * kPanel);
+  x.offset = arena.take<float>(kPanel);
+  x.out = arena.take<float>(kTileKeys * kPanel);
+  x.max = arena.take<float>(kPanel);
+}
+
+size_t project_scratch(int64_t d) {
+  Arena arena{nullptr};
+  ProjectScratch unused;
+  lay_out(arena, unused, d);
+  return arena.used;
+}
+
+void project(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis, int64_t r,
+             float* y, int64_t y_stride, char* scratch) {
+  Arena arena{scratch};
+  ProjectScratch x;
+  lay_out(arena, x, d);
+  for (int64_t first = 0; first < r; first += kPanel) {
+    const int64_t columns = r - first < kPanel ? r - first : kPanel;
+    for (int64_t c = 0; c < kPanel; ++c) x.offset[c] = x.max[c] = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const float u = c < columns ? basis[i * r + first + c] : 0;
+        x.basis[i * kPanel + c] = u;
+        x.offset[c] += mean[i] * u;
+      }
+    }
+    for (int64_t i = 0; i < n; i += kTileKeys) {
+      const int64_t count = n - i < kTileKeys ? n - i : kTileKeys;
+      score_panel(rows + i * stride, stride, count, x.basis, d, x.out, x.max);
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t c = 0; c < columns; ++c) y[(i + j) * y_stride + first + c] = x.out[j * kPanel + c] - x.offset[c];
+      }
+    }
+  }
+}
+
+void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t n, int64_t d,
+              float* HWY_RESTRICT out) {
+  for (int64_t b = 0; b < n; ++b) {
+    F32 sum = hn::Zero(kF32);
+    int64_t i = 0;
+    for (; i + kLanes <= d; i += kLanes)
+      sum = hn::MulAdd(hn::LoadU(kF32, a + i), hn::LoadU(kF32, rows + b * d + i), sum);
+    float total = hn::GetLane(hn::SumOfLanes(kF32, sum));
+    for (; i < d; ++i) total += a[i] * rows[b * d + i];
+    out[b] = total;
+  }
+}
+
+struct TileScratch {
+  Panel* panels;
+  float *s, *row, *alpha, *block_max, *threshold, *far_k, *far_v, *far_s, *up;
+  float **far_q, **probe_q;  // per panel
+  float* before;             // per panel: maximum and sum before the far field
+};
+
+constexpr int64_t kPanelsPerTile = kTileRows / kPanel;
+
+HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v, int64_t probe_rank) {
+  x.panels = arena.take<Panel>(kPanelsPerTile);
+  x.far_q = arena.take<float*>(kPanelsPerTile);
+  x.probe_q = arena.take<float*>(kPanelsPerTile);
+  x.s = arena.take<float>(kTileKeys * kPanel);
+  x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
+  x.alpha = arena.take<float>(kPanel);
+  x.block_max = arena.take<float>(kPanel);
+  x.threshold = arena.take<float>(kTileRows);
+  x.far_k = arena.take<float>(kTileKeys * packed_stride(2 * d_qk + 1));
+  x.far_v = arena.take<float>(kTileKeys * packed_stride(d_v));
+  x.far_s = arena.take<float>(kTileKeys * kPanel);
+  x.up = arena.take<float>(d_v * kPanel);
+  x.before = arena.take<float>(kPanelsPerTile * 2 * kPanel);
+  for (int64_t i = 0; i < kPanelsPerTile; ++i) {
+    Panel unused;
+    Panel& p = x.panels == nullptr ? unused : x.panels[i];
+    p.qt = arena.take<float>(d_qk * kPanel);
+    p.ot = arena.take<float>(d_v * kPanel);
+    p.max = arena.take<float>(kPanel);
+    p.sum = arena.take<float>(kPanel);
+    p.entropy_sum = arena.take<float>(kPanel);
+    p.slope = arena.take<float>(kPanel);
+    p.begin = arena.take<int32_t>(kPanel);
+    p.end = arena.take<int32_t>(kPanel);
+    p.position = arena.take<int32_t>(kPanel);
+    float* far_q = arena.take<float>((2 * d_qk + 1) * kPanel);
+    float* probe_q = arena.take<float>((probe_rank + 1) * kPanel);
+    if (x.far_q != nullptr) {
+      x.far_q[i] = far_q;
+      x.probe_q[i] = probe_q;
+    }
+  }
+}
+
+size_t tile_scratch(int64_t d_qk, int64_t d_v, int64_t probe_rank) {
+  Arena arena{nullptr};
+  TileScratch unused;
+  lay_out(arena, unused, d_qk, d_v, probe_rank);
+  return arena.used;
+}
+
+HWY_INLINE void clear_max(float* block_max) {
+  for (int v = 0; v < kPanelVectors; ++v) hn::Store(hn::Set(kF32, -infinity()), kF32, block_max + v * kLanes);
+}
+
+// Scores of n <= 128 keys stand in x.s and their maximum in x.block_max: weights, then O.
+HWY_INLINE void absorb(const AdaptiveTileArgs& args, TileScratch& x, Panel& p, const float* v, int64_t v_stride,
+                       int64_t d_v, int64_t n) {
+  if (args.rows.entropy.data != nullptr) {
+    weigh_block<true>(p, x.s, n, x.block_max, x.alpha);
+  } else {
+    weigh_block<false>(p, x.s, n, x.block_max, x.alpha);
+  }
+  value_panel(v, v_stride, n, x.s, d_v, x.alpha, p.ot);
+}
+
+struct Values {
+  const float *v, *group_v;
+  int64_t stride, width;
+};
+
+HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                           int64_t tile) {
+  const int64_t first = tile * kTileKeys;
+  const int64_t last = first + kTileKeys < args.keys.len ? first + kTileKeys : args.keys.len;
+  for (int64_t i = 0; i < panels; ++i) {
+    Panel& p = x.panels[i];
+    const int64_t begin = p.first > first ? p.first : first, end = p.last < last ? p.last : last;
+    if (begin >= end) continue;
+    clear_max(x.block_max);
+    score_panel(args.keys.k + begin * args.keys.k_stride, args.keys.k_stride, end - begin, p.qt, args.rows.d_qk, x.s,
+                x.block_max);
+    if (begin < p.all_first || end > p.all_last) mask_block(p, x.s, begin, end - begin, x.block_max);
+    absorb(args, x, p, values.v + begin * values.stride, values.stride, values.width, end - begin);
+  }
+}
+
+// log2 of the weight at which a key holds the needle's share of a row. The denominator so far is below the final one,
+// so no such key stays under the threshold.
+HWY_INLINE void set_thresholds(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels) {
+  for (int64_t i = 0; i < panels; ++i) {
+    const Panel& p = x.panels[i];
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      x.threshold[i * kPanel + lane] =
+          lane < p.rows ? p.max[lane] + ::log2f(p.sum[lane]) + args.log2_needle : infinity();
+  }
+}
+
+// Whether some key of a tile reaches the threshold of some row.
+HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, int64_t tile) {
+  const KeyTables& keys = args.keys;
+  const int64_t first = tile * kTileKeys;
+  for (int64_t i = 0; i < panels; ++i) {
+    clear_max(x.block_max);
+    if (keys.probe_k != nullptr) {
+      score_panel(keys.probe_k + first * keys.probe_stride, keys.probe_stride, kTileKeys, x.probe_q[i],
+                  keys.probe_rank + 1, x.s, x.block_max);
+    } else {
+      score_panel(keys.k + first * keys.k_stride, keys.k_stride, kTileKeys, x.panels[i].qt, args.rows.d_qk, x.s,
+                  x.block_max);
+    }
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+      const auto hit = hn::Ge(hn::Load(kF32, x.block_max + lane), hn::Load(kF32, x.threshold + i * kPanel + lane));
+      if (!hn::AllFalse(kF32, hit)) return true;
+    }
+  }
+  return false;
+}
+
+HWY_INLINE void absorb_far(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                           int64_t n) {
+  const int64_t d = args.rows.d_qk, stride = packed_stride(2 * d + 1);
+  const F32 limit = hn::Set(kF32, kSpreadLimit), one = hn::Set(kF32, 1.0f);
+  for (int64_t i = 0; i < panels; ++i) {
+    clear_max(x.block_max);
+    score_panel(x.far_k, stride, n, x.far_q[i], d + 1, x.s, x.block_max);
+    score_panel(x.far_k + d + 1, stride, n, x.far_q[i] + (d + 1) * kPanel, d, x.far_s, x.block_max);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      F32 max = hn::Set(kF32, -infinity());
+      for (int64_t j = 0; j < n; ++j) {
+        float* at = x.s + j * kPanel + v * kLanes;
+        const F32 spread = hn::Load(kF32, x.far_s + j * kPanel + v * kLanes);
+        const F32 s = hn::Add(hn::Load(kF32, at), hn::Div(spread, hn::MulAdd(limit, spread, one)));
+        max = hn::Max(s, max);
+        hn::Store(s, kF32, at);
+      }
+      hn::Store(max, kF32, x.block_max + v * kLanes);
+    }
+    absorb(args, x, x.panels[i], x.far_v, packed_stride(args.rows.d_v), values.width, n);
+  }
+}
+
+// The groups of every tile that is not kept, as one key each. Returns the sum over rows of their share.
+HWY_INLINE float far_field(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels) {
+  const int64_t d = args.rows.d_qk, depth = 2 * d + 1;
+  const int64_t k_stride = packed_stride(depth), v_stride = packed_stride(args.rows.d_v);
+  for (int64_t i = 0; i < panels; ++i) {
+    const Panel& p = x.panels[i];
+    for (int64_t t = 0; t < d * kPanel; t += kLanes) {
+      const F32 q = hn::Load(kF32, p.qt + t);
+      hn::Store(q, kF32, x.far_q[i] + t);
+      hn::Store(hn::Mul(q, q), kF32, x.far_q[i] + (d + 1) * kPanel + t);
+    }
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      x.far_q[i][d * kPanel + lane] = 1;
+      x.before[i * 2 * kPanel + lane] = p.max[lane];
+      x.before[(i * 2 + 1) * kPanel + lane] = p.sum[lane];
+    }
+  }
+  int64_t n = 0;
+  for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
+    if (tile_bit(args.mask, t)) continue;
+    for (int64_t g = t * kGroupsPerTile; g < (t + 1) * kGroupsPerTile; ++g, ++n) {
+      memcpy(x.far_k + n * k_stride, args.keys.group_k + g * args.keys.group_k_stride,
+             static_cast<size_t>(depth) * sizeof(float));
+      memcpy(x.far_v + n * v_stride, values.group_v + g * values.stride,
+             static_cast<size_t>(values.width) * sizeof(float));
+    }
+    if (n + kGroupsPerTile > kTileKeys) {
+      absorb_far(args, x, values, panels, n);
+      n = 0;
+    }
+  }
+  if (n > 0) absorb_far(args, x, values, panels, n);
+  float mass = 0;
+  for (int64_t i = 0; i < panels; ++i) {
+    Panel& p = x.panels[i];
+    for (int64_t lane = 0; lane < p.rows; ++lane) {
+      const float before =
+          x.before[(i * 2 + 1) * kPanel + lane] * ::exp2f(x.before[i * 2 * kPanel + lane] - p.max[lane]);
+      const float far = p.sum[lane] - before;
+      mass += far / p.sum[lane];
+      // A group's weight is spread over 32 keys, each with a score lower by log2(32).
+      p.entropy_sum[lane] -= kGroupBonus * far;
+    }
+  }
+  return mass;
+}
+
+// O' of rank r back to d_v columns: U O' + (sum of weights) mean of V.
+HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& p) {
+  const KeyTables& keys = args.keys;
+  clear_max(x.block_max);
+  score_panel(keys.basis, keys.rank, keys.d_v, p.ot, keys.rank, x.up, x.block_max);
+  for (int64_t c = 0; c < keys.d_v; ++c) {
+    const F32 mean = hn::Set(kF32, keys.v_mean[c]);
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+      hn::Store(hn::MulAdd(mean, hn::Load(kF32, p.sum + lane), hn::Load(kF32, x.up + c * kPanel + lane)), kF32,
+                p.ot + c * kPanel + lane);
+  }
+}
+
+AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
+  const KeyTables& keys = args.keys;
+  const ScoreRule rule = score_rule(args.rows);
+  Arena arena{args.scratch};
+  TileScratch x;
+  lay_out(arena, x, args.rows.d_qk, args.rows.d_v, keys.probe_rank);
+
+  PrefillArgs prefill;
+  prefill.rows = args.rows;
+  prefill.row_begin = args.row_begin;
+  prefill.row_count = args.row_count;
+  prefill.key_begin = args.key_begin;
+  prefill.key_end = args.key_end;
+  PrefillScratch finish;
+  finish.row = x.row;
+  const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
+  for (int64_t i = 0; i < panels; ++i) start_panel(prefill, rule, finish, x.panels[i], i * kPanel);
+
+  const bool low_rank = keys.v_low != nullptr;
+  const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank}
+                                 : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v};
+  AdaptiveTileResult result;
+  for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
+    if (!tile_bit(args.mask, t)) continue;
+    exact_tile(args, x, values, panels, t);
+    ++result.kept;
+  }
+  const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
+  if (args.probe && skipped > 0) {
+    if (keys.probe_k != nullptr) {
+      for (int64_t i = 0; i < panels; ++i) {
+        clear_max(x.block_max);
+        score_panel(keys.probe_basis, keys.d_qk, keys.probe_rank + 1, x.panels[i].qt, keys.d_qk, x.probe_q[i],
+                    x.block_max);
+      }
+    }
+    set_thresholds(args, x, panels);
+    for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
+      if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
+      exact_tile(args, x, values, panels, t);
+      args.mask[t / 64] |= uint64_t{1} << t % 64;
+      set_thresholds(args, x, panels);
+      ++result.probed_in;
+    }
+    result.kept += result.probed_in;
+  }
+  if (args.far_field && result.probed_in < skipped) result.far_mass = far_field(args, x, values, panels);
+  for (int64_t i = 0; i < panels; ++i) {
+    if (low_rank) project_up(args, x, x.panels[i]);
+    finish_panel(prefill, finish, x.panels[i]);
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace adaattn::cpu

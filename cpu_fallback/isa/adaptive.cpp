@@ -1,0 +1,19 @@
+// Compiled once per instruction set; ADAATTN_UNIT_* and the flags say which.
+#include "cpu_fallback/isa/adaptive-inl.h"
+
+namespace adaattn::cpu {
+
+#if defined(ADAATTN_UNIT_BASELINE)
+#define ADAATTN_ADAPTIVE_TABLE kBaselineAdaptive
+#elif defined(ADAATTN_UNIT_AVX2)
+#define ADAATTN_ADAPTIVE_TABLE kAvx2Adaptive
+#elif defined(ADAATTN_UNIT_AVX512)
+#define ADAATTN_ADAPTIVE_TABLE kAvx512Adaptive
+#else
+#define ADAATTN_ADAPTIVE_TABLE kNeonAdaptive
+#endif
+
+const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {load_keys,       load_rows, group_stats, gram_scratch, gram,
+                                                project_scratch, project,   dot_rows,    tile_scratch, adaptive_tile};
+
+}  // namespace adaattn::cpu
