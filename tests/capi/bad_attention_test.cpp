@@ -77,8 +77,6 @@ const BadInput kBadDescriptors[] = {
     {"SizeProductOverflows", kBSHD,
      [](Call& c) { c.desc.max_batch = c.desc.max_seqlen_k = INT32_MAX, c.desc.heads_kv = c.desc.heads_q = 65535; },
      kOverflow, "desc.max_seqlen_k"},
-    {"AdaptiveGiven", kBSHD, [](Call& c) { c.adaptive = reinterpret_cast<const adaattn_adaptive_desc_t*>(&c.desc); },
-     ADAATTN_ERROR_NOT_SUPPORTED, "adaptive is"},
     {"StreamOnCpu", kBSHD, [](Call& c) { c.stream = reinterpret_cast<adaattn_stream_t>(&c); }, kArgument, "stream"},
 };
 

@@ -1,0 +1,120 @@
+#include "adaptive/structured.h"
+
+#include <cmath>
+#include <stdexcept>
+
+#include "support/random.h"
+
+namespace adaattn::test {
+
+void make_structured(AttentionData& data, const Structure& s, uint64_t seed) {
+  Random random(seed);
+  const adaattn_attn_desc_t& d = data.desc;
+  const auto directions = [&](int64_t width) {
+    std::vector<std::vector<double>> list(static_cast<size_t>(s.topics),
+                                          std::vector<double>(static_cast<size_t>(width)));
+    for (auto& direction : list)
+      for (double& x : direction) x = random.normal();
+    return list;
+  };
+  const auto topics = directions(d.head_dim_qk), contents = directions(data.d_v());
+  for (int64_t b = 0; b < data.batch(); ++b) {
+    for (int64_t j = 0; j < data.len_k(b); ++j) {
+      const auto topic = static_cast<size_t>(j / s.run * 5 % s.topics);
+      for (int64_t h = 0; h < d.heads_kv; ++h) {
+        for (int64_t c = 0; c < d.head_dim_qk; ++c)
+          data.k.set(data.key_index(b, j, h, c),
+                     s.topic * topics[topic][static_cast<size_t>(c)] * 0.25 + random.normal());
+        for (int64_t c = 0; c < data.d_v(); ++c) {
+          const double noise = c < data.d_v() / 4 ? 0.5 : s.value_noise;
+          data.v.set(data.key_index(b, j, h, c), s.value_mean +
+                                                     (s.topic > 0 ? contents[topic][static_cast<size_t>(c)] : 0) +
+                                                     (s.topic > 0 ? noise : 1.0) * random.normal());
+        }
+      }
+    }
+    for (int64_t i = 0; i < data.len_q(b); ++i) {
+      for (int64_t h = 0; h < d.heads_q; ++h) {
+        const auto topic = static_cast<size_t>((i / 64 * 3 + h) % s.topics);
+        for (int64_t c = 0; c < d.head_dim_qk; ++c)
+          data.q.set(data.query_index(b, i, h, c), s.topic * topics[topic][static_cast<size_t>(c)] + random.normal());
+      }
+    }
+  }
+}
+
+adaattn_adaptive_desc_t adaptive_desc(adaattn_policy_t policy) {
+  adaattn_adaptive_desc_t desc;
+  adaattn_adaptive_desc_init(&desc, sizeof desc);
+  desc.policy = policy;
+  return desc;
+}
+
+AdaptivePlan::AdaptivePlan(const Context& context, const adaattn_attn_desc_t& desc,
+                           const adaattn_adaptive_desc_t& adaptive) {
+  if (adaattn_plan_create(context.get(), &desc, &adaptive, &plan_) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+}
+
+AdaptivePlan::~AdaptivePlan() { adaattn_plan_destroy(plan_); }
+
+adaattn_status_t AdaptivePlan::execute(const AttentionData& data) const {
+  const adaattn_io_t io = data.io();
+  return adaattn_plan_execute(plan_, &io, nullptr, 0, nullptr);
+}
+
+adaattn_plan_stats_t AdaptivePlan::stats(uint32_t flags) const {
+  adaattn_plan_stats_t stats;
+  stats.struct_size = sizeof stats;
+  if (adaattn_plan_get_stats(plan_, flags, &stats) != ADAATTN_SUCCESS) throw std::runtime_error(last_error());
+  return stats;
+}
+
+std::vector<adaattn_head_stats_t> AdaptivePlan::heads() const {
+  size_t count = 0;
+  if (adaattn_plan_get_head_stats(plan_, nullptr, sizeof(adaattn_head_stats_t), 0, &count) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+  std::vector<adaattn_head_stats_t> heads(count);
+  if (adaattn_plan_get_head_stats(plan_, heads.data(), sizeof heads[0], count, &count) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+  return heads;
+}
+
+adaattn_plan_info_t AdaptivePlan::info() const {
+  adaattn_plan_info_t info;
+  info.struct_size = sizeof info;
+  if (adaattn_plan_get_info(plan_, &info) != ADAATTN_SUCCESS) throw std::runtime_error(last_error());
+  return info;
+}
+
+Tensor exact_output(const Context& context, const AttentionData& data) {
+  Tensor o(data.desc.dtype_q, data.o.shape());
+  adaattn_io_t io = data.io();
+  io.o = o.host();
+  if (adaattn_attention(context.get(), &data.desc, nullptr, &io, nullptr) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+  return o;
+}
+
+double head_error(const AttentionData& data, const Tensor& exact, int64_t b, int64_t h) {
+  const int64_t kv = h / (data.desc.heads_q / data.desc.heads_kv);
+  double error = 0, spread = 0;
+  for (int64_t c = 0; c < data.d_v(); ++c) {
+    double mean = 0, square = 0;
+    for (int64_t j = 0; j < data.len_k(b); ++j) mean += data.v.get(data.key_index(b, j, kv, c));
+    mean /= static_cast<double>(data.len_k(b));
+    for (int64_t j = 0; j < data.len_k(b); ++j) {
+      const double x = data.v.get(data.key_index(b, j, kv, c)) - mean;
+      square += x * x;
+    }
+    spread += square / static_cast<double>(data.len_k(b));
+    for (int64_t i = 0; i < data.len_q(b); ++i) {
+      const auto at = data.query_index(b, i, h, c);
+      const double x = data.o.get(at) - exact.get(at);
+      error += x * x;
+    }
+  }
+  return std::sqrt(error / static_cast<double>(data.len_q(b)) / spread);
+}
+
+}  // namespace adaattn::test
