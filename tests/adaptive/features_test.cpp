@@ -90,6 +90,8 @@ std::vector<Feature> features() {
   };
 }
 
+void PrintTo(const Feature& feature, std::ostream* out) { *out << feature.problem.name; }
+
 class AdaptiveFeatures : public testing::TestWithParam<Feature> {};
 INSTANTIATE_TEST_SUITE_P(All, AdaptiveFeatures, testing::ValuesIn(features()),
                          [](const auto& info) { return info.param.problem.name; });
