@@ -37,8 +37,6 @@ namespace adaattn {
 // The two kinds of code may meet in one program; their inline functions differ and so must the functions' names.
 inline namespace ADAATTN_CXX_NAMESPACE {
 
-// ---- Failures ---------------------------------------------------------------------------------------------------
-
 inline std::string last_error() {
   std::string text(adaattn_last_error(nullptr, 0), '\0');
   adaattn_last_error(text.data(), text.size() + 1);
@@ -115,8 +113,6 @@ class [[nodiscard]] Result {
   Status status_;
 };
 
-// ---- Structs with their defaults ----------------------------------------------------------------------------------
-
 struct Config : adaattn_config_t {
   Config() : adaattn_config_t() { adaattn_config_init(this, sizeof(adaattn_config_t)); }
 };
@@ -132,8 +128,6 @@ struct EntropyDesc : adaattn_entropy_desc_t {
 struct LowRankDesc : adaattn_low_rank_desc_t {
   LowRankDesc() : adaattn_low_rank_desc_t() { adaattn_low_rank_desc_init(this, sizeof(adaattn_low_rank_desc_t)); }
 };
-
-// ---- Tensors ------------------------------------------------------------------------------------------------------
 
 struct Device {
   adaattn_device_t kind = ADAATTN_DEVICE_CPU;
@@ -193,8 +187,6 @@ struct Workspace {
   void* data = nullptr;
   std::size_t bytes = 0;
 };
-
-// ---- Plan and context -----------------------------------------------------------------------------------------------
 
 // Keeps its context alive.
 class Plan {
@@ -335,8 +327,6 @@ class Context {
 
   std::shared_ptr<adaattn_context_t> context_;
 };
-
-// ---- Library --------------------------------------------------------------------------------------------------------
 
 inline Result<int32_t> device_count(adaattn_device_t kind) {
   int32_t count = 0;

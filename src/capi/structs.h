@@ -79,13 +79,16 @@ struct StructTraits<adaattn_plan_stats_t> {
 // Above this a struct_size is an uninitialised number, not a later version.
 inline constexpr size_t kLargestStruct = 4096;
 
+// The message names the struct's own field, or with name NULL the size argument of an _init function.
 template <typename T>
-void check_struct_size(size_t size, const char* field) {
+void check_struct_size(size_t size, const char* name) {
   using Traits = StructTraits<T>;
   const bool whole = size >= sizeof(T) || (size - sizeof(size_t)) % Traits::kUnit == 0;
   if (size < Traits::kSmallest || size > kLargestStruct || !whole)
-    fail(ADAATTN_ERROR_STRUCT_SIZE, "%s is %zu; accepted: %zu (this version's) or that of another version, %zu to %zu",
-         field, size, sizeof(T), Traits::kSmallest, kLargestStruct);
+    fail(ADAATTN_ERROR_STRUCT_SIZE,
+         "%s%s is %zu; accepted: %zu (this version's) or that of another version, %zu to %zu",
+         name != nullptr ? name : "", name != nullptr ? ".struct_size" : "size", size, sizeof(T), Traits::kSmallest,
+         kLargestStruct);
 }
 
 template <typename T>
@@ -93,9 +96,7 @@ size_t struct_size_of(const T* given, const char* name) {
   require(given, name);
   size_t size;
   std::memcpy(&size, given, sizeof size);
-  char field[64];
-  std::snprintf(field, sizeof field, "%s.struct_size", name);
-  check_struct_size<T>(size, field);
+  check_struct_size<T>(size, name);
   return size;
 }
 
@@ -126,7 +127,7 @@ void write_bytes(T* out, size_t size, T value) {
 template <typename T>
 void init_struct(T* out, size_t size) {
   require(out, StructTraits<T>::kName);
-  check_struct_size<T>(size, "size");
+  check_struct_size<T>(size, nullptr);
   write_bytes(out, size, StructTraits<T>::defaults());
 }
 
