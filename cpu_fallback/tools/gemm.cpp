@@ -28,8 +28,10 @@ GemmScratch take_gemm_scratch(Arena& arena, int64_t lanes, int64_t partial_size)
   return scratch;
 }
 
-void gemm(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& a, const ConstMatrix& b, double* c,
-          int64_t ldc, Precision precision, double alpha, bool accumulate) {
+namespace {
+
+void multiply(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& a, const ConstMatrix& b, double* c,
+              int64_t ldc, Precision precision, double alpha, bool accumulate, bool upper_only) {
   const int64_t rows = a.rows, cols = b.cols, depth = a.cols;
   const int64_t row_tiles = tiles(rows, kGemmRows), col_tiles = tiles(cols, kGemmCols);
   const int64_t splits = gemm_splits(rows, cols, depth);
@@ -37,7 +39,7 @@ void gemm(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& a, co
   const int64_t split_depth = tiles(tiles(depth, splits), kGemmDepth) * kGemmDepth;
   const auto kernel = precision == Precision::kF32 ? exec.kernels->gemm_f32 : exec.kernels->gemm_f64;
   exec.for_each(row_tiles * col_tiles * splits, [&](int64_t lane, int64_t task) {
-    GemmBlock block{.a = a, .b = b, .alpha = alpha};
+    GemmBlock block{.a = a, .b = b, .alpha = alpha, .upper_only = upper_only};
     const int64_t split = task % splits, tile = task / splits;
     block.row0 = tile / col_tiles * kGemmRows;
     block.col0 = tile % col_tiles * kGemmCols;
@@ -59,9 +61,16 @@ void gemm(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& a, co
     }
 }
 
+}  // namespace
+
+void gemm(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& a, const ConstMatrix& b, double* c,
+          int64_t ldc, Precision precision, double alpha, bool accumulate) {
+  multiply(exec, scratch, a, b, c, ldc, precision, alpha, accumulate, false);
+}
+
 void gram_matrix(const Exec& exec, const GemmScratch& scratch, const ConstMatrix& x, double* gram,
                  Precision precision) {
-  gemm(exec, scratch, x, x.transposed(), gram, x.rows, precision);
+  multiply(exec, scratch, x, x.transposed(), gram, x.rows, precision, 1, false, true);
   for (int64_t i = 0; i < x.rows; ++i)
     for (int64_t j = 0; j < i; ++j) gram[i * x.rows + j] = gram[j * x.rows + i];
 }

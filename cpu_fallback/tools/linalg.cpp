@@ -75,18 +75,22 @@ bool cholesky(int64_t n, double* a, double tolerance) {
 }
 
 void invert_upper(int64_t n, double* r) {
-  // inverse_ij = -sum_{i<k<=j} r_ik inverse_kj / r_ii from the last row up; from the last column back, because r_ij is
-  // needed by the columns behind j only.
+  // inverse_i = (e_i - sum_{k>i} r_ik inverse_k) / r_ii, from the last row up; the unused lower triangle keeps r_ik
+  // while row i is overwritten.
   for (int64_t i = n - 1; i >= 0; --i) {
     double* const row = r + i * n;
     const double inverse_diagonal = 1 / row[i];
-    for (int64_t j = n - 1; j > i; --j) {
-      double sum = 0;
-      for (int64_t k = i + 1; k <= j; ++k) sum += row[k] * r[k * n + j];
-      row[j] = -sum * inverse_diagonal;
+    for (int64_t k = i + 1; k < n; ++k) {
+      r[k * n + i] = row[k] * -inverse_diagonal;
+      row[k] = 0;
+    }
+    for (int64_t k = i + 1; k < n; ++k) {
+      const double factor = r[k * n + i];
+      for (int64_t j = k; j < n; ++j) row[j] += factor * r[k * n + j];
     }
     row[i] = inverse_diagonal;
   }
+  for (int64_t i = 1; i < n; ++i) std::fill_n(r + i * n, i, 0.0);
 }
 
 OrthonormalScratch take_orthonormal_scratch(Arena& arena, int64_t count, int64_t length) {

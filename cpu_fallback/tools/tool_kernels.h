@@ -32,6 +32,7 @@ struct GemmBlock {
   int64_t k0 = 0, k1 = 0;
   double alpha = 1;
   bool accumulate = false;
+  bool upper_only = false;  // elements below the diagonal of c need not be right
 };
 
 struct MergeRow {

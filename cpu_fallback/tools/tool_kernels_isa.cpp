@@ -64,34 +64,35 @@ void pack(const ConstMatrix& m, int64_t line0, int64_t lines, int64_t k0, int64_
   }
 }
 
-// One register tile: kTileRows x (kTileVectors vectors), written to out row by row.
-template <typename T>
+// One register tile, kTileRows x kVectors vectors of a panel that is kTileVectors wide; written to out row by row.
+template <typename T, int64_t kVectors>
 HWY_INLINE void multiply_tile(int64_t depth, const T* HWY_RESTRICT a, const T* HWY_RESTRICT b, T* HWY_RESTRICT out) {
   const hn::ScalableTag<T> d;
   constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(d)), kWidth = kTileVectors * kLanes;
-  hn::Vec<decltype(d)> sum[kTileRows][kTileVectors];
+  hn::Vec<decltype(d)> sum[kTileRows][kVectors];
   for (auto& row : sum)
     for (auto& v : row) v = hn::Zero(d);
   for (int64_t k = 0; k < depth; ++k) {
-    hn::Vec<decltype(d)> columns[kTileVectors];
+    hn::Vec<decltype(d)> columns[kVectors];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kTileVectors; ++j) columns[j] = hn::Load(d, b + k * kWidth + j * kLanes);
+    for (int64_t j = 0; j < kVectors; ++j) columns[j] = hn::Load(d, b + k * kWidth + j * kLanes);
 #pragma GCC unroll 6
     for (int64_t i = 0; i < kTileRows; ++i) {
       const auto broadcast = hn::Set(d, a[k * kTileRows + i]);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < kTileVectors; ++j) sum[i][j] = hn::MulAdd(broadcast, columns[j], sum[i][j]);
+      for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = hn::MulAdd(broadcast, columns[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 6
   for (int64_t i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kTileVectors; ++j) hn::Store(sum[i][j], d, out + i * kWidth + j * kLanes);
+    for (int64_t j = 0; j < kVectors; ++j) hn::Store(sum[i][j], d, out + i * kWidth + j * kLanes);
 }
 
 template <typename T>
 void gemm(const GemmBlock& block, void* scratch) {
-  constexpr int64_t kWidth = kTileVectors * static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<T>()));
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<T>()));
+  constexpr int64_t kWidth = kTileVectors * kLanes;
   static_assert(kGemmCols % kWidth == 0 && kGemmRows % kTileRows == 0);
   T* const packed_a = static_cast<T*>(scratch);
   T* const packed_b = packed_a + kGemmRows * kGemmDepth;
@@ -109,7 +110,15 @@ void gemm(const GemmBlock& block, void* scratch) {
       const int64_t width = block.cols - j0 < kWidth ? block.cols - j0 : kWidth;
       for (int64_t i0 = 0; i0 < block.rows; i0 += kTileRows) {
         const int64_t height = block.rows - i0 < kTileRows ? block.rows - i0 : kTileRows;
-        multiply_tile(depth, packed_a + i0 * depth, packed_b + j0 * depth, tile);
+        if (block.upper_only && block.col0 + j0 + width <= block.row0 + i0) continue;
+        const T *const a = packed_a + i0 * depth, *const b = packed_b + j0 * depth;
+        if (width <= kLanes) {
+          multiply_tile<T, 1>(depth, a, b, tile);
+        } else if (width <= 2 * kLanes) {
+          multiply_tile<T, 2>(depth, a, b, tile);
+        } else {
+          multiply_tile<T, kTileVectors>(depth, a, b, tile);
+        }
         for (int64_t i = 0; i < height; ++i) {
           double* const c = c0 + (i0 + i) * block.ldc + j0;
           const T* const t = tile + i * kWidth;
