@@ -51,5 +51,6 @@ struct Suite {
 };
 
 void run_cpu_exact(Report& report);
+void run_cpu_tools(Report& report);
 
 }  // namespace adaattn::bench
