@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts the cases in an XML report of ctest or GoogleTest and appends "passed failed skipped" to a tally file.
+"""Counts the cases in XML reports of ctest or GoogleTest and appends "passed failed skipped" to a tally file.
 
 A ctest entry that is a whole GoogleTest run counts by its cases, any other entry as one. Failures are printed with
 the end of their output, skipped cases grouped by their reason. An empty run counts as one failure: a suite that
@@ -62,11 +62,11 @@ def count_case(case):
     return 0, 1, []  # not run for any other reason: a missing binary, a failed fixture
 
 
-def run(report, tally):
-    """Counts report into tally; 1 if anything failed."""
+def run(reports, tally):
+    """Counts the reports into tally; 1 if anything failed."""
     passed = failed = 0
     reasons = collections.Counter()
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).getroot().iter("testcase")):
         case_passed, case_failed, case_reasons = count_case(case)
         passed += case_passed
         failed += case_failed
@@ -86,7 +86,7 @@ def run(report, tally):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report")
     parser.add_argument("tally")
+    parser.add_argument("reports", nargs="+")
     arguments = parser.parse_args()
-    sys.exit(run(arguments.report, arguments.tally))
+    sys.exit(run(arguments.reports, arguments.tally))

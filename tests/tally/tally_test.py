@@ -42,7 +42,7 @@ class Tally(unittest.TestCase):
             report.write_text(f"<testsuite>{''.join(entries)}</testsuite>", encoding="utf-8")
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                status = tally.run(report, counts)
+                status = tally.run([report], counts)
             return status, *map(int, counts.read_text(encoding="utf-8").split()), printed.getvalue()
 
     def test_plain_entries(self):
