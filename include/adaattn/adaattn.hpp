@@ -23,6 +23,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "adaattn/adaattn.h"
 
@@ -115,6 +116,9 @@ class [[nodiscard]] Result {
 
 struct Config : adaattn_config_t {
   Config() : adaattn_config_t() { adaattn_config_init(this, sizeof(adaattn_config_t)); }
+};
+struct AdaptiveDesc : adaattn_adaptive_desc_t {
+  AdaptiveDesc() : adaattn_adaptive_desc_t() { adaattn_adaptive_desc_init(this, sizeof(adaattn_adaptive_desc_t)); }
 };
 struct AttnDesc : adaattn_attn_desc_t {
   AttnDesc() : adaattn_attn_desc_t() { adaattn_attn_desc_init(this, sizeof(adaattn_attn_desc_t)); }
@@ -220,6 +224,19 @@ class Plan {
     if (Status status = adaattn_plan_get_stats(get(), flags, &stats); !status.ok()) return status;
     return stats;
   }
+  // Of the newest call, heads fastest; empty for an exact plan.
+  Result<std::vector<adaattn_head_stats_t>> head_stats() const {
+    std::size_t count = 0;
+    if (Status status = adaattn_plan_get_head_stats(get(), nullptr, sizeof(adaattn_head_stats_t), 0, &count);
+        !status.ok())
+      return status;
+    std::vector<adaattn_head_stats_t> heads(count);
+    if (Status status =
+            adaattn_plan_get_head_stats(get(), heads.data(), sizeof(adaattn_head_stats_t), heads.size(), &count);
+        !status.ok())
+      return status;
+    return heads;
+  }
 
  private:
   friend class Context;
@@ -255,9 +272,10 @@ class Context {
   Status check_support(const adaattn_attn_desc_t& desc) const {
     return adaattn_check_support(get(), &desc, nullptr, nullptr, 0);
   }
-  Result<Plan> make_plan(const adaattn_attn_desc_t& desc) const {
+  // adaptive NULL: exact.
+  Result<Plan> make_plan(const adaattn_attn_desc_t& desc, const adaattn_adaptive_desc_t* adaptive = nullptr) const {
     adaattn_plan_t* plan = nullptr;
-    if (Status status = adaattn_plan_create(get(), &desc, nullptr, &plan); !status.ok()) return status;
+    if (Status status = adaattn_plan_create(get(), &desc, adaptive, &plan); !status.ok()) return status;
     return Plan(context_, plan);
   }
   Status attention(const adaattn_attn_desc_t& desc, const adaattn_io_t& io, adaattn_stream_t stream = nullptr) const {

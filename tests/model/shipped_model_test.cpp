@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -159,6 +160,33 @@ TEST(ShippedModel, ThreadCountsChangeTheLossByRoundingOnly) {
   for (const int threads : {2, 5}) {
     options.threads = threads;
     EXPECT_NEAR(loss(options, 512, 3), expected, 1e-6) << threads << " threads";
+  }
+}
+
+// Errors are counted per (layer, head, window). The first window's calls make the feedback.
+TEST(ShippedModel, PoliciesKeepTheirToleranceOnRealAttention) {
+  constexpr size_t kContext = 2048, kWindows = 4;
+  const double exact = loss({}, kContext, kWindows);
+  const struct {
+    const char* name;
+    double change;  // of the loss, relative
+  } policies[] = {{"quality", 0.005}, {"balanced", 0.01}, {"speed", 0.02}};
+  for (const auto& [name, change] : policies) {
+    ModelOptions options;
+    options.attention.policy = generate::policy_names().at(name);
+    Model model(MODEL_FOLDER, options);
+    const double bits =
+        generate::evaluate_loss(model, manual(kWindows * kContext + 1), kContext, 0, [](int64_t, int64_t) {
+        }).bits_per_token;
+    EXPECT_NEAR(bits, exact, change * exact) << name;
+    const adaattn_plan_stats_t stats = model.attention_report().totals;
+    std::printf("%s: %llu of %llu (layer, head, window) errors over the tolerance, largest %.3f, tiles kept %.3f\n",
+                name, static_cast<unsigned long long>(stats.heads_over_tolerance),
+                static_cast<unsigned long long>(stats.verified_heads), stats.measured_error_max,
+                static_cast<double>(stats.tiles_kept) / static_cast<double>(stats.tiles));
+    EXPECT_GT(stats.verified_heads, stats.heads / 2) << name;
+    EXPECT_LE(stats.heads_over_tolerance, stats.verified_heads / 100) << name;
+    EXPECT_LT(stats.tiles_kept, stats.tiles) << name;
   }
 }
 

@@ -50,6 +50,49 @@ Json describe_run(Model& model, const CommonOptions& common, const Step& step, i
           {"model", common.model}};
 }
 
+Json describe_attention(const AttentionReport& report, bool with_heads) {
+  const adaattn_plan_stats_t& sum = report.totals;
+  const auto ratio = [](double part, double whole) { return whole > 0 ? part / whole : 0; };
+  const auto heads = static_cast<double>(sum.heads);
+  Json json = {{"attention_seconds", report.seconds}};
+  if (sum.heads == 0) return json;
+  json["kept_tiles"] = ratio(static_cast<double>(sum.tiles_kept), static_cast<double>(sum.tiles));
+  json["mean_rank_v"] = sum.rank_v_sum / heads;
+  json["dense_heads"] = static_cast<double>(sum.heads_dense) / heads;
+  json["low_rank_ratio"] = static_cast<double>(sum.heads_low_rank) / heads;
+  json["precision_distribution"] = {{"f32", static_cast<double>(sum.heads_f32) / heads},
+                                    {"f16", static_cast<double>(sum.heads_f16) / heads},
+                                    {"bf16", static_cast<double>(sum.heads_bf16) / heads},
+                                    {"i8", static_cast<double>(sum.heads_i8) / heads}};
+  json["flops_ratio"] = ratio(sum.flops_done, sum.flops);
+  json["predicted_error"] = sum.predicted_error_sum / heads;
+  json["measured_error"] = ratio(sum.measured_error_sum, static_cast<double>(sum.verified_heads));
+  json["measured_error_max"] = sum.measured_error_max;
+  json["heads_over_tolerance"] = sum.heads_over_tolerance;
+  json["stage_seconds"] = {{"analyze", sum.seconds_analyze},
+                           {"decide", sum.seconds_decide},
+                           {"attend", sum.seconds_attend},
+                           {"verify", sum.seconds_verify}};
+  if (!with_heads) return json;
+  Json& list = json["heads"] = Json::array();
+  for (const HeadReport& head : report.heads) {
+    const adaattn_head_stats_t& s = head.stats;
+    list.push_back({{"layer", head.layer},
+                    {"head", s.head},
+                    {"entropy", s.entropy},
+                    {"kept_tiles", s.kept_tiles},
+                    {"dropped_mass", s.dropped_mass},
+                    {"rank_v", s.rank_v},
+                    {"rank_energy", s.rank_energy},
+                    {"precision", s.precision},
+                    {"dense", s.dense != 0},
+                    {"predicted_error", s.predicted_error},
+                    {"measured_error", s.dense != 0 ? Json() : Json(s.measured_error)},
+                    {"feedback", s.feedback}});
+  }
+  return json;
+}
+
 void run_loss(const CommonOptions& common, const LossOptions& options) {
   Model model(common.model, common.engine);
   const std::vector<int32_t> tokens = options.ids.empty() ? tokenize(model.config(), read_text(options.text))
@@ -66,6 +109,7 @@ void run_loss(const CommonOptions& common, const LossOptions& options) {
   report[has_byte_tokens(model.config()) ? "bits_per_byte" : "bits_per_token"] = result.bits_per_token;
   report["seconds"] = result.seconds;
   report["tokens_per_second"] = result.tokens_per_second();
+  report.update(describe_attention(model.attention_report(), true));
   std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, %d threads)\n",
               static_cast<long long>(result.context), result.bits_per_token,
               has_byte_tokens(model.config()) ? "byte" : "token", static_cast<long long>(result.tokens),

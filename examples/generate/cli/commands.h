@@ -41,6 +41,9 @@ bool run_demo(const CommonOptions& common);
 // What every report says about the machine and the library.
 nlohmann::ordered_json describe_run(Model& model, const CommonOptions& common, const Step& step, int64_t capacity);
 
+// What adaptive attention decided and measured, summed; with_heads: and each head of the newest step.
+nlohmann::ordered_json describe_attention(const AttentionReport& report, bool with_heads);
+
 std::string read_text(const std::string& path);
 void write_json(const std::string& path, const nlohmann::ordered_json& report);
 

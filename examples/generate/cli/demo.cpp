@@ -16,6 +16,8 @@ using Json = nlohmann::ordered_json;
 constexpr int64_t kContexts[] = {1024, 4096};
 // What implementations in f32 may differ by.
 constexpr double kMaxDifference = 1e-3;
+// Where adaptive attention is compared with exact attention: whole windows from the start of the text.
+constexpr int64_t kAdaptiveContext = 8192, kAdaptiveWindows = 2;
 constexpr char kPrompt[] = "The function returns ";
 constexpr int64_t kContinuation = 320;
 
@@ -25,6 +27,48 @@ Json read_reference(const std::string& path) {
   } catch (const Json::exception& e) {
     fail("%s: %s", path.c_str(), e.what());
   }
+}
+
+// Loss and time of attention under each policy, in the demo's order.
+Json compare_policies(const CommonOptions& common, const std::string& text) {
+  std::printf("\nattention at context %lld, first %lld windows of manual.txt\n",
+              static_cast<long long>(kAdaptiveContext), static_cast<long long>(kAdaptiveWindows));
+  std::printf(
+      "policy      bits/byte     change   attention s   speed-up   tiles kept   rank of V   error predicted / "
+      "measured\n");
+  Json report = {{"context", kAdaptiveContext}, {"windows", kAdaptiveWindows}};
+  double exact_loss = 0, exact_seconds = 0;
+  for (const char* name : {"exact", "quality", "balanced", "speed"}) {
+    ModelOptions options = common.engine;
+    options.attention.policy = policy_names().at(name);
+    Model model(common.model, options);
+    const LossResult result = [&] {
+      Progress progress(name);
+      return evaluate_loss(model, tokenize(model.config(), text), kAdaptiveContext, kAdaptiveWindows,
+                           std::ref(progress));
+    }();
+    Json row = {{"bpb", result.bits_per_token}};
+    row.update(describe_attention(model.attention_report(), false));
+    const double seconds = row["attention_seconds"].get<double>();
+    row["seconds"] = seconds;
+    if (options.attention.policy == ADAATTN_POLICY_EXACT) {
+      exact_loss = result.bits_per_token;
+      exact_seconds = seconds;
+      std::printf("%-9s   %9.6f               %7.2f\n", name, result.bits_per_token, seconds);
+      report["exact"] = row;
+    } else {
+      row["loss_change_percent"] = 100 * (result.bits_per_token / exact_loss - 1);
+      row["speed_up"] = exact_seconds / seconds;
+      std::printf(
+          "%-9s   %9.6f   %+7.3f %%       %7.2f     %5.2f x      %5.1f %%      %6.1f            %6.4f / %6.4f\n", name,
+          result.bits_per_token, row["loss_change_percent"].get<double>(), seconds, row["speed_up"].get<double>(),
+          100 * row["kept_tiles"].get<double>(), row["mean_rank_v"].get<double>(), row["predicted_error"].get<double>(),
+          row["measured_error"].get<double>());
+      report["policies"][name] = row;
+    }
+    std::fflush(stdout);
+  }
+  return report;
 }
 
 }  // namespace
@@ -62,6 +106,8 @@ bool run_demo(const CommonOptions& common) {
                 result.tokens_per_second());
     std::fflush(stdout);
   }
+
+  report.update(compare_policies(common, read_text(folder / "manual.txt")));
 
   std::printf("\n%s", kPrompt);
   std::string continuation;

@@ -26,6 +26,14 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
       ->transform(CLI::CheckedTransformer(generate::isa_names()).description("NAME"));
   command.add_option("--dtype", common.engine.dtype, "Type of q, k, v and o: f32 (default), f16, bf16")
       ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
+  command
+      .add_option("--policy", common.engine.attention.policy,
+                  "Error allowed: exact (default), quality, balanced, speed")
+      ->transform(CLI::CheckedTransformer(generate::policy_names()).description("NAME"));
+  command
+      .add_option("--tolerance", common.engine.attention.tolerance,
+                  "Error allowed per head, relative to the spread of V; 0: the policy's own")
+      ->check(CLI::NonNegativeNumber);
   command.add_option(report_name, common.report, "File for the figures as JSON");
 }
 

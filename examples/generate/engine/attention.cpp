@@ -1,5 +1,8 @@
 #include "engine/attention.h"
 
+#include <algorithm>
+#include <chrono>
+
 namespace generate {
 namespace {
 
@@ -25,11 +28,21 @@ const std::map<std::string, adaattn_isa_t>& isa_names() {
   return names;
 }
 
-Attention::Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, ThreadPool& pool)
-    : config_(config), dtype_(dtype), context_(make_context(isa, pool)) {}
+const std::map<std::string, adaattn_policy_t>& policy_names() {
+  static const std::map<std::string, adaattn_policy_t> names = {{"exact", ADAATTN_POLICY_EXACT},
+                                                                {"quality", ADAATTN_POLICY_QUALITY},
+                                                                {"balanced", ADAATTN_POLICY_BALANCED},
+                                                                {"speed", ADAATTN_POLICY_SPEED}};
+  return names;
+}
 
-adaattn::Plan& Attention::plan_for(const Step& step, int64_t capacity) {
-  const std::tuple key = {step.batch, step.seqlen, capacity};
+Attention::Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy,
+                     ThreadPool& pool)
+    : config_(config), dtype_(dtype), policy_(policy), context_(make_context(isa, pool)) {}
+
+adaattn::Plan& Attention::plan_for(int64_t layer, const Step& step, int64_t capacity) {
+  const bool adaptive = policy_.policy != ADAATTN_POLICY_EXACT;
+  const std::tuple key = {adaptive ? layer : 0, step.batch, step.seqlen, capacity};
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   adaattn::AttnDesc desc;
   desc.max_batch = step.batch;
@@ -41,13 +54,16 @@ adaattn::Plan& Attention::plan_for(const Step& step, int64_t capacity) {
   desc.dtype_q = static_cast<adaattn_dtype_t>(dtype_);
   desc.mask = ADAATTN_MASK_CAUSAL;
   if (config_.sliding_window > 0) desc.window_left = config_.sliding_window - 1;
-  adaattn::Plan plan = context_.make_plan(desc).value();
+  adaattn::AdaptiveDesc allowed;
+  allowed.policy = policy_.policy;
+  allowed.tolerance = policy_.tolerance;
+  adaattn::Plan plan = context_.make_plan(desc, adaptive ? &allowed : nullptr).value();
   if (const size_t bytes = plan.workspace_size().value(); bytes > workspace_.size()) workspace_.resize(bytes);
   return plans_.emplace(key, std::move(plan)).first->second;
 }
 
-void Attention::run(const Step& step, const void* q, const KvSlot& kv, void* o) {
-  adaattn::Plan& plan = plan_for(step, kv.capacity);
+void Attention::run(int64_t layer, const Step& step, const void* q, const KvSlot& kv, void* o) {
+  adaattn::Plan& plan = plan_for(layer, step, kv.capacity);
   // Rows of a sequence lie together; `room` rows separate one sequence from the next.
   const auto view = [&](const void* data, int64_t rows, int64_t heads, int64_t room) {
     const int64_t row = heads * config_.head_dim;
@@ -60,11 +76,46 @@ void Attention::run(const Step& step, const void* q, const KvSlot& kv, void* o) 
   io.k = view(kv.k, keys, config_.kv_heads, kv.capacity);
   io.v = view(kv.v, keys, config_.kv_heads, kv.capacity);
   io.o = view(o, step.seqlen, config_.heads, step.seqlen);
+  const auto start = std::chrono::steady_clock::now();
   plan.execute(io, {workspace_.data(), workspace_.size()}).or_throw();
+  seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 adaattn_plan_info_t Attention::describe(const Step& step, int64_t capacity) {
-  return plan_for(step, capacity).info().value();
+  return plan_for(0, step, capacity).info().value();
+}
+
+AttentionReport Attention::report() const {
+  AttentionReport report;
+  report.seconds = seconds_;
+  adaattn_plan_stats_t& sum = report.totals;
+  for (const auto& [key, plan] : plans_) {
+    const adaattn_plan_stats_t stats = plan.stats().value();
+    sum.calls += stats.calls;
+    sum.flops += stats.flops;
+    sum.flops_done += stats.flops_done;
+    sum.heads += stats.heads;
+    sum.heads_dense += stats.heads_dense;
+    sum.heads_low_rank += stats.heads_low_rank;
+    sum.heads_f32 += stats.heads_f32;
+    sum.heads_f16 += stats.heads_f16;
+    sum.heads_bf16 += stats.heads_bf16;
+    sum.heads_i8 += stats.heads_i8;
+    sum.tiles += stats.tiles;
+    sum.tiles_kept += stats.tiles_kept;
+    sum.rank_v_sum += stats.rank_v_sum;
+    sum.predicted_error_sum += stats.predicted_error_sum;
+    sum.verified_heads += stats.verified_heads;
+    sum.measured_error_sum += stats.measured_error_sum;
+    sum.measured_error_max = std::max(sum.measured_error_max, stats.measured_error_max);
+    sum.heads_over_tolerance += stats.heads_over_tolerance;
+    sum.seconds_analyze += stats.seconds_analyze;
+    sum.seconds_decide += stats.seconds_decide;
+    sum.seconds_attend += stats.seconds_attend;
+    sum.seconds_verify += stats.seconds_verify;
+    for (const adaattn_head_stats_t& head : plan.head_stats().value()) report.heads.push_back({std::get<0>(key), head});
+  }
+  return report;
 }
 
 }  // namespace generate

@@ -12,26 +12,53 @@
 
 namespace generate {
 
+// How much error attention may have; the rest follows from the policy.
+struct AttentionPolicy {
+  adaattn_policy_t policy = ADAATTN_POLICY_EXACT;
+  double tolerance = 0;  // per head, 0: the policy's own
+};
+
+// One layer and query head of the newest step, as the library judged and measured it.
+struct HeadReport {
+  int64_t layer = 0;
+  adaattn_head_stats_t stats = {};
+};
+
+// Sums over layers and steps.
+struct AttentionReport {
+  double seconds = 0;  // in the library
+  adaattn_plan_stats_t totals = {};
+  std::vector<HeadReport> heads;
+};
+
 class Attention {
  public:
   // isa: an ADAATTN_ISA_* the processor has; AUTO takes the best. config and pool must outlive this object.
-  Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, ThreadPool& pool);
+  Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy, ThreadPool& pool);
 
   // o [rows, heads, head_dim] from q of the same shape, over the first start + seqlen keys of each sequence.
-  void run(const Step& step, const void* q, const KvSlot& kv, void* o);
+  void run(int64_t layer, const Step& step, const void* q, const KvSlot& kv, void* o);
 
   // The kernel and instruction set that a step like this runs.
   adaattn_plan_info_t describe(const Step& step, int64_t capacity);
 
+  AttentionReport report() const;
+
  private:
-  adaattn::Plan& plan_for(const Step& step, int64_t capacity);
+  adaattn::Plan& plan_for(int64_t layer, const Step& step, int64_t capacity);
 
   const ModelConfig& config_;
   DType dtype_;
+  AttentionPolicy policy_;
+  double seconds_ = 0;
   adaattn::Context context_;
-  std::map<std::tuple<int64_t, int64_t, int64_t>, adaattn::Plan> plans_;  // by batch, seqlen and capacity
-  std::vector<std::byte> workspace_;                                      // of the largest of them
+  // By layer, batch, seqlen and capacity. Exact plans serve every layer; adaptive ones hold what they learn of theirs.
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, adaattn::Plan> plans_;
+  std::vector<std::byte> workspace_;  // of the largest of them
 };
+
+// The names that --policy takes.
+const std::map<std::string, adaattn_policy_t>& policy_names();
 
 // The names that --isa takes and reports have, "auto" for the library's choice.
 const std::map<std::string, adaattn_isa_t>& isa_names();

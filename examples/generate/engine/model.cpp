@@ -20,7 +20,7 @@ Model::Model(const std::filesystem::path& folder, const ModelOptions& options)
       pool_(options.threads),
       weights_(load_weights(config_, Checkpoint(folder))),
       compute_(std::make_unique<CpuCompute>(config_, weights_, options.dtype, pool_)),
-      attention_(config_, options.dtype, options.isa, pool_) {}
+      attention_(config_, options.dtype, options.isa, options.attention, pool_) {}
 
 Model::~Model() = default;
 
@@ -70,7 +70,7 @@ void Model::forward(std::span<const int32_t> tokens, KvCache& cache) {
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
     const KvSlot kv = cache.slot(layer);
     compute_->project_qkv(layer, step, hidden_.f32(), q_.get(), kv);
-    attention_.run(step, q_.get(), kv, o_.get());
+    attention_.run(layer, step, q_.get(), kv, o_.get());
     compute_->finish_layer(layer, step, o_.get(), hidden_.f32());
   }
   cache.length_ += step.seqlen;

@@ -19,6 +19,7 @@ struct ModelOptions {
   int threads = 0;  // 0: as many as this process may run on
   adaattn_isa_t isa = ADAATTN_ISA_AUTO;
   DType dtype = DType::kF32;  // of q, k, v and o
+  AttentionPolicy attention;
 };
 
 // Keys and values of `batch` sequences with room for `capacity` tokens each, in memory of this program.
@@ -54,6 +55,7 @@ class Model {
   int threads() const { return pool_.threads(); }
   std::string compute_description() const { return compute_->description(); }
   adaattn_plan_info_t attention_info(const Step& step, int64_t capacity);
+  AttentionReport attention_report() const { return attention_.report(); }
 
   KvCache make_cache(int64_t batch, int64_t capacity, KvCache::Use use);
 
