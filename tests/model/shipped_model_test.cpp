@@ -163,7 +163,7 @@ TEST(ShippedModel, ThreadCountsChangeTheLossByRoundingOnly) {
   }
 }
 
-// Errors are counted per (layer, head, window). The first window's calls make the feedback.
+// Errors are counted per (layer, head, window), once a first window has made the feedback.
 TEST(ShippedModel, PoliciesKeepTheirToleranceOnRealAttention) {
   constexpr size_t kContext = 2048, kWindows = 4;
   const double exact = loss({}, kContext, kWindows);
