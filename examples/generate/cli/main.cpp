@@ -37,9 +37,7 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
   command.add_option(report_name, common.report, "File for the figures as JSON");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   CLI::App app("Runs Llama-architecture checkpoints, with attention by libadaattn.");
   app.require_subcommand(1);
   generate::CommonOptions common;
@@ -79,13 +77,19 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : kUsage;
   }
+  if (*loss_command) generate::run_loss(common, loss);
+  if (*write_command) generate::run_write(common, write);
+  if (*demo_command && !generate::run_demo(common)) return kFailed;
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
   try {
-    if (*loss_command) generate::run_loss(common, loss);
-    if (*write_command) generate::run_write(common, write);
-    if (*demo_command && !generate::run_demo(common)) return kFailed;
+    return run(argc, argv);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "generate: %s\n", e.what());
     return kFailed;
   }
-  return 0;
 }
