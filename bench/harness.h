@@ -52,5 +52,6 @@ struct Suite {
 
 void run_cpu_exact(Report& report);
 void run_cpu_tools(Report& report);
+void run_cuda_exact(Report& report);  // only in builds with CUDA
 
 }  // namespace adaattn::bench

@@ -7,11 +7,17 @@
 
 int main(int argc, char** argv) {
   using namespace adaattn::bench;
-  constexpr Suite kSuites[] = {{"cpu_exact", run_cpu_exact}, {"cpu_tools", run_cpu_tools}};
+  constexpr Suite kSuites[] = {
+      {"cpu_exact", run_cpu_exact},
+      {"cpu_tools", run_cpu_tools},
+#ifdef ADAATTN_WITH_CUDA
+      {"cuda_exact", run_cuda_exact},
+#endif
+  };
 
   CLI::App app("Benches of libadaattn");
   std::string suite, out, filter;
-  app.add_option("--suite", suite, "cpu_exact or cpu_tools")->required();
+  app.add_option("--suite", suite, "cpu_exact, cpu_tools, or with CUDA cuda_exact")->required();
   app.add_option("--out", out, "JSON file to write");
   app.add_option("--filter", filter, "run only the rows whose name contains this");
   CLI11_PARSE(app, argc, argv);

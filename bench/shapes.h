@@ -39,6 +39,35 @@ inline const std::vector<Shape>& cpu_decode_shapes() {
   return shapes;
 }
 
+// On a GPU: 16k query tokens in all, head_dim 64 and 128 from 1k to 16k, then other widths, grouped heads.
+inline const std::vector<Shape>& cuda_prefill_shapes() {
+  static const std::vector<Shape> shapes = [] {
+    std::vector<Shape> list;
+    for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL}) {
+      for (const int64_t d : {int64_t{64}, int64_t{128}})
+        for (int64_t s = 1024; s <= 16384; s *= 2) list.push_back({16384 / s, 2048 / d, 2048 / d, s, s, d, mask});
+      list.push_back({4, 16, 16, 4096, 4096, 96, mask});
+      list.push_back({4, 8, 8, 4096, 4096, 256, mask});
+      list.push_back({2, 32, 8, 8192, 8192, 128, mask});
+    }
+    return list;
+  }();
+  return shapes;
+}
+
+inline const std::vector<Shape>& cuda_f32_shapes() {
+  static const std::vector<Shape> shapes = {{2, 16, 16, 4096, 4096, 64, ADAATTN_MASK_CAUSAL},
+                                            {2, 8, 8, 4096, 4096, 128, ADAATTN_MASK_CAUSAL}};
+  return shapes;
+}
+
+inline const std::vector<Shape>& cuda_decode_shapes() {
+  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 1024, 128},  {1, 32, 8, 1, 8192, 128},
+                                            {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
+                                            {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  return shapes;
+}
+
 // "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys.
 inline std::string shape_name(const Shape& s, const char* dtype) {
   std::string name = std::string(dtype) + "/d" + std::to_string(s.head_dim) +

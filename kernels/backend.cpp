@@ -6,6 +6,8 @@
 
 #include "attend/plan.h"
 #include "core/error.h"
+#include "entropy/entropy.h"
+#include "lowrank/lowrank.h"
 #include "runtime.h"
 #include "tools.h"
 
@@ -169,23 +171,39 @@ class CudaBackend final : public Backend {
     const DeviceScope scope(device_id_);
     cuda::merge(params, stream);
   }
-  size_t entropy_workspace(const Problem&, const EntropyParams&) const override { not_yet("entropy"); }
-  void entropy(const EntropyParams&, void*, size_t, adaattn_stream_t) override { not_yet("entropy"); }
-  size_t low_rank_workspace(const LowRankParams&) const override { not_yet("low_rank"); }
-  void low_rank(const LowRankParams&, void*, size_t, adaattn_stream_t) override { not_yet("low_rank"); }
-  void low_rank_project(const ProjectParams&, adaattn_stream_t) override { not_yet("low_rank_project"); }
-  size_t effective_rank_workspace(const EffectiveRankParams&) const override { not_yet("effective_rank"); }
-  void effective_rank(const EffectiveRankParams&, void*, size_t, adaattn_stream_t) override {
-    not_yet("effective_rank");
+  size_t entropy_workspace(const Problem& problem, const EntropyParams& params) const override {
+    return cuda::entropy_workspace(problem, params, traits_);
   }
-  size_t spectral_norm_workspace(const SpectralNormParams&) const override { not_yet("spectral_norm"); }
-  void spectral_norm(const SpectralNormParams&, void*, size_t, adaattn_stream_t) override { not_yet("spectral_norm"); }
+  void entropy(const EntropyParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
+    const DeviceScope scope(device_id_);
+    cuda::entropy(params, workspace, traits_, stream);
+  }
+  size_t low_rank_workspace(const LowRankParams& params) const override { return cuda::low_rank_workspace(params); }
+  void low_rank(const LowRankParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
+    const DeviceScope scope(device_id_);
+    cuda::low_rank(params, workspace, stream);
+  }
+  void low_rank_project(const ProjectParams& params, adaattn_stream_t stream) override {
+    if (params.residual.data != nullptr) check_stream(stream, true);
+    const DeviceScope scope(device_id_);
+    cuda::low_rank_project(params, allocator_, stream);
+  }
+  size_t effective_rank_workspace(const EffectiveRankParams& params) const override {
+    return cuda::effective_rank_workspace(params);
+  }
+  void effective_rank(const EffectiveRankParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
+    const DeviceScope scope(device_id_);
+    cuda::effective_rank(params, workspace, stream);
+  }
+  size_t spectral_norm_workspace(const SpectralNormParams& params) const override {
+    return cuda::spectral_norm_workspace(params);
+  }
+  void spectral_norm(const SpectralNormParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
+    const DeviceScope scope(device_id_);
+    cuda::spectral_norm(params, workspace, stream);
+  }
 
  private:
-  [[noreturn]] static void not_yet(const char* tool) {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s: CUDA contexts do not serve it; use a CPU context", tool);
-  }
-
   int32_t device_id_;
   cuda::DeviceTraits traits_;
   Allocator allocator_;

@@ -45,7 +45,8 @@ struct AttendArgs {
   PlanRecord* record = nullptr;      // null: the host knows the lengths
   uint32_t* scheduler = nullptr;     // the plan's PlanRecord::scheduler
   int32_t multiprocessors = 0;
-  RowSample sample;
+  RowSample sample;  // the entropy tool's, as is normalized
+  bool normalized = false;
 };
 
 enum class Phase : int32_t { kForward, kDecode, kExactF32, kTf32, kEntropy };

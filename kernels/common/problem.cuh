@@ -3,6 +3,7 @@
 
 #include "attend/kernel.h"
 #include "common/pairs.h"
+#include "core/sampling.h"
 
 namespace adaattn::cuda {
 
@@ -33,6 +34,27 @@ struct RowMap {
   int pack, first_head;
   __device__ __forceinline__ int position(int m) const { return pack == 1 ? m : m / pack; }
   __device__ __forceinline__ int head(int m) const { return pack == 1 ? first_head : first_head + m % pack; }
+};
+
+// Rows that are not all of a sequence's: row m of (sequence, head) is the query drawn from its stratum. Without a
+// sample every query is a row.
+struct SampledRows {
+  uint64_t seed;
+  int batch, first_head, heads, rows, len_q;
+  bool sampled;
+  __device__ __forceinline__ SampledRows(const AttendArgs& args, const TileIndex& tile, const Sequence& s)
+      : seed(args.sample.seed),
+        batch(tile.batch),
+        first_head(tile.head),
+        heads(static_cast<int>(args.p.heads_q)),
+        len_q(static_cast<int>(s.len_q)),
+        sampled(args.sample.rows > 0) {
+    rows = sampled ? static_cast<int>(number_of_strata(args.sample.rows, s.len_q)) : len_q;
+  }
+  __device__ __forceinline__ int position(int m) const {
+    return sampled ? static_cast<int>(sampled_row(seed, batch, first_head, heads, min(m, rows - 1), rows, len_q)) : m;
+  }
+  __device__ __forceinline__ int head(int) const { return first_head; }
 };
 
 // Key blocks of kN that a tile of query positions [q_first, q_last] walks: blocks in [begin, end), of which those

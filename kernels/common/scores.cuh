@@ -87,6 +87,19 @@ __device__ __forceinline__ RowResult finish_row(float max2, float sum, float wei
   return r;
 }
 
+// The entropy tool's result of row m: the caller's tensor has it by position, the workspace by row.
+__device__ __forceinline__ void store_tool_entropy(const AttendArgs& args, const Sequence& s, const SampledRows& map,
+                                                   int m, KeySpan span, float entropy) {
+  const int keys = max(span.end - span.begin, 0), position = map.position(m);
+  if (args.normalized) entropy = keys < 2 ? 0.0f : entropy / logf(static_cast<float>(keys));
+  const AttnParams& p = args.p;
+  args.partial_entropy[(static_cast<int64_t>(map.batch) * map.heads + map.first_head) * args.partial_rows + m] =
+      entropy;
+  if (p.entropy.data != nullptr)
+    static_cast<float*>(p.entropy.data)[map.batch * p.entropy.stride_b + (s.q_start + position) * p.entropy.stride_s +
+                                        map.first_head * p.entropy.stride_h] = entropy;
+}
+
 // Where the results of one query row go: the outputs, or the partial arrays when the keys are split.
 struct RowPlace {
   int64_t token, partial;

@@ -28,7 +28,7 @@ __device__ __forceinline__ float half_warp_sum(float x) {
   return x;
 }
 
-template <int kD>
+template <int kD, bool kEntropyTool = false>
 __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant__ AttendArgs args) {
   using Shape = ExactF32Shape<kD>;
   constexpr int kM = Shape::kM, kN = Shape::kN, kPitch = Shape::kPitch, kScorePitch = Shape::kScorePitch;
@@ -43,12 +43,23 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
   const Sequence s = sequence_of(p, tile.batch);
-  const int rows = static_cast<int>(s.len_q) * args.pack, m0 = tile.m * kM;
+  const auto row_map = [&] {
+    if constexpr (kEntropyTool)
+      return SampledRows(args, tile, s);
+    else
+      return RowMap{args.pack, tile.head * args.pack};
+  }();
+  const int rows = [&] {
+    if constexpr (kEntropyTool)
+      return row_map.rows;
+    else
+      return static_cast<int>(s.len_q) * args.pack;
+  }();
+  const int m0 = tile.m * kM;
   if (m0 >= rows) {
     if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
     return;
   }
-  const RowMap row_map{args.pack, tile.head * args.pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + kM, rows) - 1);
   const BlockRange blocks = block_range<kN>(args, s, q_first, q_last, tile.split);
   const int head_kv = row_map.first_head / args.group;
@@ -94,9 +105,10 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
         }
     }
     __syncthreads();  // K is used up
-    load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_v,
-                                           RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
-                                           [&](int r) { return v_rows.row(n * kN + r); });
+    if constexpr (!kEntropyTool)
+      load_rows_f32<kD, kN, Shape::kThreads>(kv_tile, thread, d_v,
+                                             RowSpan{blocks.first_key - n * kN, blocks.end_key - n * kN}, args.aligned,
+                                             [&](int r) { return v_rows.row(n * kN + r); });
     cp_async_commit();
 
 #pragma unroll
@@ -137,27 +149,29 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
     cp_async_wait<0>();
     __syncthreads();
 
+    if constexpr (!kEntropyTool) {
 #pragma unroll 2
-    for (int key = 0; key < kN; key += 4) {
-      float w[kRows][4];
+      for (int key = 0; key < kN; key += 4) {
+        float w[kRows][4];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float4 x = *reinterpret_cast<const float4*>(score_tile + (ty * kRows + i) * kScorePitch + key);
-        w[i][0] = x.x, w[i][1] = x.y, w[i][2] = x.z, w[i][3] = x.w;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const float4 v = *reinterpret_cast<const float4*>(kv_tile + (key + e) * kPitch + 64 * g + 4 * tx);
-#pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            out[i][g][0] = fmaf(w[i][e], v.x, out[i][g][0]);
-            out[i][g][1] = fmaf(w[i][e], v.y, out[i][g][1]);
-            out[i][g][2] = fmaf(w[i][e], v.z, out[i][g][2]);
-            out[i][g][3] = fmaf(w[i][e], v.w, out[i][g][3]);
-          }
+        for (int i = 0; i < kRows; ++i) {
+          const float4 x = *reinterpret_cast<const float4*>(score_tile + (ty * kRows + i) * kScorePitch + key);
+          w[i][0] = x.x, w[i][1] = x.y, w[i][2] = x.z, w[i][3] = x.w;
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) {
+            const float4 v = *reinterpret_cast<const float4*>(kv_tile + (key + e) * kPitch + 64 * g + 4 * tx);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              out[i][g][0] = fmaf(w[i][e], v.x, out[i][g][0]);
+              out[i][g][1] = fmaf(w[i][e], v.y, out[i][g][1]);
+              out[i][g][2] = fmaf(w[i][e], v.z, out[i][g][2]);
+              out[i][g][3] = fmaf(w[i][e], v.w, out[i][g][3]);
+            }
+          }
+      }
     }
   }
   cp_async_wait<0>();
@@ -167,16 +181,21 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
     const int m = m0 + ty * kRows + i;
     const float total = half_warp_sum(sum[i]), total_weighted = half_warp_sum(weighted[i]);
     if (m >= rows) continue;
-    const RowPlace place(args, tile, s, row_map, m);
-    const RowResult result = finish_row<true>(max2[i], total, total_weighted, place.sink2(args));
-    if (tx == 0) place.store_statistics<true>(args, result);
-    float* to = place.f32_output(args);
+    if constexpr (kEntropyTool) {
+      const RowResult result = finish_row<true>(max2[i], total, total_weighted, kNegInf);
+      if (tx == 0) store_tool_entropy(args, s, row_map, m, key_span(args, s, row_map.position(m)), result.entropy);
+    } else {
+      const RowPlace place(args, tile, s, row_map, m);
+      const RowResult result = finish_row<true>(max2[i], total, total_weighted, place.sink2(args));
+      if (tx == 0) place.store_statistics<true>(args, result);
+      float* to = place.f32_output(args);
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g)
+      for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (const int c = 64 * g + 4 * tx + e; c < d_v)
-          to[c] = result.factor == 0 ? 0.0f : out[i][g][e] * result.factor;
+        for (int e = 0; e < 4; ++e)
+          if (const int c = 64 * g + 4 * tx + e; c < d_v)
+            to[c] = result.factor == 0 ? 0.0f : out[i][g][e] * result.factor;
+    }
   }
   if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
 }

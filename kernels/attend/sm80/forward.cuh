@@ -39,7 +39,7 @@ inline constexpr float kSlack = 8.0f;
 
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__ AttendArgs args) {
-  constexpr bool kExtras = (kFeatures & kUnaligned) != 0, kPages = (kFeatures & kPaged) != 0;
+  constexpr bool kExtras = (kFeatures & kUnaligned) != 0, kPages = (kFeatures & kPaged) != 0, kEntropyTool = kDv == 0;
   using Shape = ForwardShape<T, kDqk, kDv>;
   using QLayout = TileLayout<kDqk>;
   using VLayout = TileLayout<kDv>;
@@ -52,12 +52,25 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Sequence s = sequence_of(p, tile.batch);
-  const int pack = args.pack, rows = static_cast<int>(s.len_q) * pack, m0 = tile.m * kM;
+  const auto row_map = [&] {
+    if constexpr (kEntropyTool)
+      return SampledRows(args, tile, s);
+    else
+      return RowMap{args.pack, tile.head * args.pack};
+  }();
+  const int pack = args.pack,
+            rows =
+                [&] {
+                  if constexpr (kEntropyTool)
+                    return row_map.rows;
+                  else
+                    return static_cast<int>(s.len_q) * args.pack;
+                }(),
+            m0 = tile.m * kM;
   if (m0 >= rows) {
     if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
     return;
   }
-  const RowMap row_map{pack, tile.head * pack};
   const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + kM, rows) - 1);
   const BlockRange blocks = block_range<kN>(args, s, q_first, q_last, tile.split);
   const int head_kv = row_map.first_head / args.group;
@@ -71,13 +84,14 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
                                                   args.aligned);
   };
   const auto load_v = [&](int n, uint32_t to) {
-    load_keys<kDv, kN, Shape::kThreads, kExtras>(to, thread, d_v, v_rows, n, blocks.first_key, blocks.end_key,
-                                                 args.aligned);
+    if constexpr (!kEntropyTool)
+      load_keys<kDv, kN, Shape::kThreads, kExtras>(to, thread, d_v, v_rows, n, blocks.first_key, blocks.end_key,
+                                                   args.aligned);
   };
 
   if (blocks.end > blocks.begin) {
     const T* q_base = static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b + s.q_start * p.q.stride_s;
-    if (pack == 1 && rows - m0 >= kM && d_qk == kDqk && (!kExtras || args.aligned)) {
+    if (!kEntropyTool && pack == 1 && rows - m0 >= kM && d_qk == kDqk && (!kExtras || args.aligned)) {
       load_whole_rows<kDqk, kM, Shape::kThreads>(
           q_shared, thread, q_base + m0 * p.q.stride_s + row_map.first_head * p.q.stride_h, p.q.stride_s);
     } else {
@@ -99,7 +113,7 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   const int first_row = m0 + warp * Shape::kWarpRows + lane / 4;  // row i of this thread is first_row + 8 i
   const float to_log2 = kExtras ? kLog2e : p.scale * kLog2e;
 
-  float out[kRowTiles][kDimTiles][4];
+  float out[kRowTiles][kEntropyTool ? 1 : kDimTiles][4];
   RunningSoftmax<kRows, kExtras> soft;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t)
@@ -267,77 +281,90 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
     }
   }
 
-  // Normalise, then write: partial results and wide outputs from the fragments, narrow ones through shared memory.
-  const bool staged = args.splits == 1 && p.o.dtype != Dtype::kF32;
-  const bool statistics = args.splits > 1 || p.lse.data != nullptr || (kExtras && p.entropy.data != nullptr);
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int m = first_row + 8 * i;
-    float sink2 = kNegInf;
-    if (p.sinks != nullptr && args.splits == 1 && m < rows) sink2 = p.sinks[row_map.head(m) * p.sinks_stride] * kLog2e;
-    const RowResult result =
-        finish_row<kExtras>(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, sink2);
-#pragma unroll
-    for (int j = 0; j < kDimTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) out[i / 2][j][2 * (i % 2) + e] *= result.factor;
-    if ((statistics || !staged) && m < rows) {
-      const RowPlace place(args, tile, s, row_map, m);
-      if (lane % 4 == 0) place.store_statistics<kExtras>(args, result);
-      if (!staged) {
-        float* to = place.f32_output(args) + 2 * (lane % 4);
-        const int columns = d_v - 2 * (lane % 4);
-#pragma unroll
-        for (int j = 0; j < kDimTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (8 * j + e < columns) to[8 * j + e] = out[i / 2][j][2 * (i % 2) + e];
-      }
-    }
-  }
-  if (staged) {
-    // Each warp stages its rows where its own queries were; the region starts where they did.
-    const int region = warp * Shape::kWarpRows * (Shape::kQBytes / Shape::kM);
-    unsigned char* own = shared_memory + region + VLayout::offset(lane / 4, 0) + 4 * (lane % 4);
-    __syncwarp();
+  if constexpr (kEntropyTool) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const int m = first_row + 8 * i;
+      const RowResult result =
+          finish_row<true>(soft.max2[i], quad_sum(soft.sum[i]), quad_sum(soft.weighted[i]), kNegInf);
+      if (lane % 4 == 0 && m < rows)
+        store_tool_entropy(args, s, row_map, m, key_span(args, s, row_map.position(m)), result.entropy);
+    }
+    return;
+  } else {
+    // Normalise, then write: partial results and wide outputs from the fragments, narrow ones through shared memory.
+    const bool staged = args.splits == 1 && p.o.dtype != Dtype::kF32;
+    const bool statistics = args.splits > 1 || p.lse.data != nullptr || (kExtras && p.entropy.data != nullptr);
 #pragma unroll
-      for (int j = 0; j < kDimTiles; ++j) {
-        // offset(r, j) from offset(r, 0): chunks differ by an XOR in the low bits and a sum above them.
-        constexpr int kMask = VLayout::kWhole ? 7 : 3;
-        const int twisted = ((j & kMask) ^ VLayout::twist(lane / 4)) - VLayout::twist(lane / 4) + (j & ~kMask);
-        *reinterpret_cast<uint32_t*>(own + i * 8 * VLayout::kPitch + twisted * 16) =
-            pack2<T>(out[i / 2][j][2 * (i % 2)], out[i / 2][j][2 * (i % 2) + 1]);
+    for (int i = 0; i < kRows; ++i) {
+      const int m = first_row + 8 * i;
+      float sink2 = kNegInf;
+      if (p.sinks != nullptr && args.splits == 1 && m < rows)
+        sink2 = p.sinks[row_map.head(m) * p.sinks_stride] * kLog2e;
+      const RowResult result =
+          finish_row<kExtras>(soft.max2[i], quad_sum(soft.sum[i]), kExtras ? quad_sum(soft.weighted[i]) : 0.0f, sink2);
+#pragma unroll
+      for (int j = 0; j < kDimTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) out[i / 2][j][2 * (i % 2) + e] *= result.factor;
+      if ((statistics || !staged) && m < rows) {
+        const RowPlace place(args, tile, s, row_map, m);
+        if (lane % 4 == 0) place.store_statistics<kExtras>(args, result);
+        if (!staged) {
+          float* to = place.f32_output(args) + 2 * (lane % 4);
+          const int columns = d_v - 2 * (lane % 4);
+#pragma unroll
+          for (int j = 0; j < kDimTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (8 * j + e < columns) to[8 * j + e] = out[i / 2][j][2 * (i % 2) + e];
+        }
       }
     }
-    __syncwarp();
-    constexpr int kLanes = chunk_lanes(VLayout::kChunks);
-    T* o_base = static_cast<T*>(p.o.data) + tile.batch * p.o.stride_b + s.q_start * p.o.stride_s;
-    const int warp_row = m0 + warp * Shape::kWarpRows;
-    const bool whole = d_v == kDv && (!kExtras || args.aligned);
-#pragma unroll 4
-    for (int i = 0; i < Shape::kWarpRows; i += 32 / kLanes) {
-      const int r = i + lane / kLanes, m = warp_row + r;
-      if (m >= rows) break;
-      T* to = o_base + row_map.position(m) * p.o.stride_s + row_map.head(m) * p.o.stride_h;
+    if (staged) {
+      // Each warp stages its rows where its own queries were; the region starts where they did.
+      const int region = warp * Shape::kWarpRows * (Shape::kQBytes / Shape::kM);
+      unsigned char* own = shared_memory + region + VLayout::offset(lane / 4, 0) + 4 * (lane % 4);
+      __syncwarp();
 #pragma unroll
-      for (int c = lane % kLanes; c < VLayout::kChunks; c += kLanes) {
-        const unsigned char* from = shared_memory + region + VLayout::offset(r, c);
-        if (whole) {
-          *reinterpret_cast<uint4*>(to + 8 * c) = *reinterpret_cast<const uint4*>(from);
-        } else {
-          const int elements = min(d_v - 8 * c, 8);
-          if (elements == 8 && (!kExtras || args.aligned)) {
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kDimTiles; ++j) {
+          // offset(r, j) from offset(r, 0): chunks differ by an XOR in the low bits and a sum above them.
+          constexpr int kMask = VLayout::kWhole ? 7 : 3;
+          const int twisted = ((j & kMask) ^ VLayout::twist(lane / 4)) - VLayout::twist(lane / 4) + (j & ~kMask);
+          *reinterpret_cast<uint32_t*>(own + i * 8 * VLayout::kPitch + twisted * 16) =
+              pack2<T>(out[i / 2][j][2 * (i % 2)], out[i / 2][j][2 * (i % 2) + 1]);
+        }
+      }
+      __syncwarp();
+      constexpr int kLanes = chunk_lanes(VLayout::kChunks);
+      T* o_base = static_cast<T*>(p.o.data) + tile.batch * p.o.stride_b + s.q_start * p.o.stride_s;
+      const int warp_row = m0 + warp * Shape::kWarpRows;
+      const bool whole = d_v == kDv && (!kExtras || args.aligned);
+#pragma unroll 4
+      for (int i = 0; i < Shape::kWarpRows; i += 32 / kLanes) {
+        const int r = i + lane / kLanes, m = warp_row + r;
+        if (m >= rows) break;
+        T* to = o_base + row_map.position(m) * p.o.stride_s + row_map.head(m) * p.o.stride_h;
+#pragma unroll
+        for (int c = lane % kLanes; c < VLayout::kChunks; c += kLanes) {
+          const unsigned char* from = shared_memory + region + VLayout::offset(r, c);
+          if (whole) {
             *reinterpret_cast<uint4*>(to + 8 * c) = *reinterpret_cast<const uint4*>(from);
           } else {
-            for (int e = 0; e < elements; ++e) to[8 * c + e] = reinterpret_cast<const T*>(from)[e];
+            const int elements = min(d_v - 8 * c, 8);
+            if (elements == 8 && (!kExtras || args.aligned)) {
+              *reinterpret_cast<uint4*>(to + 8 * c) = *reinterpret_cast<const uint4*>(from);
+            } else {
+              for (int e = 0; e < elements; ++e) to[8 * c + e] = reinterpret_cast<const T*>(from)[e];
+            }
           }
         }
       }
     }
+    if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
   }
-  if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
 }
 
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>

@@ -1,0 +1,128 @@
+// Exact attention on a CUDA device against PyTorch's SDPA back-ends in the same run.
+#include <array>
+#include <cstdio>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "attention_call.h"
+#include "cuda_call.h"
+#include "harness.h"
+#include "shapes.h"
+
+namespace adaattn::bench {
+namespace {
+
+struct Case {
+  std::string name;
+  Shape shape;
+  NamedDtype dtype;
+  adaattn_math_t math;
+  bool cold;
+};
+
+std::vector<Case> cases(const Report& report) {
+  std::vector<Case> list;
+  const auto add = [&](const Shape& shape, NamedDtype dtype, adaattn_math_t math, bool cold) {
+    const char* direction = shape.seqlen_q == 1 ? "decode/" : "fwd/";
+    std::string type = math == ADAATTN_MATH_FAST_F32 ? "tf32" : dtype.name;
+    Case c{direction + shape_name(shape, type.c_str()) + (cold ? "/cold" : ""), shape, dtype, math, cold};
+    if (report.wants(c.name)) list.push_back(c);
+  };
+  for (const Shape& shape : cuda_prefill_shapes()) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, false);
+  for (const Shape& shape : cuda_f32_shapes())
+    for (const adaattn_math_t math : {ADAATTN_MATH_EXACT, ADAATTN_MATH_FAST_F32}) add(shape, kDtypes[0], math, false);
+  for (const Shape& shape : cuda_decode_shapes())
+    for (const bool cold : {false, true}) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, cold);
+  return list;
+}
+
+// What the script beside this suite prints: {"ceilings": {name: value}, "rows": {row: {peer: us}}}. Empty without
+// PyTorch.
+nlohmann::json run_peers(const std::vector<Case>& list) {
+  nlohmann::json request = nlohmann::json::array();
+  for (const Case& c : list)
+    request.push_back({{"name", c.name},
+                       {"dtype", c.dtype.name},
+                       {"batch", c.shape.batch},
+                       {"heads_q", c.shape.heads_q},
+                       {"heads_kv", c.shape.heads_kv},
+                       {"seqlen_q", c.shape.seqlen_q},
+                       {"seqlen_k", c.shape.seqlen_k},
+                       {"head_dim", c.shape.head_dim},
+                       {"causal", c.shape.mask != ADAATTN_MASK_NONE},
+                       {"cold", c.cold}});
+  const std::string path = "adaattn_bench_rows.json";
+  if (std::FILE* file = std::fopen(path.c_str(), "w"); file != nullptr) {
+    const std::string text = request.dump();
+    std::fwrite(text.data(), 1, text.size(), file);
+    std::fclose(file);
+  }
+  std::string output;
+  if (std::FILE* pipe = popen(("python3 " ADAATTN_BENCH_PEERS " " + path).c_str(), "r"); pipe != nullptr) {
+    std::array<char, 4096> block;
+    while (const size_t n = std::fread(block.data(), 1, block.size(), pipe)) output.append(block.data(), n);
+    pclose(pipe);
+  }
+  std::remove(path.c_str());
+  nlohmann::json answer = nlohmann::json::parse(output, nullptr, false);
+  if (answer.is_discarded()) {
+    std::fprintf(stderr, "no peers: python3 with PyTorch is needed\n");
+    answer = {{"ceilings", nlohmann::json::object()}, {"rows", nlohmann::json::object()}};
+  }
+  return answer;
+}
+
+double copy_tbps() {
+  constexpr size_t kBytes = size_t{2} << 30;
+  const CudaBuffer from(kBytes), to(kBytes);
+  const Timing time = measure_on_device(
+      [&](cudaStream_t stream) {
+        check(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice, stream));
+      },
+      false);
+  return 2.0 * static_cast<double>(kBytes) / time.us * 1e-6;
+}
+
+void run_case(Report& report, adaattn_context_t* context, const Case& c, const nlohmann::json& peers) {
+  CudaCall call(context, c.shape, c.dtype.dtype, c.math);
+  Row row;
+  row.name = c.name;
+  row.time = measure_on_device([&](cudaStream_t stream) { call.run(stream); }, c.cold);
+  const bool decode = c.shape.seqlen_q == 1;
+  row.rate = decode ? call.kv_bytes() / row.time.us * 1e-3 : call.flops() / row.time.us * 1e-6;
+  row.unit = decode ? "GB/s" : "TFLOP/s";
+  row.error = call.sampled_error();
+  bool added = false;
+  if (peers["rows"].contains(c.name))
+    for (const auto& [peer, us] : peers["rows"][c.name].items()) {
+      row.peer = peer;
+      row.peer_us = us.get<double>();
+      report.add(row);
+      added = true;
+    }
+  if (!added) report.add(row);
+}
+
+}  // namespace
+
+void run_cuda_exact(Report& report) {
+  adaattn_config_t config;
+  check(adaattn_config_init(&config, sizeof config));
+  config.device = ADAATTN_DEVICE_CUDA;
+  adaattn_context_t* context = nullptr;
+  check(adaattn_create(&config, &context));
+  adaattn_device_info_t info;
+  info.struct_size = sizeof info;
+  check(adaattn_device_info(ADAATTN_DEVICE_CUDA, 0, &info));
+  report.set_device(info.name);
+  report.add_ceiling("copy_tbps", copy_tbps());
+  const std::vector<Case> list = cases(report);
+  const nlohmann::json peers = run_peers(list);
+  for (const auto& [name, value] : peers["ceilings"].items()) report.add_ceiling(name, value.get<double>());
+  for (const Case& c : list) run_case(report, context, c, peers);
+  check(adaattn_destroy(context));
+}
+
+}  // namespace adaattn::bench

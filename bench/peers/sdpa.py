@@ -1,0 +1,73 @@
+"""Times PyTorch's SDPA back-ends for the rows of a JSON file and prints {"ceilings": ..., "rows": {row: {peer: us}}}."""
+import json
+import sys
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+warnings.filterwarnings("ignore")
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+PEERS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+RUNS = 15
+
+
+def timed(call, cold=False):
+    """Median of device times in us; a spin hides the launches, a write over the L2 cache makes runs cold."""
+    flush = torch.empty(torch.cuda.get_device_properties(0).L2_cache_size * 2 if cold else 1, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(RUNS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(300_000)
+        if cold:
+            flush.zero_()
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def peers_of(row):
+    dtype = DTYPES[row["dtype"]]
+
+    def make(seqlen, heads):
+        shape = (row["batch"], seqlen, heads, row["head_dim"])
+        return torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2)
+
+    q = make(row["seqlen_q"], row["heads_q"])
+    k, v = make(row["seqlen_k"], row["heads_kv"]), make(row["seqlen_k"], row["heads_kv"])
+    found = {}
+    for name, backend in PEERS.items():
+        if name == "efficient" and row["dtype"] != "f32":
+            continue
+        try:
+            with sdpa_kernel(backend):
+                grouped = row["heads_q"] != row["heads_kv"]
+                call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=row["causal"], enable_gqa=grouped)
+                version = f"-{torch.backends.cudnn.version()}" if name == "cudnn" else f"-torch{torch.__version__}"
+                found[name + version] = timed(call, row["cold"])
+        except RuntimeError:  # this back-end does not serve the row
+            pass
+    return found
+
+
+def main():
+    with open(sys.argv[1]) as file:
+        rows = json.load(file)
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ceilings = {"bf16_tflops": 2 * n**3 / timed(lambda: a @ b) * 1e-6}
+    print(json.dumps({"ceilings": ceilings, "rows": {row["name"]: peers_of(row) for row in rows}}))
+
+
+if __name__ == "__main__":
+    main()

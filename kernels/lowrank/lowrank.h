@@ -1,0 +1,27 @@
+// Singular value decompositions, projections and norms of batches of f32 matrices. Everything between the input and
+// the output is float64, and every sum has a fixed order.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/allocator.h"
+#include "core/tool_params.h"
+
+namespace adaattn::cuda {
+
+// Least min(rows, cols) that the Gram path does not take: one CTA decomposes a Gram matrix of this size at most.
+inline constexpr int64_t kMaxGramDim = 256;
+
+size_t low_rank_workspace(const LowRankParams& params);
+void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream);
+
+// The residual of a whole matrix takes a little memory from `allocator`.
+void low_rank_project(const ProjectParams& params, const Allocator& allocator, cudaStream_t stream);
+
+size_t effective_rank_workspace(const EffectiveRankParams& params);
+void effective_rank(const EffectiveRankParams& params, void* workspace, cudaStream_t stream);
+
+size_t spectral_norm_workspace(const SpectralNormParams& params);
+void spectral_norm(const SpectralNormParams& params, void* workspace, cudaStream_t stream);
+
+}  // namespace adaattn::cuda
