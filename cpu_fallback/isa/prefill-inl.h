@@ -2,7 +2,7 @@
 // block updates its running maximum, sum and O^T (the online softmax). Scores exist for one block and panel at a time.
 #pragma once
 
-#include "cpu_fallback/isa/micro-inl.h"
+#include "cpu_fallback/isa/transpose-inl.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -38,6 +38,15 @@ struct Panel {
   int64_t row, rows;            // rows of the chunk in the lanes
 };
 
+// Rows of O^T are padded to what transpositions and tiles work in.
+#if defined(ADAATTN_UNIT_TILES)
+constexpr int64_t kPaddedRows = 32;
+#elif defined(ADAATTN_UNIT_AVX512)
+constexpr int64_t kPaddedRows = 16;
+#else
+constexpr int64_t kPaddedRows = 1;
+#endif
+
 struct PrefillScratch {
   Panel* panels;
   float *k, *v, *s, *row, *alpha, *block_max;
@@ -48,7 +57,7 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
   x.panels = arena.take<Panel>(panels);
   x.k = arena.take<float>(kKeyBlock * packed_stride(d_qk));
   x.v = arena.take<float>(kKeyBlock * packed_stride(d_v));
-  x.s = arena.take<float>(kKeyBlock * kPanel);
+  x.s = arena.take<float>(kKeyBlock * kPanel);  // also the staging area of transpositions
   x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
   x.alpha = arena.take<float>(kPanel);
   x.block_max = arena.take<float>(kPanel);
@@ -57,7 +66,7 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
     p.qt = arena.take<float>(d_qk * kPanel);
-    p.ot = arena.take<float>(d_v * kPanel);
+    p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
     p.max = arena.take<float>(kPanel);
     p.sum = arena.take<float>(kPanel);
     p.entropy_sum = arena.take<float>(kPanel);
@@ -79,7 +88,8 @@ HWY_INLINE int64_t row_of(const PrefillArgs& args, int64_t at) {
   return args.row_map == nullptr ? args.row_begin + at : args.row_map[at];
 }
 
-HWY_INLINE void start_panel(const PrefillArgs& args, const ScoreRule& rule, PrefillScratch& x, Panel& p, int64_t row) {
+// Everything but the queries themselves.
+HWY_INLINE void start_panel(const PrefillArgs& args, Panel& p, int64_t row) {
   const RowOperands& rows = args.rows;
   p.row = row;
   p.rows = args.row_count - row < kPanel ? args.row_count - row : kPanel;
@@ -105,15 +115,36 @@ HWY_INLINE void start_panel(const PrefillArgs& args, const ScoreRule& rule, Pref
     p.max[lane] = -infinity();
     p.sum[lane] = 0;
     p.entropy_sum[lane] = 0;
-    if (lane < p.rows) {
-      widen_row(row_address(rows.q, rows.group, r), rows.q.dtype, x.row, rows.d_qk, rule.query_factor);
-      for (int64_t i = 0; i < rows.d_qk; ++i) p.qt[i * kPanel + lane] = x.row[i];
-    } else {
-      for (int64_t i = 0; i < rows.d_qk; ++i) p.qt[i * kPanel + lane] = 0;
-    }
   }
   if (p.first > p.last) p.first = p.last;
-  memset(p.ot, 0, static_cast<size_t>(rows.d_v * kPanel) * sizeof(float));
+  memset(p.ot, 0, static_cast<size_t>(round_up(rows.d_v, kPaddedRows) * kPanel) * sizeof(float));
+}
+
+HWY_INLINE void widen_query(const PrefillArgs& args, const Panel& p, int64_t lane, float factor, float* to) {
+  const RowOperands& rows = args.rows;
+  if (lane < p.rows) {
+    const int64_t r = row_of(args, p.row + lane);
+    widen_row(row_address(rows.q, rows.group, r), rows.q.dtype, to, rows.d_qk, factor);
+  } else {
+    memset(to, 0, static_cast<size_t>(rows.d_qk) * sizeof(float));
+  }
+}
+
+// Q^T, multiplied by the rule's factor.
+HWY_INLINE void fill_queries(const PrefillArgs& args, const ScoreRule& rule, PrefillScratch& x, Panel& p) {
+  const int64_t d = args.rows.d_qk;
+#if defined(ADAATTN_UNIT_AVX512)
+  static_assert(16 * 512 <= kKeyBlock * kPanel);
+  for (int64_t lane = 0; lane < kPanel; lane += 16) {
+    for (int64_t i = 0; i < 16; ++i) widen_query(args, p, lane + i, rule.query_factor, x.s + i * d);
+    transpose_rows(x.s, d, p.qt + lane, kPanel, d);
+  }
+#else
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    widen_query(args, p, lane, rule.query_factor, x.row);
+    for (int64_t i = 0; i < d; ++i) p.qt[i * kPanel + lane] = x.row[i];
+  }
+#endif
 }
 
 // V rows that hold NaN or infinity are packed as zeros, so that a weight of 0 silences them; add_unusual() accounts for
@@ -246,20 +277,32 @@ HWY_NOINLINE void add_unusual(const PrefillArgs& args, PrefillScratch& x, Panel&
   }
 }
 
-HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const Panel& p) {
+// O of one lane, from o[i * stride], to the tensor, with the row's statistics.
+HWY_INLINE void finish_lane(const PrefillArgs& args, PrefillScratch& x, const Panel& p, int64_t lane, const float* o,
+                            int64_t stride) {
   const RowOperands& rows = args.rows;
-  for (int64_t lane = 0; lane < p.rows; ++lane) {
-    const int64_t r = row_of(args, p.row + lane);
-    const float* sink = rows.sinks == nullptr ? nullptr : rows.sinks + r % rows.group * rows.sinks_stride;
-    const RowResult result = finish_row(p.max[lane], p.sum[lane], p.entropy_sum[lane], sink);
-    if (args.row_entropy != nullptr) {
-      args.row_entropy[p.row + lane] = result.entropy;
-      continue;
-    }
-    for (int64_t i = 0; i < rows.d_v; ++i) x.row[i] = p.ot[i * kPanel + lane] * result.factor;
-    store_row(x.row, row_address(rows.o, rows.group, r), rows.o.dtype, rows.d_v);
-    store_statistics(rows, r, result);
+  const int64_t r = row_of(args, p.row + lane);
+  const float* sink = rows.sinks == nullptr ? nullptr : rows.sinks + r % rows.group * rows.sinks_stride;
+  const RowResult result = finish_row(p.max[lane], p.sum[lane], p.entropy_sum[lane], sink);
+  if (args.row_entropy != nullptr) {
+    args.row_entropy[p.row + lane] = result.entropy;
+    return;
   }
+  for (int64_t i = 0; i < rows.d_v; ++i) x.row[i] = o[i * stride] * result.factor;
+  store_row(x.row, row_address(rows.o, rows.group, r), rows.o.dtype, rows.d_v);
+  store_statistics(rows, r, result);
+}
+
+HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const Panel& p) {
+#if defined(ADAATTN_UNIT_AVX512)
+  const int64_t d = round_up(args.rows.d_v, 16);
+  for (int64_t lane = 0; lane < p.rows; lane += 16) {
+    for (int64_t c = 0; c < d; c += 16) transpose_rows(p.ot + c * kPanel + lane, kPanel, x.s + c, d, 16);
+    for (int64_t i = 0; i < 16 && lane + i < p.rows; ++i) finish_lane(args, x, p, lane + i, x.s + i * d, 1);
+  }
+#else
+  for (int64_t lane = 0; lane < p.rows; ++lane) finish_lane(args, x, p, lane, p.ot + lane, kPanel);
+#endif
 }
 
 [[maybe_unused]] void prefill(const PrefillArgs& args) {
@@ -273,7 +316,8 @@ HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const P
 
   int64_t first = INT32_MAX, last = 0;
   for (int64_t i = 0; i < panels; ++i) {
-    start_panel(args, rule, x, x.panels[i], i * kPanel);
+    start_panel(args, x.panels[i], i * kPanel);
+    fill_queries(args, rule, x, x.panels[i]);
     if (x.panels[i].first >= x.panels[i].last) continue;
     first = x.panels[i].first < first ? x.panels[i].first : first;
     last = x.panels[i].last > last ? x.panels[i].last : last;
