@@ -42,6 +42,7 @@ struct RowOperands {
   int64_t d_qk = 0, d_v = 0;
   int64_t off = 0;
   float scale = 1, softcap = 0;
+  bool fast_f32 = false;
 };
 
 // Rows [row_begin, row_begin + rows) against all their keys.
@@ -86,13 +87,15 @@ struct CombineArgs {
 inline constexpr int64_t kPartialHeader = 4;
 ADAATTN_HD constexpr int64_t partial_floats(int64_t d_v) { return kPartialHeader + (d_v + 15) / 16 * 16; }
 
+// Prefill computes with f32 products, except that a table with a prefill_bf16_name takes bf16 inputs as they are, and
+// f32 ones rounded where fast_f32 allows it.
 struct KernelTable {
-  const char* isa;
   const char* prefill_name;
-  const char* decode_name;
-  // Bytes for rows_per_item = tiles * kTileRows rows.
-  size_t (*prefill_scratch)(int64_t d_qk, int64_t d_v, int64_t tiles);
+  const char* prefill_bf16_name;  // null: none
   void (*prefill)(const PrefillArgs& args);
+  const char* decode_name;
+  // Bytes for items of up to tiles * kTileRows rows.
+  size_t (*prefill_scratch)(int64_t d_qk, int64_t d_v, int64_t tiles);
   size_t (*decode_scratch)(int64_t d_qk, int64_t d_v);
   void (*decode)(const DecodeArgs& args);
   void (*combine)(const CombineArgs& args);
@@ -102,7 +105,7 @@ struct KernelTable {
 };
 
 #if defined(__x86_64__)
-extern const KernelTable kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
+extern const KernelTable kBaselineKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
 #elif defined(__aarch64__)
 extern const KernelTable kNeonKernels;
 #endif

@@ -54,6 +54,7 @@ RowOperands row_operands(const AttnParams& p, int64_t b, const Sequence& s, int6
   r.off = s.off;
   r.scale = p.scale;
   r.softcap = p.softcap;
+  r.fast_f32 = p.fast_f32;
   return r;
 }
 

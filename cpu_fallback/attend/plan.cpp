@@ -35,6 +35,12 @@ void check_problem(const Problem& p) {
            static_cast<long long>(kLimit));
 }
 
+const char* prefill_name(const Problem& p, const KernelTable& kernels) {
+  const auto narrow = [&](Dtype dtype) { return dtype == Dtype::kBF16 || (p.fast_f32 && dtype == Dtype::kF32); };
+  const bool bf16 = kernels.prefill_bf16_name != nullptr && narrow(p.dtype_q) && narrow(p.dtype_kv);
+  return bf16 ? kernels.prefill_bf16_name : kernels.prefill_name;
+}
+
 char* align_up(void* p) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~static_cast<uintptr_t>(63));
 }
@@ -224,7 +230,7 @@ PlanInfo select_attention(const Problem& problem, adaattn_isa_t isa, int32_t num
   const int64_t group = problem.heads_q / problem.heads_kv;
   const bool decodes = is_decode(problem.max_seqlen_q, group);
   PlanInfo info;
-  info.kernel = decodes ? kernels.decode_name : kernels.prefill_name;
+  info.kernel = decodes ? kernels.decode_name : prefill_name(problem, kernels);
   info.isa = isa_name(isa);
   info.tile_q = static_cast<int32_t>(decodes ? std::min(problem.max_seqlen_q * group, kDecodeRows) : kTileRows);
   info.tile_k = static_cast<int32_t>(decodes ? kSplitKeys : kKeyBlock);

@@ -178,6 +178,8 @@ HWY_NOINLINE void score_split(const DecodeArgs& args, DecodeScratch& x, int64_t 
 // Four values, one per row, repeated over the vector.
 HWY_INLINE F32 per_row(const float* four) { return hn::LoadDup128(kF32, four); }
 
+HWY_INLINE int64_t clamp(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
+
 struct GroupState {
   HWY_ALIGN float max[4];
   HWY_ALIGN float sum[4];
@@ -202,7 +204,8 @@ HWY_NOINLINE void weigh_group(const DecodeArgs& args, const RowOperands& rows, c
     const bool real = group * kRowGroup + i < args.row_count;
     const int64_t r = args.row_begin + group * kRowGroup + i;
     begin[i] = real ? args.key_begin[group * kRowGroup + i] : 0;
-    end[i] = real ? args.key_end[group * kRowGroup + i] : 0;
+    // The vectors run past the last key; a row may see what lies there, in the next split.
+    end[i] = real ? static_cast<int32_t>(clamp(args.key_end[group * kRowGroup + i], 0, last)) : 0;
     position[i] = real ? static_cast<int32_t>(r / rows.group + rows.off) : 0;
     slope[i] = real && rows.alibi != nullptr ? rows.alibi[r % rows.group * rows.alibi_stride] * kLog2E : 0;
   }
@@ -359,8 +362,6 @@ HWY_NOINLINE void add_guarded(const DecodeArgs& args, DecodeScratch& x, int64_t 
 struct SplitRange {
   int64_t first, last, all_first, all_last;
 };
-
-HWY_INLINE int64_t clamp(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
 
 HWY_INLINE SplitRange split_range(const DecodeArgs& args) {
   SplitRange range = {args.split_end, args.split_begin, args.split_begin, args.split_end};

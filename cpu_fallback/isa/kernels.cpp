@@ -1,6 +1,10 @@
 // One instruction set's kernels: compiled once per set, with that set's flags and ADAATTN_UNIT_*.
 #include "cpu_fallback/isa/decode-inl.h"
+#if defined(ADAATTN_UNIT_BF16)
+#include "cpu_fallback/isa/prefill_bf16-inl.h"
+#else
 #include "cpu_fallback/isa/prefill-inl.h"
+#endif
 
 namespace adaattn::cpu {
 namespace {
@@ -26,6 +30,14 @@ void map_tanh(const float* x, float* y, int64_t n) { map<tanh>(x, y, n); }
 #elif defined(ADAATTN_UNIT_AVX2)
 #define ADAATTN_TABLE kAvx2Kernels
 #define ADAATTN_ISA "avx2"
+#elif defined(ADAATTN_UNIT_AMX)
+#define ADAATTN_TABLE kAmxKernels
+#define ADAATTN_ISA "avx512"
+#define ADAATTN_BF16_NAME "prefill_bf16_amx"
+#elif defined(ADAATTN_UNIT_AVX512BF16)
+#define ADAATTN_TABLE kAvx512Bf16Kernels
+#define ADAATTN_ISA "avx512"
+#define ADAATTN_BF16_NAME "prefill_bf16_avx512bf16"
 #elif defined(ADAATTN_UNIT_AVX512)
 #define ADAATTN_TABLE kAvx512Kernels
 #define ADAATTN_ISA "avx512"
@@ -35,11 +47,16 @@ void map_tanh(const float* x, float* y, int64_t n) { map<tanh>(x, y, n); }
 #endif
 
 const KernelTable ADAATTN_TABLE = {
-    .isa = ADAATTN_ISA,
     .prefill_name = "prefill_f32_" ADAATTN_ISA,
+#if defined(ADAATTN_UNIT_BF16)
+    .prefill_bf16_name = ADAATTN_BF16_NAME,
+    .prefill = prefill_any,
+#else
+    .prefill_bf16_name = nullptr,
+    .prefill = prefill,
+#endif
     .decode_name = "decode_f32_" ADAATTN_ISA,
     .prefill_scratch = prefill_scratch,
-    .prefill = prefill,
     .decode_scratch = decode_scratch,
     .decode = decode,
     .combine = combine,

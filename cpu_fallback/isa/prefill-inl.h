@@ -39,7 +39,7 @@ struct Panel {
 };
 
 // Rows of O^T are padded to what transpositions and tiles work in.
-#if defined(ADAATTN_UNIT_TILES)
+#if defined(ADAATTN_UNIT_BF16)
 constexpr int64_t kPaddedRows = 32;
 #elif defined(ADAATTN_UNIT_AVX512)
 constexpr int64_t kPaddedRows = 16;
@@ -65,7 +65,7 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
   for (int64_t i = 0; i < panels; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
-    p.qt = arena.take<float>(d_qk * kPanel);
+    p.qt = arena.take<float>((d_qk > 16 ? d_qk : 16) * kPanel);
     p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
     p.max = arena.take<float>(kPanel);
     p.sum = arena.take<float>(kPanel);

@@ -12,6 +12,12 @@
 
 #include "cpu_fallback/attend/kernels.h"
 
+// AVX-512 with bf16 products beside it: on tiles, or on vdpbf16ps.
+#if defined(ADAATTN_UNIT_AMX) || defined(ADAATTN_UNIT_AVX512BF16)
+#define ADAATTN_UNIT_AVX512
+#define ADAATTN_UNIT_BF16
+#endif
+
 // Highway falls back silently when a flag is missing.
 #if defined(ADAATTN_UNIT_BASELINE)
 static_assert(HWY_STATIC_TARGET == HWY_SSE4);

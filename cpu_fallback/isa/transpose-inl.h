@@ -7,7 +7,8 @@ namespace adaattn::cpu {
 namespace {
 
 #if defined(ADAATTN_UNIT_AVX512)
-// Pairs of rows are interleaved by words, then by double words; what is left is a 4 x 4 transposition of 128-bit blocks.
+// Pairs of rows are interleaved by words, then by double words; what is left is a 4 x 4 transposition of 128-bit
+// blocks.
 HWY_INLINE void transpose16(__m512i* r) {
   __m512i t[16];
   ADAATTN_UNROLL for (int i = 0; i < 16; i += 2) {
@@ -22,7 +23,8 @@ HWY_INLINE void transpose16(__m512i* r) {
   }
   // Now r[4g + c] holds, in block b, column 4b + c of rows 4g .. 4g + 3.
   ADAATTN_UNROLL for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    const __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88),
+                  high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
     const __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
     const __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
     t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);

@@ -17,6 +17,7 @@ namespace {
 struct Call {
   int64_t batch, heads_q, heads_kv, seqlen_q, seqlen_k, d;
   bool causal = false;
+  int64_t window_left = -1;
   std::vector<float> q, k, v, o, lse;
 
   Call(int64_t b, int64_t hq, int64_t hkv, int64_t sq, int64_t sk, int64_t dim)
@@ -64,6 +65,7 @@ struct Call {
     p.total_k = batch * seqlen_k;
     p.scale = 1 / std::sqrt(static_cast<float>(d));
     if (causal) p.window_right = 0;
+    p.window_left = window_left;
     return p;
   }
 
@@ -135,6 +137,18 @@ TEST(Plan, NanInTheFutureLeavesThePastBitIdentical) {
       const size_t row = 2 * 64;
       for (size_t i = 0; i < static_cast<size_t>(half) * row; ++i) ASSERT_EQ(call.o[i], clean[i]) << i;
       for (size_t i = static_cast<size_t>(half) * row; i < clean.size(); ++i) ASSERT_TRUE(std::isnan(call.o[i])) << i;
+    }
+}
+
+TEST(Plan, AWindowOverSeveralSplitsCountsEachKeyOnce) {
+  for (adaattn_isa_t isa : usable_isas())
+    for (int64_t window = 500; window < 520; ++window) {
+      Call call(1, 2, 1, 1, 3 * kSplitKeys - 7, 32);
+      std::fill(call.k.begin(), call.k.end(), 0.0f);  // every score is 0, the LSE ln of the number of keys
+      call.window_left = window;
+      call.run(isa, 2, call.problem());
+      for (float lse : call.lse)
+        ASSERT_NEAR(lse, std::log(static_cast<double>(window + 1)), 2e-6) << isa_name(isa) << ", window " << window;
     }
 }
 

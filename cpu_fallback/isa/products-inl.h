@@ -1,0 +1,185 @@
+// The two bf16 matrix products of prefill, on AMX tiles or on vdpbf16ps, over the same operands:
+//   S^T [keys][kPanel] = K Q^T       K: rows of bf16; Q^T: words [d / 2][kPanel], each a pair of neighbouring
+//   dimensions O^T [d_v][kPanel] += V^T P^T     V^T: tiles of 16 rows x 32 keys, see value_tile(); P^T: words [keys /
+//   2][kPanel]
+// keys, d and d_v are multiples of 32 here; the packing pads with zeros.
+#pragma once
+
+#include "cpu_fallback/isa/prefill-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+constexpr int64_t kTileKeys = 32, kTileValues = 16, kTileWords = kTileValues * kTileKeys / 2;
+static_assert(kKeyBlock % kTileKeys == 0 && kPanel == 64);
+
+// The tile of rows [16 row, 16 row + 16) and keys [32 key, 32 key + 32): 16 rows of 16 words.
+HWY_INLINE const uint32_t* value_tile(const uint32_t* vt, int64_t row, int64_t key) {
+  return vt + (row * (kKeyBlock / kTileKeys) + key) * kTileWords;
+}
+
+#if defined(ADAATTN_UNIT_AMX)
+
+// Layout of the operand of LDTILECFG: Intel SDM volume 2.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles belong to the thread; they are given back so that context switches stay cheap for the application.
+struct TileScope {
+  HWY_INLINE TileScope() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&config);
+  }
+  HWY_INLINE ~TileScope() { _tile_release(); }
+};
+
+// The compiler does not know that a tile load reads memory.
+HWY_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// Accumulators 0..3 are two by two tiles; 4 and 5 hold rows of the left operand, 6 and 7 columns of the right one.
+HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                                  float* s) {
+  constexpr int64_t kBytes = kPanel * 4;
+  const int64_t k_bytes = k_stride * 2;
+  finish_stores();
+  for (int64_t j = 0; j < keys; j += 32) {
+    for (int64_t column = 0; column < kPanel; column += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t t = 0; t < d; t += 32) {
+        _tile_loadd(4, k + j * k_stride + t, k_bytes);
+        _tile_loadd(6, q + t / 2 * kPanel + column, kBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, q + t / 2 * kPanel + column + 16, kBytes);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, k + (j + 16) * k_stride + t, k_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      float* c = s + j * kPanel + column;
+      _tile_stored(0, c, kBytes);
+      _tile_stored(1, c + 16, kBytes);
+      _tile_stored(2, c + 16 * kPanel, kBytes);
+      _tile_stored(3, c + 16 * kPanel + 16, kBytes);
+    }
+  }
+  finish_stores();
+}
+
+HWY_NOINLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d, const uint32_t* p, int64_t keys,
+                                  float* ot) {
+  constexpr int64_t kBytes = kPanel * 4;
+  finish_stores();
+  for (int64_t row = 0; row < d; row += 32) {
+    for (int64_t column = 0; column < kPanel; column += 32) {
+      float* c = ot + row * kPanel + column;
+      _tile_loadd(0, c, kBytes);
+      _tile_loadd(1, c + 16, kBytes);
+      _tile_loadd(2, c + 16 * kPanel, kBytes);
+      _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
+      for (int64_t t = 0; t < keys / kTileKeys; ++t) {
+        _tile_loadd(4, value_tile(vt, row / 16, first_tile + t), 64);
+        _tile_loadd(6, p + t * 16 * kPanel + column, kBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, p + t * 16 * kPanel + column + 16, kBytes);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, value_tile(vt, row / 16 + 1, first_tile + t), 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, c, kBytes);
+      _tile_stored(1, c + 16, kBytes);
+      _tile_stored(2, c + 16 * kPanel, kBytes);
+      _tile_stored(3, c + 16 * kPanel + 16, kBytes);
+    }
+  }
+  finish_stores();
+}
+
+#else
+
+struct TileScope {};
+
+// Rows of pairs, row r and pair t at a[r * row_step + t], times the panel b [pairs][kPanel].
+template <int kRows>
+HWY_INLINE void multiply_pairs(const uint32_t* HWY_RESTRICT a, int64_t row_step, const uint32_t* HWY_RESTRICT b,
+                               int64_t pairs, __m512 (*acc)[kPanelVectors]) {
+  for (int64_t t = 0; t < pairs; ++t) {
+    __m512bh row[kPanelVectors];
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+      row[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + t * kPanel + v * kLanes));
+    }
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(load_scalar<int32_t>(a + r * row_step + t)));
+      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, row[v]);
+    }
+  }
+}
+
+template <int kRows>
+HWY_NOINLINE void score_pairs(const uint32_t* k, int64_t k_stride, const uint32_t* q, int64_t pairs, float* s) {
+  __m512 acc[kRows][kPanelVectors];
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_setzero_ps();
+  }
+  multiply_pairs<kRows>(k, k_stride, q, pairs, acc);
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) _mm512_store_ps(s + r * kPanel + v * kLanes, acc[r][v]);
+  }
+}
+
+HWY_INLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                                float* s) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(k);
+  const int64_t stride = k_stride / 2;
+  for (int64_t j = 0; j < keys;) {
+    if (next_rows(keys - j) == 6) {
+      score_pairs<6>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+      j += 6;
+    } else {
+      score_pairs<2>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+      j += 2;
+    }
+  }
+}
+
+template <int kRows>
+HWY_NOINLINE void value_pairs(const uint32_t* vt, int64_t row, int64_t first_tile, const uint32_t* p, int64_t keys,
+                              float* ot) {
+  __m512 acc[kRows][kPanelVectors];
+  float* c = ot + row * kPanel;
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_load_ps(c + r * kPanel + v * kLanes);
+  }
+  for (int64_t t = 0; t < keys / kTileKeys; ++t) {
+    const uint32_t* tile = value_tile(vt, row / kTileValues, first_tile + t) + row % kTileValues * (kTileKeys / 2);
+    multiply_pairs<kRows>(tile, kTileKeys / 2, p + t * (kTileKeys / 2) * kPanel, kTileKeys / 2, acc);
+  }
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) _mm512_store_ps(c + r * kPanel + v * kLanes, acc[r][v]);
+  }
+}
+
+HWY_INLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d, const uint32_t* p, int64_t keys,
+                                float* ot) {
+  for (int64_t row = 0; row < d; row += kTileValues) {
+    value_pairs<6>(vt, row, first_tile, p, keys, ot);
+    value_pairs<6>(vt, row + 6, first_tile, p, keys, ot);
+    value_pairs<4>(vt, row + 12, first_tile, p, keys, ot);
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace adaattn::cpu
