@@ -236,7 +236,7 @@ void prefill_bf16(const PrefillArgs& args) {
 }
 
 void prefill_any(const PrefillArgs& args) {
-  if (takes_bf16(args)) {
+  if (args.row_entropy == nullptr && takes_bf16(args)) {
     prefill_bf16(args);
   } else {
     prefill(args);
