@@ -174,7 +174,7 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
     p.qt = arena.take<float>(d_qk * kPanel);
-    p.ot = arena.take<float>(d_v * kPanel);
+    p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
     p.max = arena.take<float>(kPanel);
     p.sum = arena.take<float>(kPanel);
     p.entropy_sum = arena.take<float>(kPanel);
@@ -364,8 +364,13 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   prefill.key_end = args.key_end;
   PrefillScratch finish;
   finish.row = x.row;
+  finish.s = x.s;
+  static_assert(kTileKeys * kPanel >= kStagingFloats);
   const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
-  for (int64_t i = 0; i < panels; ++i) start_panel(prefill, rule, finish, x.panels[i], i * kPanel);
+  for (int64_t i = 0; i < panels; ++i) {
+    start_panel(prefill, x.panels[i], i * kPanel);
+    fill_queries(prefill, rule, finish, x.panels[i]);
+  }
 
   const bool low_rank = keys.v_low != nullptr;
   const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank}

@@ -47,6 +47,14 @@ constexpr int64_t kPaddedRows = 16;
 constexpr int64_t kPaddedRows = 1;
 #endif
 
+// Of PrefillScratch::s, for 16 rows of the largest head_dim on their way through a transposition.
+#if defined(ADAATTN_UNIT_AVX512)
+constexpr int64_t kStagingFloats = 16 * 512;
+#else
+constexpr int64_t kStagingFloats = 0;
+#endif
+static_assert(kStagingFloats <= kKeyBlock * kPanel);
+
 struct PrefillScratch {
   Panel* panels;
   float *k, *v, *s, *row, *alpha, *block_max;
@@ -134,7 +142,6 @@ HWY_INLINE void widen_query(const PrefillArgs& args, const Panel& p, int64_t lan
 HWY_INLINE void fill_queries(const PrefillArgs& args, const ScoreRule& rule, PrefillScratch& x, Panel& p) {
   const int64_t d = args.rows.d_qk;
 #if defined(ADAATTN_UNIT_AVX512)
-  static_assert(16 * 512 <= kKeyBlock * kPanel);
   for (int64_t lane = 0; lane < kPanel; lane += 16) {
     for (int64_t i = 0; i < 16; ++i) widen_query(args, p, lane + i, rule.query_factor, x.s + i * d);
     transpose_rows(x.s, d, p.qt + lane, kPanel, d);
