@@ -20,9 +20,10 @@ struct Target {
   adaattn_isa_t isa = ADAATTN_ISA_AUTO;
 };
 
-// Only tile and tensor-core kernels round the weights.
+// Kernels with bf16 products round the weights: tensor cores, tiles, and AVX-512 where the processor has vdpbf16ps.
 inline Weights weights_of(const Target& target) {
-  const bool rounds = target.device != ADAATTN_DEVICE_CPU || target.isa == ADAATTN_ISA_AMX;
+  const bool rounds = target.device != ADAATTN_DEVICE_CPU || target.isa == ADAATTN_ISA_AMX ||
+                      target.isa == ADAATTN_ISA_AVX512 || target.isa == ADAATTN_ISA_AUTO;
   return rounds ? Weights::kInputType : Weights::kFloat;
 }
 
