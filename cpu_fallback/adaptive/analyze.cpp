@@ -61,11 +61,9 @@ BasisScratch lay_out_basis(Arena& arena, const UnitShape& s, const AdaptiveKerne
   x.rows = arena.take<float>(kGramRows * d);
   x.gemm = take_gemm_scratch(arena, 1, gemm_partial_size(d, d, d));
   size_t work = 0;
-  if (s.max_rank > 0)
-    work = subspace_iteration_workspace(subspace_params(s.d_v, s.max_rank, 0, nullptr, nullptr), 1);
+  if (s.max_rank > 0) work = subspace_iteration_workspace(subspace_params(s.d_v, s.max_rank, 0, nullptr, nullptr), 1);
   if (s.probe_rank > 0)
-    work = std::max(
-        work, subspace_iteration_workspace(subspace_params(s.d_qk, s.probe_rank, 0, nullptr, nullptr), 1));
+    work = std::max(work, subspace_iteration_workspace(subspace_params(s.d_qk, s.probe_rank, 0, nullptr, nullptr), 1));
   x.subspace_work = arena.take<char>(static_cast<int64_t>(work));
   return x;
 }

@@ -44,7 +44,8 @@ void estimate_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, 
 
 // ---- decide
 // feedback: multipliers of the unit's heads; frozen: their earlier choices, null to choose anew.
-void decide_unit(const AdaptiveCall& call, Unit& unit, const float* feedback, const decide::HeadChoice* frozen);
+void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
+                 const decide::HeadChoice* frozen);
 // Bits of the key tiles that a query tile computes exactly at its head's level. estimate: scratch, one float per tile.
 void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate,
                uint64_t* mask);

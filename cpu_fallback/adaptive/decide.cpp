@@ -34,7 +34,8 @@ decide::CostTable cost_table(const UnitShape& s, const decide::Options& o) {
 
 int64_t mask_words(const UnitShape& s) { return (s.key_tiles + 63) / 64; }
 
-void decide_unit(const AdaptiveCall& call, Unit& unit, const float* feedback, const decide::HeadChoice* frozen) {
+void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
+                 const decide::HeadChoice* frozen) {
   const UnitShape& s = call.shape;
   const decide::Options& o = call.problem.adaptive;
   const int64_t tiles_q = (unit.seq.len_q + decide::kTileQ - 1) / decide::kTileQ;

@@ -90,7 +90,7 @@ class AdaptivePlan final : public AttentionPlan {
         info_(select_adaptive(problem, isa, pool.num_threads())),
         whole_exact_(always_exact(problem)) {
     const int64_t units = problem.max_batch * problem.heads_kv;
-    feedback_.assign(static_cast<size_t>(problem.max_batch * problem.heads_q), decide::kFeedbackStart);
+    feedback_.resize(static_cast<size_t>(problem.max_batch * problem.heads_q));
     records_.reserve(feedback_.size());
     if (whole_exact_) return;
     layout_ = lay_out(problem, isa, lanes_);
@@ -147,7 +147,7 @@ class AdaptivePlan final : public AttentionPlan {
   UnitMemory& memory_of(const Unit& unit) {
     return unit_memory_[static_cast<size_t>(unit.b * problem_.heads_kv + unit.kv_head)];
   }
-  float* feedback_of(const Unit& unit) {
+  decide::HeadFeedback* feedback_of(const Unit& unit) {
     return &feedback_[static_cast<size_t>(unit.b * problem_.heads_q + unit.kv_head * layout_.shape.group)];
   }
   char* lane_memory(char* lanes, int64_t lane) const { return lanes + static_cast<size_t>(lane) * layout_.lane_bytes; }
@@ -164,7 +164,7 @@ class AdaptivePlan final : public AttentionPlan {
   Layout layout_;
   std::vector<Unit> units_;
   std::vector<UnitMemory> unit_memory_;
-  std::vector<float> feedback_;
+  std::vector<decide::HeadFeedback> feedback_;
   std::vector<HeadRecord> records_;
   PlanCounters counters_;
   uint64_t calls_ = 0;
@@ -333,7 +333,7 @@ void AdaptivePlan::conclude(const AdaptiveCall& call, Unit& unit) {
   for (int64_t g = 0; g < s.group; ++g) {
     HeadState& head = unit.heads[g];
     const int64_t head_index = unit.kv_head * s.group + g;
-    float& feedback = feedback_of(unit)[g];
+    float& feedback = feedback_of(unit)[g].multiplier[head.choice.rank_class];
     if (head.choice.dense) {
       record_exact(call.params, unit.b, head_index);
       HeadRecord& record = records_.back();

@@ -58,6 +58,12 @@ struct GroupErrors {
   float round_error = 0;  // e_round of the arithmetic in use
 };
 
+// A head's multipliers on the predicted error, learned from what verify measures (feedback.h). One per rank class: what
+// projecting V costs says nothing about what skipping tiles does.
+struct HeadFeedback {
+  float multiplier[kRankClasses] = {1, 1, 1, 1};
+};
+
 struct HeadChoice {
   int32_t level = kDenseLevel;
   int32_t rank_class = 0;
@@ -108,7 +114,7 @@ constexpr float kMinGain = 1.15f;
 
 // Chooses for the `group` query heads of one KV head: they share the rank, each has its own level.
 ADAATTN_HD inline void choose_group(const Options& o, const CostTable& c, const GroupErrors& e, const HeadLevels* heads,
-                                    const float* feedback, int group, int64_t key_tiles, HeadChoice* out) {
+                                    const HeadFeedback* feedback, int group, int64_t key_tiles, HeadChoice* out) {
   float best_cost = 0, dense_cost = 0;
   for (int h = 0; h < group; ++h) dense_cost += static_cast<float>(heads[h].tiles);
   int best_rank = -1;
@@ -118,7 +124,7 @@ ADAATTN_HD inline void choose_group(const Options& o, const CostTable& c, const 
     float cost = rank == 0 ? 0.0f : static_cast<float>(key_tiles) * c.rank_setup;
     for (int h = 0; h < group && feasible; ++h) {
       HeadChoice choice;
-      feasible = best_level(o, c, e, heads[h], rank, feedback[h], &choice);
+      feasible = best_level(o, c, e, heads[h], rank, feedback[h].multiplier[rank], &choice);
       cost += choice.predicted_cost;
     }
     if (feasible && (best_rank < 0 || cost < best_cost)) {
@@ -131,7 +137,7 @@ ADAATTN_HD inline void choose_group(const Options& o, const CostTable& c, const 
     HeadChoice choice;
     choice.predicted_cost = static_cast<float>(heads[h].tiles);
     choice.predicted_error = e.round_error;
-    if (!dense) best_level(o, c, e, heads[h], best_rank, feedback[h], &choice);
+    if (!dense) best_level(o, c, e, heads[h], best_rank, feedback[h].multiplier[best_rank], &choice);
     out[h] = choice;
   }
 }

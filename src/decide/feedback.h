@@ -5,12 +5,12 @@
 
 namespace adaattn::decide {
 
-constexpr float kFeedbackStart = 1.0f;
 constexpr float kFeedbackMin = 0.0625f, kFeedbackMax = 16.0f;
-// A few dozen sampled rows underestimate a head's error now and then; the multiplier keeps this much in hand.
-constexpr float kFeedbackMargin = 1.25f;
+// A few dozen sampled rows of one text underestimate the next one's error now and then; the multiplier keeps this much
+// in hand.
+constexpr float kFeedbackMargin = 2.0f;
 // Share of the old multiplier that one call may take away. Upwards it follows at once.
-constexpr float kFeedbackDecay = 0.5f;
+constexpr float kFeedbackDecay = 0.7f;
 
 // predicted: the call's prediction, made with the multiplier f. measured: what verify found. A call that skipped
 // nothing (predicted 0) teaches nothing.

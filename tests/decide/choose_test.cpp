@@ -54,7 +54,7 @@ TEST(Choose, DroppedMassIsItsRootMeanSquare) {
 
 TEST(Choose, LargerToleranceNeverCostsMore) {
   const HeadLevels h = sparse_head();
-  const float feedback = 1;
+  const HeadFeedback feedback;
   float previous = 1e9f;
   for (float tolerance = 0.001f; tolerance < 0.3f; tolerance *= 1.2f) {
     HeadChoice choice;
@@ -70,7 +70,7 @@ TEST(Choose, LargerToleranceNeverCostsMore) {
 
 TEST(Choose, TightToleranceIsDense) {
   const HeadLevels h = sparse_head();
-  const float feedback = 1;
+  const HeadFeedback feedback;
   HeadChoice choice;
   choose_group(options(1e-5f), {}, errors(), &h, &feedback, 1, 16, &choice);
   EXPECT_TRUE(choice.dense);
@@ -80,7 +80,7 @@ TEST(Choose, TightToleranceIsDense) {
 
 TEST(Choose, EvenHeadIsDenseBecauseTheGainIsTooSmall) {
   const HeadLevels h = even_head();
-  const float feedback = 1;
+  const HeadFeedback feedback;
   HeadChoice choice;
   choose_group(options(10.0f), {}, errors(), &h, &feedback, 1, 16, &choice);
   EXPECT_TRUE(choice.dense);
@@ -88,7 +88,7 @@ TEST(Choose, EvenHeadIsDenseBecauseTheGainIsTooSmall) {
 
 TEST(Choose, FeedbackRaisesTheLevel) {
   const HeadLevels h = sparse_head();
-  const float low = 1, high = 8;
+  const HeadFeedback low, high{{8, 8, 8, 8}};
   HeadChoice a, b;
   choose_group(options(0.05f), {}, errors(), &h, &low, 1, 16, &a);
   choose_group(options(0.05f), {}, errors(), &h, &high, 1, 16, &b);
@@ -97,7 +97,7 @@ TEST(Choose, FeedbackRaisesTheLevel) {
 
 TEST(Choose, LowestLevelIsRespected) {
   const HeadLevels h = sparse_head();
-  const float feedback = 1;
+  const HeadFeedback feedback;
   Options o = options(10.0f);
   o.min_level = 5;
   HeadChoice choice;
@@ -107,7 +107,7 @@ TEST(Choose, LowestLevelIsRespected) {
 
 TEST(Choose, RankIsTakenWhenItsErrorFitsAndItPays) {
   const HeadLevels heads[2] = {sparse_head(), sparse_head()};
-  const float feedback[2] = {1, 1};
+  const HeadFeedback feedback[2];
   GroupErrors e = errors();
   CostTable c;
   for (int r = 1; r < kRankClasses; ++r) {
@@ -127,7 +127,7 @@ TEST(Choose, RankIsTakenWhenItsErrorFitsAndItPays) {
 
 TEST(Choose, SkippedTilesThatCostMoreThanTheySaveAreKept) {
   const HeadLevels h = sparse_head();
-  const float feedback = 1;
+  const HeadFeedback feedback;
   CostTable c;
   c.far_tile = 1.2f;
   HeadChoice choice;
@@ -136,15 +136,15 @@ TEST(Choose, SkippedTilesThatCostMoreThanTheySaveAreKept) {
 }
 
 TEST(Feedback, SettlesWherePredictionIsTheMeasuredErrorWithItsMargin) {
-  float f = kFeedbackStart;
+  float f = 1;
   const float raw = 0.02f, measured = 0.05f;
   for (int call = 0; call < 20; ++call) f = next_feedback(f, f * raw, measured);
   EXPECT_NEAR(f * raw, kFeedbackMargin * measured, 1e-4);
 }
 
 TEST(Feedback, RisesAtOnceAndFallsSlowly) {
-  EXPECT_NEAR(next_feedback(1, 0.01f, 0.08f), 10.0f, 1e-4);
-  EXPECT_NEAR(next_feedback(8, 0.08f, 0.0001f), 4.0f, 1e-4);
+  EXPECT_NEAR(next_feedback(1, 0.01f, 0.08f), 8 * kFeedbackMargin, 1e-4);
+  EXPECT_NEAR(next_feedback(8, 0.08f, 0.0001f), 8 * kFeedbackDecay, 1e-4);
 }
 
 TEST(Feedback, LearnsNothingFromACallThatSkippedNothing) { EXPECT_EQ(next_feedback(3, 0, 0), 3.0f); }
