@@ -9,8 +9,9 @@ namespace {
 
 constexpr int kTile = 32;  // columns of a panel and rows of a step
 constexpr int kGramThreads = 256;
-constexpr int kJacobiThreads = 512;
+constexpr int kJacobiThreads = 1024;
 constexpr int kMaxSweeps = 40;
+constexpr size_t kStaticShared = 4096;  // more than the kernel declares
 // Columns count as orthogonal below this cosine: float64 rounding of sums of a few hundred terms.
 constexpr double kOrthogonal = 1e-14;
 // Columns shorter than this share of the trace are rounding noise, which no rotation makes orthogonal.
@@ -76,11 +77,17 @@ __device__ __forceinline__ double warp_sum(double x) {
 // positive semi-definite G the columns of V are eigenvectors. Pairs of a round are disjoint (round-robin tournament),
 // one warp per pair.
 __global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* grams, double* all_vectors,
-                                                                double* all_values, int* all_order) {
+                                                                double* all_values, int* all_order, bool in_shared) {
+  extern __shared__ double gram_copy[];
   __shared__ int rotated;
   __shared__ double value[kTile * 8];
   double* g = grams + static_cast<int64_t>(blockIdx.x) * n * n;
   double* v = all_vectors + static_cast<int64_t>(blockIdx.x) * n * n;
+  if (in_shared) {
+    for (int i = threadIdx.x; i < n * n; i += kJacobiThreads) gram_copy[i] = g[i];
+    g = gram_copy;
+    __syncthreads();
+  }
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = kJacobiThreads / 32;
   for (int i = thread; i < n * n; i += kJacobiThreads) v[i] = i / n == i % n ? 1.0 : 0.0;
   double trace = 0;
@@ -205,8 +212,17 @@ void gram_eigen(const TallView& a, const GramEigen& w, cudaStream_t stream) {
         "gram");
   const auto elements = static_cast<unsigned>((a.cols * a.cols + 255) / 256);
   check(launch_grid(gram_sum_kernel, dim3(elements, batch), 256, 0, stream, a.cols, splits, w.partial, w.gram), "gram");
-  check(launch_grid(jacobi_kernel, dim3(batch), kJacobiThreads, 0, stream, static_cast<int>(a.cols), w.gram, w.vectors,
-                    w.values, w.order),
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  const auto bytes = static_cast<size_t>(a.cols * a.cols) * sizeof(double);
+  const bool in_shared = bytes + kStaticShared <= static_cast<size_t>(limit);
+  if (in_shared)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&jacobi_kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, limit - static_cast<int>(kStaticShared)),
+          "jacobi");
+  check(launch_grid(jacobi_kernel, dim3(batch), kJacobiThreads, in_shared ? bytes : 0, stream, static_cast<int>(a.cols),
+                    w.gram, w.vectors, w.values, w.order, in_shared),
         "jacobi");
 }
 
