@@ -14,6 +14,8 @@ namespace {
 constexpr int kThreads = 256;
 // Below this share of the largest, a singular value's left vector is rounding noise of the Gram matrix.
 constexpr double kNullShare = 1e-8;
+// Below this share rounding in the Gram matrix shows in the angles between left vectors: they are made orthogonal anew.
+constexpr double kSmallShare = 1e-5;
 // Eigenvalues below this share times the dimension are rounding noise.
 constexpr double kEigenNoise = 2.3e-16;
 
@@ -65,8 +67,8 @@ __device__ double block_sum(double x, double* shared) {
   return shared[0];
 }
 
-// One CTA per matrix: singular values, left vectors to unit length, and for null directions any orthonormal completion
-// from seeded vectors (Gram-Schmidt, twice).
+// One CTA per matrix: singular values, left vectors to unit length, small ones orthogonal to all before them, and for
+// null directions any orthonormal completion from seeded vectors (Gram-Schmidt, repeated).
 __global__ __launch_bounds__(kThreads) void finish_kernel(const __grid_constant__ LeftArgs w, MatrixBatch right,
                                                           MatrixBatch values, uint64_t seed) {
   __shared__ double shared[kThreads];
@@ -101,14 +103,13 @@ __global__ __launch_bounds__(kThreads) void finish_kernel(const __grid_constant_
     }
   }
   for (int64_t j = 0; j < w.rank; ++j) {
-    if (!(norms[j] <= null_norm)) continue;
+    if (!(norms[j] <= kSmallShare * norms[0])) continue;
     __syncthreads();
-    for (int64_t r = threadIdx.x; r < rows; r += kThreads)
+    for (int64_t r = threadIdx.x; r < rows && norms[j] <= null_norm; r += kThreads)
       element(w.left, matrix, r, j) =
           sketch_entry(seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(j * rows + r));
     for (int pass = 0; pass < 3; ++pass) {
-      for (int64_t k = 0; k < w.rank; ++k) {
-        if (k == j || (norms[k] <= null_norm && k > j)) continue;
+      for (int64_t k = 0; k < j; ++k) {
         double dot = 0;
         for (int64_t r = threadIdx.x; r < rows; r += kThreads)
           dot = fma(static_cast<double>(element(w.left, matrix, r, j)),
