@@ -35,7 +35,8 @@ struct TileScope {
       config.row_bytes[i] = 64;
       config.rows[i] = 16;
     }
-    __asm__ volatile("" ::: "memory");
+    // To the compiler the instruction reads eight bytes of the operand only.
+    __asm__ volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   HWY_INLINE ~TileScope() { _tile_release(); }
