@@ -101,6 +101,9 @@ TEST(ThreadPool, TheFirstExceptionReachesTheCallerAndThePoolStaysUsable) {
 }
 
 TEST(ThreadPool, WorksInAForkedChild) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "ThreadSanitizer does not let a forked child start threads";
+#endif
   ThreadPool pool(3, nullptr, nullptr);
   expect_each_item_once(pool, 100);
   const pid_t child = fork();
