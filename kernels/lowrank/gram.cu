@@ -94,7 +94,6 @@ __global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* g
   for (int i = 0; i < n; ++i) trace += g[static_cast<int64_t>(i) * n + i];
   const double noise = kNoise * trace * (kNoise * trace);
   const int players = n + (n & 1), rounds = players - 1;
-  bool finite = true;
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     __syncthreads();
     if (thread == 0) rotated = 0;
@@ -146,10 +145,9 @@ __global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* g
   }
   __syncthreads();
   for (int j = thread; j < n; j += kJacobiThreads) {
-    finite = isfinite(value[j]);
     int place = 0;
     for (int i = 0; i < n; ++i) place += value[i] > value[j] || (!(value[i] < value[j]) && i < j);
-    if (!finite) place = j;
+    if (!isfinite(value[j])) place = j;
     all_values[static_cast<int64_t>(blockIdx.x) * n + place] = value[j];
     all_order[static_cast<int64_t>(blockIdx.x) * n + place] = j;
   }
