@@ -16,19 +16,20 @@ struct ForwardConfig {
   int d_v = 128;
   int tile_n = 128;            // keys per block
   int groups = 2;              // consumer warpgroups
-  bool masked = false;         // causal and window masks, softcap; otherwise only the length of K is respected
+  bool masked = false;         // causal and window masks; otherwise only the length of K is respected
+  bool softcap = false;        // at run time it would split the basic blocks of every softmax
   bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
   int q_stages = 1;            // 2: the next tile's Q is loaded while this one is in use
   bool ordered = true;         // warpgroups take turns in issuing matrix products
+  int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
   bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
-  bool lazy_rescale = false;   // skip the rescale of O when no row of the warp has a new maximum
 };
 
 struct ForwardArgs {
   CUtensorMap q_map, k_map, v_map;
   AttnParams p;
   float scale_log2;                                              // from the (softcapped) score to base-2 logits
-  float softcap_log2;                                            // 2 * scale / softcap * log2(e); 0: no softcap
+  float softcap_log2;                                            // 2 * scale / softcap * log2(e)
   int32_t batch, heads_q, seqlen_q, seqlen_k, total_q, total_k;  // those of p; an instance takes no larger ones
   int32_t window_left, window_right;                             // -1: open
   int32_t group_size;                                            // query heads per key head

@@ -43,7 +43,8 @@ template <class Traits>
 class Consumer {
   using T = typename Traits::T;
   static constexpr ForwardConfig kC = Traits::kC;
-  static constexpr int kN = Traits::kN;
+  static constexpr int kN = Traits::kN, kColumns = kN / 8, kEarly = kC.early_columns;
+  static_assert(kEarly >= 0 && kEarly <= kColumns);
 
  public:
   __device__ __forceinline__ Consumer(const ForwardArgs& args, typename Traits::Shared& shared, int group)
@@ -54,26 +55,15 @@ class Consumer {
         lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() {
-    if constexpr (kC.ordered) {
-      if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
-    }
-    for (int i = 0;; ++i) {
-      const int slot = i % 2;
-      mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
-      const Tile tile = shared_.tile[slot];
-      release(&shared_.tile_empty[slot]);
-      if (tile.m_block < 0) break;
-      const TileRange range = tile_range<Traits>(args_, tile);
-      if (range.blocks() > 0) {
-        attend(tile, range);
-      } else {
-        row_max_[0] = row_max_[1] = -INFINITY;
-        row_sum_[0] = row_sum_[1] = 0;
-#pragma unroll
-        for (int j = 0; j < Traits::kDv / 2; ++j) out_[j] = 0;
-      }
-      store(tile, range);
-    }
+    if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
+    if (!next_tile()) return;
+    do {
+      begin_tile();
+      first_block();
+      middle_blocks();
+      last_block();
+      store();
+    } while (next_tile());
   }
 
  private:
@@ -92,65 +82,77 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void attend(const Tile& tile, const TileRange& range) {
+  // The next tile that has keys; those without are answered on the way. False: no more tiles.
+  __device__ __forceinline__ bool next_tile() {
+    for (;; ++tile_count_) {
+      const int slot = tile_count_ % 2;
+      mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
+      // Uniform over the warp, which the compiler cannot see in a shared-memory load: descriptors and loop counts then
+      // stay in uniform registers.
+      tile_.m_block = __shfl_sync(~0u, shared_.tile[slot].m_block, 0);
+      tile_.head = __shfl_sync(~0u, shared_.tile[slot].head, 0);
+      tile_.batch = __shfl_sync(~0u, shared_.tile[slot].batch, 0);
+      release(&shared_.tile_empty[slot]);
+      if (tile_.m_block < 0) return false;
+      range_ = tile_range<Traits>(args_, tile_);
+      range_.n_min = __shfl_sync(~0u, range_.n_min, 0);
+      range_.n_max = __shfl_sync(~0u, range_.n_max, 0);
+      if (range_.blocks() > 0) break;
+      store_empty();
+    }
+    ++tile_count_;
+    return true;
+  }
+
+  __device__ __forceinline__ void begin_tile() {
     const int q_stage = q_count_ % Traits::kQStages;
     q_address_ = shared_address(shared_.q[q_stage][group_]);
     q_empty_ = &shared_.q_empty[q_stage][group_];
     // Row limits: keys [low, high) of the thread's two rows, relative to the thread's first column.
-    const int row = tile.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16 + lane_ / 4;
+    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
     const int column = 2 * (lane_ % 4);
-    int free_end = 0x7fffffff, free_begin = 0;  // blocks in [free_begin, free_end) need no mask
     if constexpr (kC.masked) {
-      const int first_row = tile.m_block * Traits::kM + group_ * kGroupRows;
+      const int right = args_.window_right, left = args_.window_left;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int diagonal = row + 8 * r + range.off;
-        high_[r] = min(range.len_k, args_.window_right >= 0 ? diagonal + args_.window_right + 1 : range.len_k) - column;
-        low_[r] = (args_.window_left >= 0 ? diagonal - args_.window_left : 0) - column;
+        const int diagonal = first_row + warp_ * 16 + lane_ / 4 + 8 * r + range_.off;
+        high_[r] = (right >= 0 ? min(range_.len_k, diagonal + right + 1) : range_.len_k) - column;
+        low_[r] = (left >= 0 ? diagonal - left : 0) - column;
       }
-      if (args_.window_right >= 0) free_end = max(0, first_row + range.off + args_.window_right + 1) / kN;
-      if (args_.window_left >= 0) {
-        free_begin = (max(0, first_row + kGroupRows - 1 + range.off - args_.window_left) + kN - 1) / kN;
-      }
+      free_end_ = right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max;
+      free_begin_ = left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0;
     } else {
-      high_[0] = high_[1] = range.len_k - column;
+      high_[0] = high_[1] = range_.len_k - column;
     }
-
-    int n = range.n_max - 1;
     mbarrier_wait(&shared_.q_full[q_stage][group_], q_count_ / Traits::kQStages & 1);
     ++q_count_;
+  }
+
+  // S of a tile's first block, the last in the sequence.
+  __device__ __forceinline__ void first_block() {
     wait_full(shared_.k_full, kv_count_);
     wgmma_fence();
     issue_scores(kv_count_);
     wgmma_wait<0>();
     pin(scores_);
-    release(&shared_.k_empty[kv_count_ % kStages]);
-    if (n == range.n_min) release(q_empty_);
-    if constexpr (kC.masked) {
-      softmax<true, MaskSides::kBoth>(n);
-    } else if ((n + 1) * kN > range.len_k) {
-      softmax<true, MaskSides::kEnd>(n);
-    } else {
-      softmax<true, MaskSides::kNone>(n);
-    }
-    pack_probabilities();
-    if (args_.zero_v_tail && (n + 1) * kN > range.len_k) zero_v_tail(range.len_k - n * kN);
+    release_scores(kv_count_, range_.n_max - 1);
+    first_softmax();
+    begin_out();
+  }
 
-      // Zeroes and accumulation, not wgmma's discard flag: a run-time flag leaves O undefined on one path, and ptxas
-      // then finds no fixed registers for it and serialises every product.
-#pragma unroll
-    for (int j = 0; j < Traits::kDv / 2; ++j) out_[j] = 0;
-    --n;
+  __device__ __forceinline__ void middle_blocks() {
+    int n = range_.n_max - 2;
     if constexpr (kC.masked) {
-      for (; n >= max(range.n_min, free_end); --n) step<MaskSides::kBoth>(n, range.n_min);
-      for (; n >= max(range.n_min, free_begin); --n) step<MaskSides::kNone>(n, range.n_min);
-      for (; n >= range.n_min; --n) step<MaskSides::kLeft>(n, range.n_min);
+      for (; n >= max(range_.n_min, free_end_); --n) step<MaskSides::kBoth>(n);
+      for (; n >= max(range_.n_min, free_begin_); --n) step<MaskSides::kNone>(n);
+      for (; n >= range_.n_min; --n) step<MaskSides::kLeft>(n);
     } else {
-      for (; n >= range.n_min; --n) step<MaskSides::kNone>(n, range.n_min);
+      for (; n >= range_.n_min; --n) step<MaskSides::kNone>(n);
     }
+  }
 
+  __device__ __forceinline__ void last_block() {
     if constexpr (kC.rescale_early) rescale_out();
-    wait_full(shared_.v_full, kv_count_);
     wgmma_fence();
     issue_out(kv_count_);
     wgmma_wait<0>();
@@ -159,30 +161,67 @@ class Consumer {
     ++kv_count_;
   }
 
-  // S of block n beside O += P V of block n + 1, then the softmax of block n.
+  // S of block n beside O += P V of block n + 1, then the softmax of block n. Its first part runs under the PV: up to
+  // the exponentials of kEarly column groups. The rest waits for P and O to be free, so that packing P and rescaling O
+  // fill the issue slots that the exponentials leave.
   template <MaskSides kMask>
-  __device__ __forceinline__ void step(int n, int n_min) {
+  __device__ __forceinline__ void step(int n) {
+    issue_both();
+    release_scores(kv_count_ + 1, n);
+    begin_softmax<false, kMask>(n);
+    pin(scores_);
+    // V of the next product. The wait stands here because it ends the basic block: ptxas moves the wait for PV up to
+    // the start of its block, and the work above would follow PV instead of running under it.
+    wait_full(shared_.v_full, kv_count_ + 1);
+    wgmma_wait<0>();
+    pin(out_);
+    release(&shared_.v_empty[kv_count_ % kStages]);
+    finish_softmax<false>();
+    ++kv_count_;
+  }
+
+  // S with the next K, then O += P V with the present V; returns when S is there.
+  __device__ __forceinline__ void issue_both() {
     wait_full(shared_.k_full, kv_count_ + 1);
     take_turn();
     wgmma_fence();
     issue_scores(kv_count_ + 1);
-    if constexpr (kC.rescale_early) rescale_out();
-    wait_full(shared_.v_full, kv_count_);
-    wgmma_fence();
+    if constexpr (kC.rescale_early) {
+      rescale_out();
+      wgmma_fence();
+    }
     issue_out(kv_count_);
     pass_turn();
     wgmma_wait<1>();
     pin(scores_);
-    release(&shared_.k_empty[(kv_count_ + 1) % kStages]);
-    if (n == n_min) release(q_empty_);
-    softmax<false, kMask>(n);
-    wgmma_wait<0>();
-    pin(out_);
-    pin(scores_);
-    release(&shared_.v_empty[kv_count_ % kStages]);
-    pack_probabilities();
-    if constexpr (!kC.rescale_early) rescale_out();
-    ++kv_count_;
+  }
+
+  __device__ __forceinline__ void release_scores(uint32_t count, int n) {
+    release(&shared_.k_empty[count % kStages]);
+    if (n == range_.n_min) release(q_empty_);
+  }
+
+  __device__ __forceinline__ void first_softmax() {
+    const int n = range_.n_max - 1;
+    if constexpr (kC.masked) {
+      begin_softmax<true, MaskSides::kBoth>(n);
+    } else if ((n + 1) * kN > range_.len_k) {
+      begin_softmax<true, MaskSides::kEnd>(n);
+    } else {
+      begin_softmax<true, MaskSides::kNone>(n);
+    }
+  }
+
+  // P of the first block is in registers; O starts from zero. Zeroes and accumulation, not wgmma's discard flag: a
+  // run-time flag leaves O undefined on one path, and ptxas then finds no fixed registers for it and serialises every
+  // product.
+  __device__ __forceinline__ void begin_out() {
+    finish_softmax<true>();
+    const int tail = range_.n_max * kN - range_.len_k;
+    wait_full(shared_.v_full, kv_count_);
+    if (args_.zero_v_tail && tail > 0) zero_v_tail(kN - tail);
+#pragma unroll
+    for (int j = 0; j < Traits::kDv / 2; ++j) out_[j] = 0;
   }
 
   __device__ __forceinline__ void wait_full(uint64_t* barriers, uint32_t count) {
@@ -213,41 +252,76 @@ class Consumer {
     wgmma_commit();
   }
 
-  // scores_ becomes exp2(scores - maximum); row_max_, row_sum_ and rescale_ follow. Row sums are the thread's own part.
+  // Row maxima, the shift and the rescaling factor that follow from them, and the first exponentials.
   template <bool kFirst, MaskSides kMask>
-  __device__ __forceinline__ void softmax(int n) {
-    if constexpr (kC.masked) {
-      if (args_.softcap_log2 != 0) {
-        // tanh(x) = 1 - 2 / (1 + exp(2x)): exact to the last bits where tanh.approx has an error of 2^-11.
+  __device__ __forceinline__ void begin_softmax(int n) {
+    if constexpr (kC.softcap) {
+      // tanh(x) = 1 - 2 / (1 + exp(2x)): exact to the last bits where tanh.approx has an error of 2^-11.
 #pragma unroll
-        for (int i = 0; i < kN / 2; ++i) {
-          scores_[i] = fmaf(-2.f, reciprocal_approx(1.f + exp2_approx(scores_[i] * args_.softcap_log2)), 1.f);
-        }
+      for (int i = 0; i < kN / 2; ++i) {
+        scores_[i] = fmaf(-2.f, reciprocal_approx(1.f + exp2_approx(scores_[i] * args_.softcap_log2)), 1.f);
       }
     }
     if constexpr (kMask != MaskSides::kNone) mask<kMask>(n);
+    // Both rows in step and two partial results each: a single chain of maxima or sums would be the longest latency
+    // between S and P.
+    float top[4] = {scores_[0], scores_[2], scores_[1], scores_[3]};
+#pragma unroll
+    for (int j = 1; j < kColumns; ++j) {
+      top[0] = fmaxf(top[0], scores_[4 * j]);
+      top[1] = fmaxf(top[1], scores_[4 * j + 2]);
+      top[2] = fmaxf(top[2], scores_[4 * j + 1]);
+      top[3] = fmaxf(top[3], scores_[4 * j + 3]);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = kFirst ? scores_[2 * r] : fmaxf(row_max_[r], scores_[2 * r]);
+      top[r] = fmaxf(top[r], top[r + 2]);
+      if constexpr (!kFirst) top[r] = fmaxf(top[r], row_max_[r]);
+    }
 #pragma unroll
-      for (int j = 0; j < kN / 8; ++j) top = fmaxf(fmaxf(top, scores_[4 * j + 2 * r]), scores_[4 * j + 2 * r + 1]);
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    for (int step = 1; step <= 2; ++step) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], step));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       // A row with no visible key so far: its exponentials must be 0, not exp2(-inf + inf).
-      const float shift = kMask != MaskSides::kNone && top == -INFINITY ? 0.f : top * args_.scale_log2;
-      rescale_[r] = kFirst ? 0.f : exp2_approx(fmaf(row_max_[r], args_.scale_log2, -shift));
-      row_max_[r] = top;
-      float sum = 0;
+      shift_[r] = kMask != MaskSides::kNone && top[r] == -INFINITY ? 0.f : top[r] * args_.scale_log2;
+      rescale_[r] = kFirst ? 0.f : exp2_approx(fmaf(row_max_[r], args_.scale_log2, -shift_[r]));
+      row_max_[r] = top[r];
+    }
 #pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
+    for (int i = 0; i < 4; ++i) sum_[i] = 0;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& s = scores_[4 * j + 2 * r + c];
-          s = exp2_approx(fmaf(s, args_.scale_log2, -shift));
-          sum += s;
-        }
+    for (int j = 0; j < kEarly; ++j) exponentiate(j);
+  }
+
+  // The other exponentials, P, the row sums (the thread's own part of them) and O at the new maximum.
+  template <bool kFirst>
+  __device__ __forceinline__ void finish_softmax() {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (j >= kEarly) exponentiate(j);
+      pack_column(j);
+      if constexpr (!kFirst && !kC.rescale_early) {
+        constexpr int kOut = Traits::kDv / 2;
+#pragma unroll
+        for (int i = j * kOut / kColumns; i < (j + 1) * kOut / kColumns; ++i) out_[i] *= rescale_[i / 2 % 2];
       }
-      row_sum_[r] = kFirst ? sum : fmaf(row_sum_[r], rescale_[r], sum);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = sum_[2 * r] + sum_[2 * r + 1];
+      row_sum_[r] = kFirst ? total : fmaf(row_sum_[r], rescale_[r], total);
+    }
+  }
+
+  __device__ __forceinline__ void exponentiate(int j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& s = scores_[4 * j + i];
+      s = exp2_approx(fmaf(s, args_.scale_log2, -shift_[i / 2]));
+      sum_[i] += s;
     }
   }
 
@@ -281,29 +355,23 @@ class Consumer {
   }
 
   // The accumulator layout of S is the layout of wgmma's A operand in registers, two adjacent column groups per step.
-  __device__ __forceinline__ void pack_probabilities() {
+  __device__ __forceinline__ void pack_column(int j) {
 #pragma unroll
-    for (int i = 0; i < kN / 4; ++i) {
-      probabilities_[i] = pack_pair(scores_[2 * i], scores_[2 * i + 1], static_cast<const T*>(nullptr));
+    for (int r = 0; r < 2; ++r) {
+      probabilities_[2 * j + r] =
+          pack_pair(scores_[4 * j + 2 * r], scores_[4 * j + 2 * r + 1], static_cast<const T*>(nullptr));
     }
   }
-
   __device__ __forceinline__ void rescale_out() {
-    if constexpr (kC.lazy_rescale) {
-      if (!__any_sync(~0u, rescale_[0] != 1.f || rescale_[1] != 1.f)) return;
-    }
 #pragma unroll
     for (int j = 0; j < Traits::kDv / 8; ++j) {
-      out_[4 * j] *= rescale_[0];
-      out_[4 * j + 1] *= rescale_[0];
-      out_[4 * j + 2] *= rescale_[1];
-      out_[4 * j + 3] *= rescale_[1];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[4 * j + i] *= rescale_[i / 2];
     }
   }
 
   // 0 * NaN is NaN: keys beyond the sequence have weight 0, but their V must be finite.
   __device__ __forceinline__ void zero_v_tail(int valid) {
-    wait_full(shared_.v_full, kv_count_);
     constexpr int kWidth = Traits::kWidthV;
     const int lines = kN - valid, words = lines * (kWidth / 16);
     uint8_t* v = shared_.v[kv_count_ % kStages];
@@ -317,9 +385,9 @@ class Consumer {
   }
 
   // Normalises and writes O and LSE from registers: after a quad transposition every lane stores 16 adjacent bytes.
-  __device__ __forceinline__ void store(const Tile& tile, const TileRange& range) {
+  __device__ __forceinline__ void store() {
     const AttnParams& p = args_.p;
-    const float sink = p.sinks != nullptr ? p.sinks[tile.head * p.sinks_stride] * kLog2e : -INFINITY;
+    const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
     const int t = lane_ % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -332,15 +400,16 @@ class Consumer {
       const float weight = empty ? 0.f : exp2_approx(top - shared_top);
       const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
       const float factor = weight / total;
-      const int row = tile.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16 + lane_ / 4 + 8 * r;
-      const bool mine = row < range.len_q;
-      const int64_t position = range.q_start + row;
+      const int row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16 + lane_ / 4 + 8 * r;
+      const bool mine = row < range_.len_q;
+      const int64_t position = range_.q_start + row;
       if (p.lse.data != nullptr && mine && t == 0) {
         static_cast<float*>(
-            p.lse.data)[tile.batch * p.lse.stride_b + position * p.lse.stride_s + tile.head * p.lse.stride_h] =
+            p.lse.data)[tile_.batch * p.lse.stride_b + position * p.lse.stride_s + tile_.head * p.lse.stride_h] =
             empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
       }
-      T* o = static_cast<T*>(p.o.data) + tile.batch * p.o.stride_b + position * p.o.stride_s + tile.head * p.o.stride_h;
+      T* o =
+          static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + position * p.o.stride_s + tile_.head * p.o.stride_h;
 #pragma unroll
       for (int j = 0; j < Traits::kDv / 32; ++j) {
         uint32_t w[4];
@@ -356,13 +425,35 @@ class Consumer {
     }
   }
 
+  // A tile without keys: O = 0, LSE that of the sink alone.
+  __device__ __forceinline__ void store_empty() {
+    const AttnParams& p = args_.p;
+    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
+    const int rows = min(16, range_.len_q - first_row);
+    T* o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t position = range_.q_start + first_row + i;
+      if (8 * lane_ < p.d_v)
+        *reinterpret_cast<uint4*>(o + position * p.o.stride_s + 8 * lane_) = make_uint4(0, 0, 0, 0);
+      if (p.lse.data != nullptr && lane_ == 0) {
+        static_cast<float*>(
+            p.lse.data)[tile_.batch * p.lse.stride_b + position * p.lse.stride_s + tile_.head * p.lse.stride_h] =
+            p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] : -INFINITY;
+      }
+    }
+  }
+
   const ForwardArgs& args_;
   typename Traits::Shared& shared_;
   const int group_, warp_, lane_;
-  uint32_t q_address_ = 0, q_count_ = 0, kv_count_ = 0;
+  Tile tile_;
+  TileRange range_;
+  uint32_t q_address_ = 0, tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
   uint64_t* q_empty_ = nullptr;
   int high_[2], low_[2];
+  int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
   float row_max_[2], row_sum_[2], rescale_[2];
+  float shift_[2], sum_[4];  // of the block in work
   float scores_[kN / 2];
   uint32_t probabilities_[kN / 4];
   float out_[Traits::kDv / 2];
