@@ -15,8 +15,9 @@ constexpr int64_t kOpenWindow = int64_t{1} << 30;
 bool on_16_bytes(const Operand& x, int64_t batch, int64_t tokens, int64_t heads) {
   const int64_t size = dtype_size(x.dtype);
   const auto whole = [&](int64_t stride, int64_t extent) { return extent <= 1 || stride * size % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && whole(x.stride_b, batch) && whole(x.stride_s, tokens) &&
-         whole(x.stride_h, heads);
+  if (tokens > 1 && x.stride_s <= 0) return false;  // TMA steps forward only
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_b >= 0 && x.stride_h >= 0 &&
+         whole(x.stride_b, batch) && whole(x.stride_s, tokens) && whole(x.stride_h, heads);
 }
 
 bool aligned(const AttnParams& p) {

@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t kMaxSplits = 128;               // what the combining kernel takes
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // kernels count rows and keys in 32 bits
 constexpr int64_t kDecodeRows = 16;               // one mma tile of query rows
+constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
+constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
 
 const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -49,9 +51,9 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
   return found;
 }
 
-const AttendKernel* kernel_for(const Problem& problem, int64_t seqlen_q, uint32_t features,
+const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uint32_t features,
                                const DeviceTraits& device) {
-  const int64_t group = problem.heads_q / problem.heads_kv;
+  const int64_t group = problem.heads_q / problem.heads_kv, seqlen_q = extent.seqlen_q;
   if (problem.dtype_q == Dtype::kF32) {
     const AttendKernel* kernel = problem.fast_f32 ? best(Phase::kTf32, problem, features, device) : nullptr;
     return kernel != nullptr ? kernel : best(Phase::kExactF32, problem, features, device);
@@ -61,6 +63,9 @@ const AttendKernel* kernel_for(const Problem& problem, int64_t seqlen_q, uint32_
             best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
   }
+  // Hopper kernels do not split keys: with few tiles and many keys most SMs would have nothing to do.
+  const int64_t tiles = extent.batch * problem.heads_q * ceil_div(seqlen_q, kHopperRows);
+  if (tiles * 2 <= device.multiprocessors && extent.seqlen_k >= kSplitKeys) features |= kSplit;
   return best(Phase::kForward, problem, features, device);
 }
 
@@ -124,7 +129,8 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
            static_cast<long long>(problem.max_batch), static_cast<long long>(problem.max_seqlen_q),
            static_cast<long long>(problem.heads_q));
   for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q}) {
-    if (kernel_for(problem, seqlen_q, features_of(problem) | kUnaligned, device) == nullptr)
+    const Extent extent{problem.max_batch, seqlen_q, problem.max_seqlen_k, problem.max_total_q};
+    if (kernel_for(problem, extent, features_of(problem) | kUnaligned, device) == nullptr)
       refuse("head_dim_qk %lld with head_dim_v %lld in %s: this build has no kernel for it",
              static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_q));
   }
@@ -133,7 +139,7 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
 Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
               int64_t partial_bytes) {
   Launch launch;
-  launch.kernel = kernel_for(problem, extent.seqlen_q, features, device);
+  launch.kernel = kernel_for(problem, extent, features, device);
   if (launch.kernel == nullptr)
     fail(ADAATTN_ERROR_INTERNAL, "no CUDA kernel for head_dim_qk %lld, head_dim_v %lld, features 0x%x",
          static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), features);
@@ -188,8 +194,9 @@ std::vector<const AttendKernel*> candidates(const Problem& problem, const Device
   std::vector<const AttendKernel*> found;
   for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q})
     for (const uint32_t unaligned : {uint32_t{kPlain}, uint32_t{kUnaligned}})
-      for (const uint32_t varlen : {uint32_t{kPlain}, uint32_t{kVarlen}}) {
-        const AttendKernel* kernel = kernel_for(problem, seqlen_q, features_of(problem) | unaligned | varlen, device);
+      for (const uint32_t more : {uint32_t{kPlain}, uint32_t{kVarlen}, uint32_t{kSplit}}) {
+        const Extent extent{problem.max_batch, seqlen_q, 0, problem.max_total_q};
+        const AttendKernel* kernel = kernel_for(problem, extent, features_of(problem) | unaligned | more, device);
         if (kernel != nullptr && std::find(found.begin(), found.end(), kernel) == found.end()) found.push_back(kernel);
       }
   return found;

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cuda/ptx>
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
-namespace ptx = cuda::ptx;
+namespace ptx = ::cuda::ptx;
 
 template <int kRegisters>
 __device__ __forceinline__ void set_max_registers_up() {
@@ -86,4 +86,4 @@ __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap
       : "memory");
 }
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

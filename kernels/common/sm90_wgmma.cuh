@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -133,4 +133,4 @@ ADAATTN_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef ADAATTN_WGMMA
 #undef ADAATTN_WGMMA_TYPE
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

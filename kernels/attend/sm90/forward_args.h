@@ -8,7 +8,7 @@
 
 #include "core/attn_params.h"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 // How one instance is built. A CTA holds one producer warpgroup and `groups` consumer warpgroups of 64 query rows each.
 struct ForwardConfig {
@@ -33,11 +33,12 @@ struct ForwardArgs {
   int32_t batch, heads_q, seqlen_q, seqlen_k, total_q, total_k;  // those of p; an instance takes no larger ones
   int32_t window_left, window_right;                             // -1: open
   int32_t group_size;                                            // query heads per key head
+  int32_t k_head_step, k_batch_step, v_head_step, v_batch_step;  // 0: broadcast or packed, the coordinate stays 0
   int32_t m_blocks;                                              // query tiles per sequence (not packed)
   int32_t num_tiles;                                             // in all (not packed)
-  int32_t section_heads;  // heads that are walked together so that their K and V stay in L2
+  int32_t section_heads;  // (sequence, head) pairs walked together so that their K and V stay in L2
   bool zero_v_tail;       // V beyond a sequence's end is readable memory and may hold NaN
-  int32_t* counters;      // [2]: next tile, finished CTAs; zero before the first launch, left zero by every launch
+  uint32_t* counters;     // [2]: next tile, finished CTAs; zero before the first launch, left zero by every launch
 };
 
 struct ForwardInstance {
@@ -48,4 +49,4 @@ struct ForwardInstance {
   const void* kernel;  // __global__ void(const __grid_constant__ ForwardArgs)
 };
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

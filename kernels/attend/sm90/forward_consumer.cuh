@@ -9,7 +9,7 @@
 #include "common/sm90_ptx.cuh"
 #include "common/sm90_wgmma.cuh"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -420,7 +420,15 @@ class Consumer {
         }
         transpose_quad(w, t);
         const int column = 32 * j + 8 * t;
-        if (mine && column < p.d_v) *reinterpret_cast<uint4*>(o + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (mine && column + 8 <= p.d_v) {
+          *reinterpret_cast<uint4*>(o + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        } else if (mine) {
+          const T* elements = reinterpret_cast<const T*>(w);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            if (column + i < p.d_v) o[column + i] = elements[i];
+          }
+        }
       }
     }
   }
@@ -459,4 +467,4 @@ class Consumer {
   float out_[Traits::kDv / 2];
 };
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

@@ -4,7 +4,7 @@
 #include "attend/sm90/forward_consumer.cuh"
 #include "attend/sm90/forward_producer.cuh"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 template <class Shared>
 __device__ __forceinline__ void init_barriers(Shared& shared, int groups) {
@@ -38,8 +38,10 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.q_map);
-    prefetch_tensor_map(&args.k_map);
-    prefetch_tensor_map(&args.v_map);
+    if (args.seqlen_k > 0 && args.total_k > 0) {
+      prefetch_tensor_map(&args.k_map);
+      prefetch_tensor_map(&args.v_map);
+    }
     init_barriers(shared, Traits::kGroups);
   }
   __syncthreads();
@@ -52,4 +54,4 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
   }
 }
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

@@ -3,16 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-
+#include "attend/kernel.h"
 #include "attend/sm90/forward_args.h"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
-// counters: two int32 in device memory, zero before the first launch; every launch leaves them zero. Launches that
-// share them must be ordered. Capture-safe. The instance must serve the call: 16-byte aligned bases and strides, no
-// bias, ALiBi, paging or entropy, scale > 0, and a masked instance for windows and softcap. Throws Error.
-void launch_forward(const ForwardInstance& instance, const AttnParams& params, int32_t* counters, int multiprocessors,
-                    cudaStream_t stream);
+// The instance serves the call: 16-byte aligned rows, no bias, ALiBi, paging, entropy or f32 output, scale > 0, and a
+// masked or softcap instance where one is needed. Capture-safe; launches that share args.scheduler must be ordered.
+// Throws Error where the driver refuses a tensor.
+cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& args, cudaStream_t stream);
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

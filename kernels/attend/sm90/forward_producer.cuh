@@ -4,7 +4,7 @@
 #include "attend/sm90/forward_schedule.cuh"
 #include "common/sm90_ptx.cuh"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 template <class Traits>
 class Producer {
@@ -42,14 +42,13 @@ class Producer {
   __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range) {
     const int head_kv = tile.head / args_.group_size;
     const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
-    const int batch_k = args_.p.cu_seqlens_k != nullptr ? 0 : tile.batch;
-    load_k(range, range.n_max - 1, head_kv, batch_k);
+    load_k(range, range.n_max - 1, head_kv, tile.batch);
     load_q(tile, range, batch_q);
     for (int n = range.n_max - 2; n >= range.n_min; --n) {
-      load_k(range, n, head_kv, batch_k);
-      load_v(range, n + 1, head_kv, batch_k);
+      load_k(range, n, head_kv, tile.batch);
+      load_v(range, n + 1, head_kv, tile.batch);
     }
-    load_v(range, range.n_min, head_kv, batch_k);
+    load_v(range, range.n_min, head_kv, tile.batch);
   }
 
   __device__ __forceinline__ void load_q(const Tile& tile, const TileRange& range, int batch) {
@@ -75,7 +74,8 @@ class Producer {
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; ++c) {
       tma_load_4d(shared_.k[stage] + c * Traits::kN * Traits::kWidth, &args_.k_map, &shared_.k_full[stage], keep_,
-                  c * Traits::kChunk, range.k_start + n * Traits::kN, head, batch);
+                  c * Traits::kChunk, range.k_start + n * Traits::kN, head * args_.k_head_step,
+                  batch * args_.k_batch_step);
     }
     ++k_count_;
   }
@@ -87,7 +87,8 @@ class Producer {
 #pragma unroll
     for (int c = 0; c < Traits::kChunksV; ++c) {
       tma_load_4d(shared_.v[stage] + c * Traits::kN * Traits::kWidthV, &args_.v_map, &shared_.v_full[stage], keep_,
-                  c * Traits::kChunkV, range.k_start + n * Traits::kN, head, batch);
+                  c * Traits::kChunkV, range.k_start + n * Traits::kN, head * args_.v_head_step,
+                  batch * args_.v_batch_step);
     }
     ++v_count_;
   }
@@ -98,4 +99,4 @@ class Producer {
   uint32_t q_count_ = 0, k_count_ = 0, v_count_ = 0;
 };
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

@@ -3,7 +3,7 @@
 
 #include "attend/sm90/forward_traits.cuh"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 // Key blocks [n_min, n_max) of one query tile, and its sequence.
 struct TileRange {
@@ -56,7 +56,7 @@ class TileScheduler {
   // Starts fetching the next number; its latency passes while the present tile is loaded.
   __device__ __forceinline__ void prefetch() {
     if constexpr (Traits::kC.dynamic) {
-      if (lane_ == 0) fetched_ = atomicAdd(args_.counters, 1) + static_cast<int>(gridDim.x);
+      if (lane_ == 0) fetched_ = static_cast<int>(atomicAdd(args_.counters, 1u) + gridDim.x);
     } else {
       fetched_ = number_ + static_cast<int>(gridDim.x);
     }
@@ -69,7 +69,7 @@ class TileScheduler {
   // The last CTA to finish leaves the counters as it found them.
   __device__ __forceinline__ void finish() {
     if constexpr (Traits::kC.dynamic) {
-      if (lane_ == 0 && atomicAdd(args_.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
+      if (lane_ == 0 && atomicAdd(args_.counters + 1, 1u) == gridDim.x - 1) {
         args_.counters[0] = 0;
         args_.counters[1] = 0;
       }
@@ -143,4 +143,4 @@ class TileScheduler {
   int first_batch_ = 0, first_number_ = 0;  // packed walk: sequences before and their tiles
 };
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90

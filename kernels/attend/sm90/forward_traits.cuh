@@ -6,7 +6,7 @@
 
 #include "attend/sm90/forward_args.h"
 
-namespace adaattn::sm90 {
+namespace adaattn::cuda::sm90 {
 
 constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // wgmma's M
@@ -56,4 +56,4 @@ struct ForwardTraits {
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
 
-}  // namespace adaattn::sm90
+}  // namespace adaattn::cuda::sm90
