@@ -19,7 +19,6 @@ struct ForwardConfig {
   bool masked = false;         // causal and window masks; otherwise only the length of K is respected
   bool softcap = false;        // at run time it would split the basic blocks of every softmax
   bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
-  int q_stages = 1;            // 2: the next tile's Q is loaded while this one is in use
   bool ordered = true;         // warpgroups take turns in issuing matrix products
   int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
   bool rescale_early = false;  // O is rescaled while QK runs instead of after PV

@@ -13,7 +13,7 @@ namespace adaattn::cuda::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-enum class MaskSides { kNone, kEnd, kBoth, kLeft };
+enum class MaskSides { kNone, kEnd, kBoth };
 
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, const __nv_bfloat16*) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -67,6 +67,10 @@ class Consumer {
   }
 
  private:
+  // The same in all lanes, which the compiler cannot see in loaded values: descriptors and loop counts that follow from
+  // them then stay in uniform registers, a tenth of the inner loop.
+  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
   // One arrival per warp: its own reads are over, the others speak for themselves.
   __device__ __forceinline__ void release(uint64_t* barrier) {
     __syncwarp();
@@ -87,16 +91,14 @@ class Consumer {
     for (;; ++tile_count_) {
       const int slot = tile_count_ % 2;
       mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-      // Uniform over the warp, which the compiler cannot see in a shared-memory load: descriptors and loop counts then
-      // stay in uniform registers.
-      tile_.m_block = __shfl_sync(~0u, shared_.tile[slot].m_block, 0);
-      tile_.head = __shfl_sync(~0u, shared_.tile[slot].head, 0);
-      tile_.batch = __shfl_sync(~0u, shared_.tile[slot].batch, 0);
+      tile_.m_block = uniform(shared_.tile[slot].m_block);
+      tile_.head = uniform(shared_.tile[slot].head);
+      tile_.batch = uniform(shared_.tile[slot].batch);
       release(&shared_.tile_empty[slot]);
       if (tile_.m_block < 0) return false;
       range_ = tile_range<Traits>(args_, tile_);
-      range_.n_min = __shfl_sync(~0u, range_.n_min, 0);
-      range_.n_max = __shfl_sync(~0u, range_.n_max, 0);
+      range_.n_min = uniform(range_.n_min);
+      range_.n_max = uniform(range_.n_max);
       if (range_.blocks() > 0) break;
       store_empty();
     }
@@ -105,9 +107,6 @@ class Consumer {
   }
 
   __device__ __forceinline__ void begin_tile() {
-    const int q_stage = q_count_ % Traits::kQStages;
-    q_address_ = shared_address(shared_.q[q_stage][group_]);
-    q_empty_ = &shared_.q_empty[q_stage][group_];
     // Row limits: keys [low, high) of the thread's two rows, relative to the thread's first column.
     const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
     const int column = 2 * (lane_ % 4);
@@ -119,13 +118,12 @@ class Consumer {
         high_[r] = (right >= 0 ? min(range_.len_k, diagonal + right + 1) : range_.len_k) - column;
         low_[r] = (left >= 0 ? diagonal - left : 0) - column;
       }
-      free_end_ = right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max;
-      free_begin_ = left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0;
+      free_end_ = uniform(right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max);
+      free_begin_ = uniform(left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0);
     } else {
       high_[0] = high_[1] = range_.len_k - column;
     }
-    mbarrier_wait(&shared_.q_full[q_stage][group_], q_count_ / Traits::kQStages & 1);
-    ++q_count_;
+    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
   }
 
   // S of a tile's first block, the last in the sequence.
@@ -143,9 +141,13 @@ class Consumer {
   __device__ __forceinline__ void middle_blocks() {
     int n = range_.n_max - 2;
     if constexpr (kC.masked) {
-      for (; n >= max(range_.n_min, free_end_); --n) step<MaskSides::kBoth>(n);
-      for (; n >= max(range_.n_min, free_begin_); --n) step<MaskSides::kNone>(n);
-      for (; n >= range_.n_min; --n) step<MaskSides::kLeft>(n);
+      // Masked at the diagonal, not in the middle, masked again at a window's left side: one body for both ends,
+      // because with three loops the compiler loses track of what is uniform.
+      for (int stop = max(range_.n_min, free_end_);; stop = range_.n_min) {
+        for (; n >= stop; --n) step<MaskSides::kBoth>(n);
+        if (stop == range_.n_min) break;
+        for (; n >= max(range_.n_min, free_begin_); --n) step<MaskSides::kNone>(n);
+      }
     } else {
       for (; n >= range_.n_min; --n) step<MaskSides::kNone>(n);
     }
@@ -198,7 +200,7 @@ class Consumer {
 
   __device__ __forceinline__ void release_scores(uint32_t count, int n) {
     release(&shared_.k_empty[count % kStages]);
-    if (n == range_.n_min) release(q_empty_);
+    if (n == range_.n_min) release(&shared_.q_empty[group_]);
   }
 
   __device__ __forceinline__ void first_softmax() {
@@ -230,7 +232,7 @@ class Consumer {
 
   __device__ __forceinline__ void issue_scores(uint32_t count) {
     constexpr int kWidth = Traits::kWidth, kPerChunk = Traits::kChunk / 16;
-    const uint64_t q = Descriptor<kWidth>::k_major(q_address_);
+    const uint64_t q = Descriptor<kWidth>::k_major(shared_address(shared_.q[group_]));
     const uint64_t k = Descriptor<kWidth>::k_major(shared_address(shared_.k[count % kStages]));
 #pragma unroll
     for (int i = 0; i < Traits::kD / 16; ++i) {
@@ -330,16 +332,14 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int high = high_[r] - n * kN;
-      if constexpr (kMask == MaskSides::kEnd || kMask == MaskSides::kBoth) {
 #pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
+      for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (8 * j + c >= high) scores_[4 * j + 2 * r + c] = -INFINITY;
-          }
+        for (int c = 0; c < 2; ++c) {
+          if (8 * j + c >= high) scores_[4 * j + 2 * r + c] = -INFINITY;
         }
       }
-      if constexpr (kMask == MaskSides::kLeft || kMask == MaskSides::kBoth) {
+      if constexpr (kMask == MaskSides::kBoth) {
         if (args_.window_left >= 0) {
           const int low = low_[r] - n * kN;
 #pragma unroll
@@ -375,13 +375,12 @@ class Consumer {
     constexpr int kWidth = Traits::kWidthV;
     const int lines = kN - valid, words = lines * (kWidth / 16);
     uint8_t* v = shared_.v[kv_count_ % kStages];
-    for (int i = group_ * kWarpgroup + warp_ * 32 + lane_; i < words * Traits::kChunksV;
-         i += Traits::kGroups * kWarpgroup) {
+    for (int i = warp_ * 32 + lane_; i < words * Traits::kChunksV; i += kWarpgroup) {
       const int chunk = i / words, word = i - chunk * words;
       *reinterpret_cast<uint4*>(v + (chunk * kN + valid) * kWidth + word * 16) = make_uint4(0, 0, 0, 0);
     }
     ptx::fence_proxy_async(ptx::space_shared);
-    named_barrier_sync(static_cast<int>(NamedBarrier::kTailZeroed), Traits::kGroups * kWarpgroup);
+    named_barrier_sync(static_cast<int>(NamedBarrier::kTailZeroed) + group_, kWarpgroup);
   }
 
   // Normalises and writes O and LSE from registers: after a quad transposition every lane stores 16 adjacent bytes.
@@ -456,8 +455,7 @@ class Consumer {
   const int group_, warp_, lane_;
   Tile tile_;
   TileRange range_;
-  uint32_t q_address_ = 0, tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
-  uint64_t* q_empty_ = nullptr;
+  uint32_t tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
   int high_[2], low_[2];
   int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
   float row_max_[2], row_sum_[2], rescale_[2];

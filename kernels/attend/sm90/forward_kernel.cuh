@@ -9,12 +9,8 @@ namespace adaattn::cuda::sm90 {
 template <class Shared>
 __device__ __forceinline__ void init_barriers(Shared& shared, int groups) {
   constexpr int kWarps = kWarpgroup / 32;
-  for (auto& stage : shared.q_full) {
-    for (uint64_t& barrier : stage) ptx::mbarrier_init(&barrier, 1);
-  }
-  for (auto& stage : shared.q_empty) {
-    for (uint64_t& barrier : stage) ptx::mbarrier_init(&barrier, kWarps);
-  }
+  for (uint64_t& barrier : shared.q_full) ptx::mbarrier_init(&barrier, 1);
+  for (uint64_t& barrier : shared.q_empty) ptx::mbarrier_init(&barrier, kWarps);
   for (int i = 0; i < kStages; ++i) {
     ptx::mbarrier_init(&shared.k_full[i], 1);
     ptx::mbarrier_init(&shared.v_full[i], 1);

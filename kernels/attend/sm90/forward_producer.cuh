@@ -52,19 +52,18 @@ class Producer {
   }
 
   __device__ __forceinline__ void load_q(const Tile& tile, const TileRange& range, int batch) {
-    const int stage = q_count_ % Traits::kQStages, parity = q_count_ / Traits::kQStages & 1;
+    const int parity = q_count_++ & 1;
 #pragma unroll
     for (int group = 0; group < Traits::kGroups; ++group) {
-      mbarrier_wait(&shared_.q_empty[stage][group], parity ^ 1);
-      mbarrier_arrive_expect_tx(&shared_.q_full[stage][group], Traits::kQBytes);
+      mbarrier_wait(&shared_.q_empty[group], parity ^ 1);
+      mbarrier_arrive_expect_tx(&shared_.q_full[group], Traits::kQBytes);
       const int row = range.q_start + tile.m_block * Traits::kM + group * kGroupRows;
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
-        tma_load_4d(shared_.q[stage][group] + c * kGroupRows * Traits::kWidth, &args_.q_map,
-                    &shared_.q_full[stage][group], stream_, c * Traits::kChunk, row, tile.head, batch);
+        tma_load_4d(shared_.q[group] + c * kGroupRows * Traits::kWidth, &args_.q_map, &shared_.q_full[group], stream_,
+                    c * Traits::kChunk, row, tile.head, batch);
       }
     }
-    ++q_count_;
   }
 
   __device__ __forceinline__ void load_k(const TileRange& range, int n, int head, int batch) {

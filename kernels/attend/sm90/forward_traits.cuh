@@ -12,7 +12,7 @@ constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // wgmma's M
 constexpr int kStages = 2;      // of K and of V
 
-// Named barriers; 0 is __syncthreads.
+// Named barriers, one per consumer warpgroup from these numbers on; 0 is __syncthreads.
 enum class NamedBarrier : int { kOrder = 1, kTailZeroed = 4 };
 
 struct Tile {
@@ -34,7 +34,6 @@ struct ForwardTraits {
   static constexpr int kChunks = kD / kChunk, kChunksV = kDv / kChunkV;
   static constexpr int kQBytes = kGroupRows * kD * 2;  // of one consumer warpgroup
   static constexpr int kKBytes = kN * kD * 2, kVBytes = kN * kDv * 2;
-  static constexpr int kQStages = kC.q_stages;
   // 65536 registers per SM: sum over warpgroups of 128 * registers.
   static constexpr int kProducerRegisters = kGroups == 1 ? 56 : kGroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kGroups == 1 ? 256 : kGroups == 2 ? 232 : 160;
@@ -44,10 +43,10 @@ struct ForwardTraits {
   static_assert(kGroups >= 1 && kGroups <= 3, "the register file holds at most three consumer warpgroups");
 
   struct Shared {
-    alignas(1024) uint8_t q[kQStages][kGroups][kQBytes];
+    alignas(1024) uint8_t q[kGroups][kQBytes];
     alignas(1024) uint8_t k[kStages][kKBytes];
     alignas(1024) uint8_t v[kStages][kVBytes];
-    alignas(8) uint64_t q_full[kQStages][kGroups], q_empty[kQStages][kGroups];
+    alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     uint64_t tile_full[2], tile_empty[2];
     Tile tile[2];
