@@ -15,18 +15,22 @@ constexpr ForwardConfig forward_config() {
   c.dynamic = c.masked;
   if (kDqk <= 64) {
     c.groups = 3;
-    c.ordered = c.masked;
+    c.ordered = false;
   } else if (kDqk <= 96) {
-    c.tile_n = 144;
-    c.early_columns = 8;
-  } else if (kDqk <= 128) {
-    c.tile_n = c.softcap ? 128 : 176;
+    c.tile_n = 176;
+    c.ordered = false;
     c.early_columns = 6;
+  } else if (kDqk <= 128) {
+    // Wide blocks waste too much on the diagonal; without one they pay.
+    c.tile_n = c.masked ? 128 : 176;
+    c.ordered = c.softcap;
+    c.early_columns = c.softcap ? 6 : c.masked ? 0 : 3;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
-    c.early_columns = kDv <= 128 ? 8 : 6;
+    c.early_columns = kDv <= 128 ? 8 : 3;
   } else {
     c.tile_n = 80;
+    c.ordered = false;
     c.early_columns = 5;
     c.rescale_early = true;
   }
