@@ -17,7 +17,9 @@ struct PlanRecord {
   unsigned long long score_pairs;
   unsigned long long violation;  // field << 32 | uint32(value); 0: none
   unsigned long long violation_index;
-  unsigned int scheduler[4];  // zero between launches: tile counters of persistent kernels
+  // Tile counters of persistent kernels, a pair for each launch in turn: launches of one plan may overlap on different
+  // streams. Zero between launches.
+  unsigned int scheduler[64];
 };
 
 // Query rows that are not all of a sequence's: the entropy tool's strata.
@@ -43,7 +45,7 @@ struct AttendArgs {
   float* partial_entropy = nullptr;  // [splits, rows], null: not wanted
   int64_t partial_rows = 0;          // total_q * heads_q, row = token * heads_q + head
   PlanRecord* record = nullptr;      // null: the host knows the lengths
-  uint32_t* scheduler = nullptr;     // the plan's PlanRecord::scheduler
+  uint32_t* scheduler = nullptr;     // this launch's pair of PlanRecord::scheduler
   int32_t multiprocessors = 0;
   RowSample sample;  // the entropy tool's, as is normalized
   bool normalized = false;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 
 #include "common/pairs.h"
 #include "core/error.h"
@@ -56,7 +57,7 @@ class Plan final : public AttentionPlan {
       const Launch launch =
           choose(problem_, extent, features, device_, workspace == nullptr ? 0 : static_cast<int64_t>(workspace_bytes));
       AttendArgs args = make_args(params, problem_, launch, workspace);
-      args.scheduler = record_.device->scheduler;
+      args.scheduler = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
       args.multiprocessors = device_.multiprocessors;
       args.overlap_grids = device_.compute_capability >= 90;
       if (lengths_on_device(params)) args.record = record_.device;
@@ -94,7 +95,7 @@ class Plan final : public AttentionPlan {
   PlanInfo info_;
   std::shared_ptr<RecordPool> records_;
   RecordSlot record_;
-  uint64_t calls_ = 0, rows_ = 0, pairs_ = 0;
+  uint64_t calls_ = 0, launches_ = 0, rows_ = 0, pairs_ = 0;
 };
 
 }  // namespace

@@ -37,7 +37,7 @@ struct ForwardArgs {
   int32_t num_tiles;                                             // in all (not packed)
   int32_t section_heads;  // (sequence, head) pairs walked together so that their K and V stay in L2
   bool zero_v_tail;       // V beyond a sequence's end is readable memory and may hold NaN
-  uint32_t* counters;     // [2]: next tile, finished CTAs; zero before the first launch, left zero by every launch
+  uint32_t* counters;     // [2]: next tile, finished CTAs; zero before and after a launch; null: one tile per CTA
 };
 
 struct ForwardInstance {

@@ -106,9 +106,8 @@ cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& ca
   args.num_tiles = static_cast<int32_t>(tiles);
   args.section_heads = static_cast<int32_t>(std::min<int64_t>(rows, call.section));
   args.zero_v_tail = packed_k || p.seqused_k != nullptr;
-  args.counters = call.scheduler;
-
   const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, tiles));
+  args.counters = tiles > grid ? call.scheduler : nullptr;  // otherwise every CTA has its one tile
   void* arguments[] = {&args};
   return cudaLaunchKernel(instance.kernel, dim3(grid), dim3(128 * (c.groups + 1)), arguments, instance.shared_bytes,
                           stream);

@@ -56,10 +56,12 @@ class TileScheduler {
   // Starts fetching the next number; its latency passes while the present tile is loaded.
   __device__ __forceinline__ void prefetch() {
     if constexpr (Traits::kC.dynamic) {
-      if (lane_ == 0) fetched_ = static_cast<int>(atomicAdd(args_.counters, 1u) + gridDim.x);
-    } else {
-      fetched_ = number_ + static_cast<int>(gridDim.x);
+      if (args_.counters != nullptr) {
+        if (lane_ == 0) fetched_ = static_cast<int>(atomicAdd(args_.counters, 1u) + gridDim.x);
+        return;
+      }
     }
+    fetched_ = number_ + static_cast<int>(gridDim.x);
   }
   __device__ __forceinline__ Tile next() {
     if constexpr (Traits::kC.dynamic) fetched_ = __shfl_sync(~0u, fetched_, 0);
@@ -69,7 +71,7 @@ class TileScheduler {
   // The last CTA to finish leaves the counters as it found them.
   __device__ __forceinline__ void finish() {
     if constexpr (Traits::kC.dynamic) {
-      if (lane_ == 0 && atomicAdd(args_.counters + 1, 1u) == gridDim.x - 1) {
+      if (args_.counters != nullptr && lane_ == 0 && atomicAdd(args_.counters + 1, 1u) == gridDim.x - 1) {
         args_.counters[0] = 0;
         args_.counters[1] = 0;
       }
