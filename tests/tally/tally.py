@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Counts the cases in XML reports of ctest or GoogleTest and appends "passed failed skipped" to a tally file.
 
-A ctest entry that is a whole GoogleTest run counts by its cases, any other entry as one. Failures are printed with
-the end of their output, skipped cases grouped by their reason. An empty run counts as one failure: a suite that
+A ctest entry that is a whole GoogleTest run counts by its cases, any other entry as one. Failures are printed, the first
+with the end of their output, skipped cases grouped by their reason. An empty run counts as one failure: a suite that
 disappeared must not look like a suite that passed.
 """
 import argparse
@@ -15,7 +15,7 @@ RAN = re.compile(r"\[==========\] (\d+) tests? from .* ran\.")
 PASSED = re.compile(r"\[  PASSED  \] (\d+) tests?\.")
 SKIPPED = re.compile(r"\[  SKIPPED \] (\d+) tests?, listed below")
 REASON = re.compile(r"^(?:[^\n]*: )?(?:Skipped|SKIPPED):?\s+(.+?)\s*$", re.MULTILINE)
-OUTPUT_TAIL = 4000
+FAILURES_IN_FULL, OUTPUT_TAIL = 5, 2500
 
 
 def skip_reasons(output, count):
@@ -64,7 +64,7 @@ def count_case(case):
 
 def run(reports, tally):
     """Counts the reports into tally; 1 if anything failed."""
-    passed = failed = 0
+    passed = failed = failures = 0
     reasons = collections.Counter()
     for case in (case for report in reports for case in ElementTree.parse(report).getroot().iter("testcase")):
         case_passed, case_failed, case_reasons = count_case(case)
@@ -72,7 +72,10 @@ def run(reports, tally):
         failed += case_failed
         reasons.update(case_reasons)
         if case_failed:
-            print(f"FAILED {case.get('classname', '')} {case.get('name')}\n{failure_text(case)[-OUTPUT_TAIL:]}")
+            print(f"FAILED {case.get('name')}")
+            failures += 1
+            if failures <= FAILURES_IN_FULL:
+                print(failure_text(case)[-OUTPUT_TAIL:])
     skipped = sum(reasons.values())
     if passed + failed + skipped == 0:
         print("FAILED: no test ran")
