@@ -8,6 +8,8 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "bench_commit.h"
+
 namespace adaattn::bench {
 
 Timing measure(const std::function<void()>& call, double seconds) {
