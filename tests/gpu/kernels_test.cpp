@@ -3,6 +3,7 @@
 
 #include "attend/plan.h"
 #include "attention/fixture.h"
+#include "backend.h"
 #include "core/validate.h"
 #include "gpu/device.h"
 #include "runtime.h"
@@ -90,6 +91,51 @@ TEST_P(EveryKernel, AgreesWithTheOracle) {
     if ((kernel.features & cuda::kRagged) != 0 && !testing::Test::HasFatalFailure())
       run_row(kernel, case_for(kernel, true, causal));
   }
+}
+
+class PersistentKernels : public OnTheDevice {};
+
+// Tile counters belong to a launch: more tiles than SMs, two launches of one plan at a time.
+TEST_F(PersistentKernels, LaunchesOfOnePlanMayOverlapOnTwoStreams) {
+  AttentionCase c = {.name = "Overlap", .batch = 2, .heads_q = 16, .heads_kv = 16, .seqlen_q = 1024, .seqlen_k = 1024};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  AttentionData one(c, kBf16All, run_seed(), 0), two(c, kBf16All, run_seed() + 1, 0);
+  const Problem problem = problem_from(one.desc, Use::kAttention);
+  const auto backend = make_cuda_backend({});
+  const auto plan = backend->make_plan(problem);
+  const DeviceMemory first_space(plan->info().workspace_bytes), second_space(plan->info().workspace_bytes);
+  const Stream first, second;
+  const auto run = [&](const AttentionData& data, const DeviceMemory& workspace, const Stream& stream) {
+    const AttnParams params =
+        attention_from(problem, data.io(ADAATTN_DEVICE_CUDA), {ADAATTN_DEVICE_CUDA, 0, nullptr}, {});
+    plan->execute(params, workspace.data(), workspace.bytes(), stream.get());
+  };
+  const auto outputs = [&] {
+    one.download(ADAATTN_DEVICE_CUDA);
+    two.download(ADAATTN_DEVICE_CUDA);
+    return std::pair(one.o.values(), two.o.values());
+  };
+  const auto upload = [&] {
+    one.poison_outputs();
+    two.poison_outputs();
+    one.upload(ADAATTN_DEVICE_CUDA);
+    two.upload(ADAATTN_DEVICE_CUDA);
+  };
+  upload();
+  run(one, first_space, first);
+  first.wait();
+  run(two, second_space, second);
+  second.wait();
+  const auto alone = outputs();
+  upload();
+  for (int i = 0; i < 30; ++i) {
+    run(one, first_space, first);
+    run(two, second_space, second);
+  }
+  first.wait();
+  second.wait();
+  EXPECT_EQ(outputs(), alone);
 }
 
 std::vector<const AttendKernel*> rows() {
