@@ -12,6 +12,7 @@
 #include "adaattn/adaattn.h"
 #include "core/allocator.h"
 #include "core/attn_params.h"
+#include "core/error.h"
 #include "core/problem.h"
 #include "core/tool_params.h"
 
@@ -56,6 +57,12 @@ struct HeadRecord {
   bool dense = true;
 };
 
+// The newest call's tiles of one head, row-major, as adaattn_plan_get_tile_map() has them.
+struct TileMap {
+  int64_t query_tiles = 0, key_tiles = 0;
+  std::vector<uint8_t> tiles;
+};
+
 // The back-end's half of a plan: the kernel that its selector chose and the state that belongs to the plan.
 class AttentionPlan {
  public:
@@ -66,6 +73,10 @@ class AttentionPlan {
   virtual PlanCounters counters(bool wait, bool reset) = 0;
   // Of the newest call, heads fastest; empty for an exact plan.
   virtual std::vector<HeadRecord> head_records() { return {}; }
+  // batch and head lie within the plan's Problem.
+  virtual TileMap tile_map(int64_t /*batch*/, int64_t /*head*/) {
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "this plan computes every tile exactly and keeps no tile maps");
+  }
 };
 
 struct BackendConfig {

@@ -192,6 +192,12 @@ struct Workspace {
   std::size_t bytes = 0;
 };
 
+// As adaattn_plan_get_tile_map() describes it; row-major.
+struct TileMap {
+  std::int64_t query_tiles = 0, key_tiles = 0;
+  std::vector<std::uint8_t> tiles;
+};
+
 // Keeps its context alive.
 class Plan {
  public:
@@ -236,6 +242,19 @@ class Plan {
         !status.ok())
       return status;
     return heads;
+  }
+  // Of the newest call and one (batch, query head); refused by exact plans.
+  Result<TileMap> tile_map(std::int64_t batch, std::int64_t head) const {
+    TileMap map;
+    if (Status status = adaattn_plan_get_tile_map(get(), batch, head, nullptr, 0, &map.query_tiles, &map.key_tiles);
+        !status.ok())
+      return status;
+    map.tiles.resize(static_cast<std::size_t>(map.query_tiles * map.key_tiles));
+    if (Status status = adaattn_plan_get_tile_map(get(), batch, head, map.tiles.data(), map.tiles.size(),
+                                                  &map.query_tiles, &map.key_tiles);
+        !status.ok())
+      return status;
+    return map;
   }
 
  private:

@@ -218,6 +218,30 @@ adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, adaattn_head_
   });
 }
 
+adaattn_status_t adaattn_plan_get_tile_map(adaattn_plan_t* plan, int64_t batch, int64_t head, uint8_t* map, size_t cap,
+                                           int64_t* query_tiles, int64_t* key_tiles) {
+  return guarded([&] {
+    adaattn_plan& from = capi::require(plan, "plan");
+    int64_t& rows = capi::require(query_tiles, "query_tiles");
+    int64_t& columns = capi::require(key_tiles, "key_tiles");
+    if (cap > 0) capi::require(map, "map");
+    const adaattn::Problem& problem = from.problem;
+    if (batch < 0 || batch >= problem.max_batch)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "batch is %" PRId64 "; accepted: 0 to %" PRId64, batch,
+           problem.max_batch - 1);
+    if (head < 0 || head >= problem.heads_q)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "head is %" PRId64 "; accepted: 0 to %" PRId64, head, problem.heads_q - 1);
+    capi::PlanUse use(from);
+    const adaattn::TileMap tiles = from.impl->tile_map(batch, head);
+    if (cap > 0 && cap < tiles.tiles.size())
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "cap is %zu; accepted: 0, or at least %" PRId64 " x %" PRId64 " bytes", cap,
+           tiles.query_tiles, tiles.key_tiles);
+    if (cap > 0) std::copy(tiles.tiles.begin(), tiles.tiles.end(), map);
+    rows = tiles.query_tiles;
+    columns = tiles.key_tiles;
+  });
+}
+
 adaattn_status_t adaattn_plan_destroy(adaattn_plan_t* plan) {
   return guarded([&] {
     if (plan == nullptr) return;

@@ -49,6 +49,34 @@ TEST(CxxWrapper, ComputesInOneCallAndThroughAPlan) {
   EXPECT_NE(plan.info().value().kernel[0], '\0');
 }
 
+TEST(CxxWrapper, TileMapHasAnEntryForEachTile) {
+  adaattn::AttnDesc desc;
+  desc.max_batch = 1;
+  desc.max_seqlen_q = desc.max_seqlen_k = 640;
+  desc.heads_q = desc.heads_kv = 1;
+  desc.head_dim_qk = 8;
+  desc.dtype_q = ADAATTN_DTYPE_F32;
+  desc.mask = ADAATTN_MASK_CAUSAL;
+  const std::vector<float> ones(640 * 8, 1.0f);
+  std::vector<float> o(ones.size());
+  adaattn::Io io;
+  io.q = io.k = io.v = adaattn::tensor(ones.data(), {1, 640, 1, 8});
+  io.o = adaattn::tensor(o.data(), {1, 640, 1, 8});
+  adaattn::AdaptiveDesc adaptive;
+  adaptive.policy = ADAATTN_POLICY_BALANCED;
+  adaattn::Context context = adaattn::Context::create().value();
+  const adaattn::Plan plan = context.make_plan(desc, &adaptive).value();
+  plan.execute(io).or_throw();
+  const adaattn::TileMap map = plan.tile_map(0, 0).value();
+  EXPECT_EQ(map.query_tiles, 5);
+  EXPECT_EQ(map.key_tiles, 5);
+  ASSERT_EQ(map.tiles.size(), 25u);
+  EXPECT_EQ(map.tiles[0], 2);
+  EXPECT_EQ(map.tiles[1], 0);
+
+  EXPECT_EQ(context.make_plan(desc).value().tile_map(0, 0).status().code(), ADAATTN_ERROR_NOT_SUPPORTED);
+}
+
 TEST(CxxWrapper, PlanKeepsItsContextAlive) {
   Problem problem;
   auto context = std::make_unique<adaattn::Context>(adaattn::Context::create().value());
