@@ -79,7 +79,9 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int
   args.log2_needle = std::log2(o.needle_share);
   args.far_field = o.far_field;
   args.scratch = x.kernel;
-  unit.results[member * s.query_tiles + tile] = call.kernels.tile(args);
+  const int64_t index = member * s.query_tiles + tile;
+  unit.results[index] = call.kernels.tile(args);
+  if (unit.map != nullptr) std::copy_n(x.mask, mask_words(s), unit.map + index * mask_words(s));
 }
 
 SampledRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {

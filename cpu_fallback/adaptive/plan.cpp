@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "cpu_fallback/adaptive/call.h"
+#include "cpu_fallback/adaptive/tile_map.h"
 #include "cpu_fallback/attend/layout.h"
 #include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/isa/registry.h"
@@ -94,6 +95,7 @@ class AdaptivePlan final : public AttentionPlan {
     records_.reserve(feedback_.size());
     if (whole_exact_) return;
     layout_ = lay_out(problem, isa, lanes_);
+    maps_ = TileMaps(problem, layout_.shape);
     unit_memory_.resize(static_cast<size_t>(units));
     units_.resize(static_cast<size_t>(layout_.units));
     const UnitShape& s = layout_.shape;
@@ -118,6 +120,7 @@ class AdaptivePlan final : public AttentionPlan {
         for (int64_t h = 0; h < params.heads_q; ++h) record_exact(params, b, h);
       }
     } else {
+      maps_.begin_call(params);
       run(params, workspace);
       count_calls(params);
     }
@@ -132,6 +135,12 @@ class AdaptivePlan final : public AttentionPlan {
   }
 
   std::vector<HeadRecord> head_records() override { return records_; }
+
+  TileMap tile_map(int64_t batch, int64_t head) override {
+    if (whole_exact_) return AttentionPlan::tile_map(batch, head);
+    const auto index = static_cast<size_t>(batch * problem_.heads_q + head);
+    return maps_.read(batch, head, index < records_.size() && records_[index].dense);
+  }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -165,7 +174,8 @@ class AdaptivePlan final : public AttentionPlan {
   std::vector<Unit> units_;
   std::vector<UnitMemory> unit_memory_;
   std::vector<decide::HeadFeedback> feedback_;
-  std::vector<HeadRecord> records_;
+  std::vector<HeadRecord> records_;  // [batch][heads_q] of the newest call
+  TileMaps maps_;
   PlanCounters counters_;
   uint64_t calls_ = 0;
   bool frozen_ = false;
@@ -187,6 +197,7 @@ void AdaptivePlan::run(const AttnParams& params, void* workspace) {
       unit.b = (first + i) / params.heads_kv;
       unit.kv_head = (first + i) % params.heads_kv;
       unit.seq = sequence_of(params, unit.b);
+      unit.map = maps_.bits_of_unit(unit.b, unit.kv_head);
       unit.analyzed = memory_of(unit).dense_calls == 0;
       unit.finite = true;
       unit.rank_class = 0;
@@ -424,18 +435,11 @@ void AdaptivePlan::add(const HeadRecord& record, double tiles, double kept, doub
 void AdaptivePlan::record_exact(const AttnParams& params, int64_t b, int64_t head) {
   const Sequence seq = sequence_of(params, b);
   int64_t tiles = 0;
-  double pairs = 0;
-  for (int64_t first = 0; first < seq.len_q; first += decide::kTileQ) {
-    int64_t lowest = seq.len_k, highest = 0;
-    for (int64_t i = first; i < std::min(first + decide::kTileQ, seq.len_q); ++i) {
-      const KeyRange range = visible_keys(params, seq, i);
-      if (range.begin >= range.end) continue;
-      lowest = std::min(lowest, range.begin);
-      highest = std::max(highest, range.end);
-      pairs += static_cast<double>(range.end - range.begin);
-    }
-    if (lowest < highest) tiles += ceil_div(highest, decide::kTileK) - lowest / decide::kTileK;
+  for (int64_t t = 0; t * decide::kTileQ < seq.len_q; ++t) {
+    const TileRange seen = visible_tiles(params, seq, t);
+    tiles += seen.end - seen.begin;
   }
+  const auto pairs = static_cast<double>(visible_pairs(params, seq));
   HeadRecord record;
   record.batch = b;
   record.head = head;

@@ -59,6 +59,7 @@ struct Unit {
   AdaptiveTileResult* results = nullptr;      // [group][query_tiles]
   HeadState* heads = nullptr;                 // [group]
   float* exact_rows = nullptr;                // [verify rows][group][d_v]
+  uint64_t* map = nullptr;                    // [group][query_tiles][mask words], of the plan; null: not wanted
 };
 
 // Takes one unit's arrays from the arena.

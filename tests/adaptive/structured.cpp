@@ -87,6 +87,17 @@ adaattn_plan_info_t AdaptivePlan::info() const {
   return info;
 }
 
+AdaptivePlan::TileMap AdaptivePlan::tile_map(int64_t batch, int64_t head) const {
+  TileMap map;
+  if (adaattn_plan_get_tile_map(plan_, batch, head, nullptr, 0, &map.query_tiles, &map.key_tiles) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+  map.tiles.assign(static_cast<size_t>(map.query_tiles * map.key_tiles), uint8_t{0x5a});
+  if (adaattn_plan_get_tile_map(plan_, batch, head, map.tiles.data(), map.tiles.size(), &map.query_tiles,
+                                &map.key_tiles) != ADAATTN_SUCCESS)
+    throw std::runtime_error(last_error());
+  return map;
+}
+
 Tensor exact_output(const Context& context, const AttentionData& data) {
   Tensor o(data.desc.dtype_q, data.o.shape());
   adaattn_io_t io = data.io();

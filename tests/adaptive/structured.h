@@ -34,6 +34,12 @@ class AdaptivePlan {
   adaattn_plan_stats_t stats(uint32_t flags = ADAATTN_STATS_WAIT) const;
   std::vector<adaattn_head_stats_t> heads() const;
   adaattn_plan_info_t info() const;
+  struct TileMap {
+    int64_t query_tiles = -1, key_tiles = -1;
+    std::vector<uint8_t> tiles;
+    uint8_t at(int64_t q, int64_t k) const { return tiles[static_cast<size_t>(q * key_tiles + k)]; }
+  };
+  TileMap tile_map(int64_t batch, int64_t head) const;
 
  private:
   adaattn_plan_t* plan_ = nullptr;
