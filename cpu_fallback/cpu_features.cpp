@@ -47,6 +47,7 @@ CpuFeatures detect() {
            bit(leaf1.ecx, 25) && bit(leaf1.ecx, 1) && bit(leaf7.ebx, 5) && bit(leaf7.ebx, 3) && bit(leaf7.ebx, 8);
   f.avx512 = f.avx2 && os_avx512 && bit(leaf7.ebx, 16) && bit(leaf7.ebx, 17) && bit(leaf7.ebx, 28) &&
              bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31);
+  f.avx512_vnni = f.avx512 && bit(leaf7.ecx, 11);
   f.avx512_bf16 = f.avx512 && bit(leaf7_1.eax, 5);
   f.amx_bf16 = f.avx512_bf16 && os_tiles && bit(leaf7.edx, 22) && bit(leaf7.edx, 24);
   return f;

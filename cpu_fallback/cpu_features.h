@@ -10,6 +10,7 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA, F16C, BMI1/2, AES, PCLMUL
   bool avx512 = false;       // AVX-512 F, BW, CD, DQ, VL
   bool avx512_bf16 = false;  // vdpbf16ps
+  bool avx512_vnni = false;  // vpdpbusd
   bool amx_bf16 = false;     // tiles with bf16 products; the kernel's permission is asked for by request_amx()
   bool neon = false;
 };

@@ -168,7 +168,7 @@ size_t analyze_scratch(const UnitShape& s, const decide::Options&, const Adaptiv
   lay_out_basis(basis, s, kernels);
   Arena tile;
   tile.take<char>(static_cast<int64_t>(kernels.project_scratch(std::max(s.d_qk, s.d_v))));
-  tile.take<float>(decide::kTileQ * s.d_qk);
+  tile.take<float>(decide::kTileQ * std::max(s.d_qk, s.probe_rank));
   tile.take<float>(s.key_tiles);
   tile.take<uint32_t>(s.key_tiles);
   tile.take<int32_t>(2 * decide::kTileQ);
@@ -271,10 +271,10 @@ void analyze_unit(const AdaptiveCall& call, Unit& unit, WarmBasis* warm, char* s
   const Exec exec{nullptr, &call.tools, 1};
   unit.rank_class = 0;
   if (s.max_rank > 0) make_value_basis(call, unit, warm, exec, x);
-  unit.keys.probe_k = nullptr;
+  unit.keys.probe_tiles = nullptr;
   unit.keys.probe_rank = 0;
   if (s.probe_rank > 0 && make_probe_basis(call, unit, warm, exec, x)) {
-    unit.keys.probe_k = unit.probe_k;
+    unit.keys.probe_tiles = unit.probe_tiles;
     unit.keys.probe_rank = s.probe_rank;
   }
   if (warm != nullptr) warm->warm = unit.rank_class > 0 || s.max_rank == 0;
@@ -303,10 +303,10 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
                          unit.group_v_low + group * s.low_stride, s.low_stride, work);
   }
   if (unit.keys.probe_rank > 0) {
-    float* y = unit.probe_k + first * s.probe_stride;
+    float* y = arena.take<float>(decide::kTileK * s.probe_rank);
     call.kernels.project(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride, unit.k_mean, unit.probe_key_basis,
-                         s.probe_rank, y, s.probe_stride, work);
-    for (int64_t j = 0; j < n; ++j) y[j * s.probe_stride + s.probe_rank] = 1;
+                         s.probe_rank, y, s.probe_rank, work);
+    call.kernels.pack_probe(y, s.probe_rank, n, s.probe_rank, unit.probe_tiles + tile * s.probe_tile_bytes);
   }
 }
 

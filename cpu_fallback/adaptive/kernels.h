@@ -30,9 +30,10 @@ struct KeyTables {
   int64_t group_k_stride = 0;
   const float* group_v = nullptr;      // [groups][v_stride]
   const float* group_v_low = nullptr;  // [groups][v_low_stride]
-  // Rank probe: K - mean of K projected, then a 1. A query is multiplied by probe_basis^T, whose last row is mean of K.
-  const float* probe_k = nullptr;  // [len][probe_stride], probe_rank + 1 used
-  int64_t probe_stride = 0;
+  // Rank probe: K - mean of K projected, a tile after another as pack_probe() leaves them. A query is multiplied by
+  // probe_basis^T, whose last row is the mean of K.
+  const char* probe_tiles = nullptr;
+  int64_t probe_tile_bytes = 0;
   int64_t probe_rank = 0;
   const float* probe_basis = nullptr;  // [probe_rank + 1][d_qk]
 };
@@ -47,7 +48,7 @@ struct AdaptiveTileArgs {
   // are wholly visible to every row. The probe sets the bits of the tiles that it brings in.
   uint64_t* mask = nullptr;
   int64_t tile_begin = 0, tile_end = 0;
-  bool probe = false;     // sweep the skipped tiles (rank probe if keys.probe_k, else all dimensions)
+  bool probe = false;     // sweep the skipped tiles (rank probe if keys.probe_tiles, else all dimensions)
   float log2_needle = 0;  // log2 of the share of a row that brings a tile in
   bool far_field = false;
   char* scratch = nullptr;
@@ -80,12 +81,15 @@ struct AdaptiveKernels {
                   int64_t r, float* y, int64_t y_stride, char* scratch);
   // out[b] = a . rows[b]
   void (*dot_rows)(const float* a, const float* rows, int64_t n, int64_t d, float* out);
+  // One tile of projected keys, y [n][y_stride], n <= 128, in the form that the rank probe reads.
+  size_t (*probe_tile_bytes)(int64_t rank);
+  void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
   size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
   AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
 };
 
 #if defined(__x86_64__)
-extern const AdaptiveKernels kBaselineAdaptive, kAvx2Adaptive, kAvx512Adaptive;
+extern const AdaptiveKernels kBaselineAdaptive, kAvx2Adaptive, kAvx512Adaptive, kAvx512VnniAdaptive;
 #elif defined(__aarch64__)
 extern const AdaptiveKernels kNeonAdaptive;
 #endif

@@ -42,7 +42,7 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
   const KernelTable& exact = *kernels_of(isa);
   const AdaptiveKernels& kernels = *adaptive_kernels_of(isa);
   Layout layout;
-  layout.shape = unit_shape(problem);
+  layout.shape = unit_shape(problem, kernels);
   Arena arena;
   Unit unused;
   lay_out_unit(layout.shape, o, arena, unused);
@@ -101,7 +101,8 @@ class AdaptivePlan final : public AttentionPlan {
     const UnitShape& s = layout_.shape;
     for (UnitMemory& memory : unit_memory_) {
       memory.frozen.resize(problem.adaptive.freeze ? static_cast<size_t>(s.group) : 0);
-      if (units > kMaxWarmUnits) continue;
+      // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
+      if (units > kMaxWarmUnits || problem.adaptive.freeze) continue;
       memory.warm.v.resize(static_cast<size_t>((s.max_rank + 16) * s.d_v));
       memory.warm.probe.resize(static_cast<size_t>((s.probe_rank + 16) * s.d_qk));
     }
@@ -222,7 +223,7 @@ void AdaptivePlan::run(const AttnParams& params, void* workspace) {
       unit.keys.group_k_stride = s.group_k_stride;
       unit.keys.group_v = unit.group_v;
       unit.keys.group_v_low = unit.group_v_low;
-      unit.keys.probe_stride = s.probe_stride;
+      unit.keys.probe_tile_bytes = s.probe_tile_bytes;
       unit.keys.probe_basis = unit.probe_basis;
     }
     run_wave(call, count, lanes);

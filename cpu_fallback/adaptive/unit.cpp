@@ -12,7 +12,7 @@ int64_t padded(int64_t width) { return divide_up(width, 16) * 16 + 16; }
 
 }  // namespace
 
-UnitShape unit_shape(const Problem& problem) {
+UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels) {
   const decide::Options& o = problem.adaptive;
   UnitShape s;
   s.d_qk = problem.d_qk;
@@ -32,7 +32,7 @@ UnitShape unit_shape(const Problem& problem) {
   }
   s.low_stride = s.max_rank > 0 ? padded(s.max_rank) : 0;
   s.probe_rank = o.probe == decide::Probe::kRank ? o.probe_rank : 0;
-  s.probe_stride = s.probe_rank > 0 ? padded(s.probe_rank + 1) : 0;
+  if (s.probe_rank > 0) s.probe_tile_bytes = static_cast<int64_t>(kernels.probe_tile_bytes(s.probe_rank));
   return s;
 }
 
@@ -40,7 +40,7 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.k = arena.take<float>(s.len_k * s.k_stride);
   u.v = arena.take<float>(s.len_k * s.v_stride);
   u.v_low = arena.take<float>(s.len_k * s.low_stride);
-  u.probe_k = arena.take<float>(s.len_k * s.probe_stride);
+  u.probe_tiles = arena.take<char>(s.key_tiles * s.probe_tile_bytes);
   u.group_k = arena.take<float>(s.key_groups * s.group_k_stride);
   u.group_v = arena.take<float>(s.key_groups * s.v_stride);
   u.group_v_low = arena.take<float>(s.key_groups * s.low_stride);

@@ -15,13 +15,13 @@ namespace adaattn::cpu {
 struct UnitShape {
   int64_t d_qk = 0, d_v = 0, group = 1;
   int64_t len_k = 0, key_tiles = 0, key_groups = 0, query_tiles = 0;
-  int64_t k_stride = 0, v_stride = 0, low_stride = 0, group_k_stride = 0, probe_stride = 0;
+  int64_t k_stride = 0, v_stride = 0, low_stride = 0, group_k_stride = 0, probe_tile_bytes = 0;
   int64_t max_rank = 0;    // 0: V is not projected
   int64_t probe_rank = 0;  // 0: no rank probe
   int64_t term_width() const { return 3 * d_qk; }
 };
 
-UnitShape unit_shape(const Problem& problem);
+UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels);
 
 // Decisions and measurements for one query head.
 struct HeadState {
@@ -46,7 +46,8 @@ struct Unit {
   decide::GroupErrors errors;
 
   // Writable views of the arrays that keys points at, and of the rest.
-  float *k = nullptr, *v = nullptr, *v_low = nullptr, *probe_k = nullptr;
+  float *k = nullptr, *v = nullptr, *v_low = nullptr;
+  char* probe_tiles = nullptr;
   float *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
   float *k_mean = nullptr, *v_mean = nullptr, *basis = nullptr;
   float *probe_basis = nullptr, *probe_key_basis = nullptr;

@@ -147,11 +147,34 @@ void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64
   }
 }
 
+// ---- The rank probe's keys and queries
+
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+#include "cpu_fallback/isa/probe_int8-inl.h"
+#else
+// f32 rows followed by a 1, which meets a query's product with the mean of K.
+size_t probe_tile_bytes(int64_t rank) {
+  return static_cast<size_t>(kTileKeys * packed_stride(rank + 1)) * sizeof(float);
+}
+
+void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
+  float* rows = reinterpret_cast<float*>(tile);
+  const int64_t stride = packed_stride(rank + 1);
+  for (int64_t j = 0; j < n; ++j) {
+    memcpy(rows + j * stride, y + j * y_stride, static_cast<size_t>(rank) * sizeof(float));
+    rows[j * stride + rank] = 1;
+  }
+}
+#endif
+
 struct TileScratch {
   Panel* panels;
   float *s, *row, *alpha, *block_max, *threshold, *far_k, *far_v, *far_s, *up;
   float **far_q, **probe_q;  // per panel
-  float* before;             // per panel: maximum and sum before the far field
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+  Int8Queries* int8_q;  // per panel
+#endif
+  float* before;  // per panel: maximum and sum before the far field
 };
 
 constexpr int64_t kPanelsPerTile = kTileRows / kPanel;
@@ -160,6 +183,13 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.panels = arena.take<Panel>(kPanelsPerTile);
   x.far_q = arena.take<float*>(kPanelsPerTile);
   x.probe_q = arena.take<float*>(kPanelsPerTile);
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+  x.int8_q = arena.take<Int8Queries>(kPanelsPerTile);
+  for (int64_t i = 0; i < kPanelsPerTile; ++i) {
+    Int8Queries unused;
+    lay_out(arena, x.int8_q == nullptr ? unused : x.int8_q[i], probe_rank);
+  }
+#endif
   x.s = arena.take<float>(kTileKeys * kPanel);
   x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
   x.alpha = arena.take<float>(kPanel);
@@ -249,11 +279,16 @@ HWY_INLINE void set_thresholds(const AdaptiveTileArgs& args, TileScratch& x, int
 HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, int64_t tile) {
   const KeyTables& keys = args.keys;
   const int64_t first = tile * kTileKeys;
+  const char* probe = keys.probe_tiles == nullptr ? nullptr : keys.probe_tiles + tile * keys.probe_tile_bytes;
   for (int64_t i = 0; i < panels; ++i) {
     clear_max(x.block_max);
-    if (keys.probe_k != nullptr) {
-      score_panel(keys.probe_k + first * keys.probe_stride, keys.probe_stride, kTileKeys, x.probe_q[i],
+    if (probe != nullptr) {
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+      int8_maximum(probe, keys.probe_rank, x.int8_q[i], x.block_max);
+#else
+      score_panel(reinterpret_cast<const float*>(probe), packed_stride(keys.probe_rank + 1), kTileKeys, x.probe_q[i],
                   keys.probe_rank + 1, x.s, x.block_max);
+#endif
     } else {
       score_panel(keys.k + first * keys.k_stride, keys.k_stride, kTileKeys, x.panels[i].qt, args.rows.d_qk, x.s,
                   x.block_max);
@@ -383,11 +418,14 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   }
   const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
   if (args.probe && skipped > 0) {
-    if (keys.probe_k != nullptr) {
+    if (keys.probe_tiles != nullptr) {
       for (int64_t i = 0; i < panels; ++i) {
         clear_max(x.block_max);
         score_panel(keys.probe_basis, keys.d_qk, keys.probe_rank + 1, x.panels[i].qt, keys.d_qk, x.probe_q[i],
                     x.block_max);
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+        quantize_queries(x.probe_q[i], keys.probe_rank, x.int8_q[i]);
+#endif
       }
     }
     set_thresholds(args, x, panels);

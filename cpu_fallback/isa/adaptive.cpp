@@ -7,13 +7,16 @@ namespace adaattn::cpu {
 #define ADAATTN_ADAPTIVE_TABLE kBaselineAdaptive
 #elif defined(ADAATTN_UNIT_AVX2)
 #define ADAATTN_ADAPTIVE_TABLE kAvx2Adaptive
+#elif defined(ADAATTN_UNIT_AVX512VNNI)
+#define ADAATTN_ADAPTIVE_TABLE kAvx512VnniAdaptive
 #elif defined(ADAATTN_UNIT_AVX512)
 #define ADAATTN_ADAPTIVE_TABLE kAvx512Adaptive
 #else
 #define ADAATTN_ADAPTIVE_TABLE kNeonAdaptive
 #endif
 
-const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {load_keys,       load_rows, group_stats, gram_scratch, gram,
-                                                project_scratch, project,   dot_rows,    tile_scratch, adaptive_tile};
+const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
+    load_keys, load_rows, group_stats,      gram_scratch, gram,         project_scratch,
+    project,   dot_rows,  probe_tile_bytes, pack_probe,   tile_scratch, adaptive_tile};
 
 }  // namespace adaattn::cpu

@@ -11,7 +11,7 @@ struct IsaRow {
   const char* name;
   bool (*available)();
   const KernelTable* (*kernels)();
-  const AdaptiveKernels* adaptive;
+  const AdaptiveKernels* (*adaptive)();
 };
 
 #if defined(__x86_64__)
@@ -21,18 +21,24 @@ const KernelTable* avx512_kernels() {
   const CpuFeatures& cpu = cpu_features();
   return cpu.avx512_bf16 && !cpu.amx_bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
 }
+
+const AdaptiveKernels* avx512_adaptive() {
+  return cpu_features().avx512_vnni ? &kAvx512VnniAdaptive : &kAvx512Adaptive;
+}
 #endif
 
 // Best first.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
-    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, [] { return &kAmxKernels; }, &kAvx512Adaptive},
-    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, avx512_kernels, &kAvx512Adaptive},
-    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, [] { return &kAvx2Kernels; }, &kAvx2Adaptive},
+    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, [] { return &kAmxKernels; }, avx512_adaptive},
+    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, avx512_kernels, avx512_adaptive},
+    {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, [] { return &kAvx2Kernels; },
+     [] { return &kAvx2Adaptive; }},
     {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }, [] { return &kBaselineKernels; },
-     &kBaselineAdaptive},
+     [] { return &kBaselineAdaptive; }},
 #elif defined(__aarch64__)
-    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }, [] { return &kNeonKernels; }, &kNeonAdaptive},
+    {ADAATTN_ISA_NEON, "neon", [] { return cpu_features().neon; }, [] { return &kNeonKernels; },
+     [] { return &kNeonAdaptive; }},
 #endif
 };
 
@@ -94,7 +100,7 @@ const KernelTable* kernels_of(adaattn_isa_t isa) {
 
 const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa) {
   for (const IsaRow& row : kIsas)
-    if (row.isa == isa) return row.adaptive;
+    if (row.isa == isa) return row.adaptive();
   fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
 }
 

@@ -17,6 +17,10 @@
 #define ADAATTN_UNIT_AVX512
 #define ADAATTN_UNIT_BF16
 #endif
+// AVX-512 with 8-bit products.
+#if defined(ADAATTN_UNIT_AVX512VNNI)
+#define ADAATTN_UNIT_AVX512
+#endif
 
 // Highway falls back silently when a flag is missing.
 #if defined(ADAATTN_UNIT_BASELINE)

@@ -29,14 +29,15 @@ Options policy_defaults(Policy policy) {
   switch (policy) {
     case Policy::kQuality:
       o.tolerance = 0.10f;
-      o.min_level = decide::level_for_mass(0.90);
-      o.needle_share = 0.02f;
+      o.min_level = decide::level_for_mass(0.93);
+      o.needle_share = 0.01f;
       o.rank_threshold = 0.99f;
       break;
     case Policy::kSpeed:
       o.tolerance = 0.40f;
       o.min_level = decide::level_for_mass(0.70);
       o.needle_share = 0.10f;
+      o.probe_rank = 16;
       o.rank_threshold = 0.95f;
       break;
     default:

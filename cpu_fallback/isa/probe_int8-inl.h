@@ -1,0 +1,114 @@
+// The rank probe in 8 bits, four products per lane and instruction: keys signed with one scale per tile, queries
+// unsigned (shifted by 128) with one scale each. Included by adaptive-inl.h inside its namespace.
+
+struct Int8Tile {
+  float scale;
+  int32_t offset[kTileKeys];  // -128 times the sum of a key's elements: what the queries' shift adds, taken back
+};
+
+HWY_INLINE int64_t quads_of(int64_t rank) { return (rank + 3) / 4; }
+
+size_t probe_tile_bytes(int64_t rank) {
+  return static_cast<size_t>(round_up(static_cast<int64_t>(sizeof(Int8Tile)), 64) + kTileKeys * quads_of(rank) * 4);
+}
+
+HWY_INLINE int8_t* int8_rows(char* tile) { return reinterpret_cast<int8_t*>(tile + round_up(sizeof(Int8Tile), 64)); }
+
+void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
+  Int8Tile& head = *reinterpret_cast<Int8Tile*>(tile);
+  int8_t* rows = int8_rows(tile);
+  const int64_t width = quads_of(rank) * 4;
+  memset(rows, 0, static_cast<size_t>(kTileKeys * width));
+  float largest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t c = 0; c < rank; ++c) largest = fmaxf(largest, fabsf(y[j * y_stride + c]));
+  }
+  head.scale = largest / 127;
+  const float inverse = largest > 0 ? 127 / largest : 0;
+  for (int64_t j = 0; j < kTileKeys; ++j) {
+    int32_t sum = 0;
+    for (int64_t c = 0; c < rank && j < n; ++c) {
+      const auto q = static_cast<int8_t>(lrintf(y[j * y_stride + c] * inverse));
+      rows[j * width + c] = q;
+      sum += q;
+    }
+    head.offset[j] = -128 * sum;
+  }
+}
+
+// Of one panel.
+struct Int8Queries {
+  uint8_t* q;    // [quads][kPanel][4]
+  float* scale;  // [kPanel]
+  float* base;   // [kPanel]: the query's product with the mean of K
+};
+
+HWY_INLINE void lay_out(Arena& arena, Int8Queries& x, int64_t rank) {
+  x.q = arena.take<uint8_t>(quads_of(rank) * 4 * kPanel);
+  x.scale = arena.take<float>(kPanel);
+  x.base = arena.take<float>(kPanel);
+}
+
+// From projected queries [rank + 1][kPanel], the last row being the base.
+HWY_INLINE void quantize_queries(const float* projected, int64_t rank, const Int8Queries& x) {
+  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    F32 largest = hn::Zero(kF32);
+    for (int64_t c = 0; c < rank; ++c)
+      largest = hn::Max(largest, hn::Abs(hn::Load(kF32, projected + c * kPanel + lane)));
+    hn::Store(hn::Mul(largest, hn::Set(kF32, 1.0f / 127)), kF32, x.scale + lane);
+    hn::Store(hn::Load(kF32, projected + rank * kPanel + lane), kF32, x.base + lane);
+  }
+  for (int64_t quad = 0; quad < quads_of(rank); ++quad) {
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const float inverse = x.scale[lane] > 0 ? 1 / x.scale[lane] : 0;
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t c = quad * 4 + i;
+        const long q = c < rank ? lrintf(projected[c * kPanel + lane] * inverse) : 0;
+        x.q[(quad * kPanel + lane) * 4 + i] = static_cast<uint8_t>(q + 128);
+      }
+    }
+  }
+}
+
+template <int kRows>
+HWY_INLINE void int8_rows_maximum(const int8_t* HWY_RESTRICT rows, const int32_t* HWY_RESTRICT offset, int64_t quads,
+                                  const uint8_t* HWY_RESTRICT q, __m512i* max) {
+  __m512i acc[kRows][kPanelVectors];
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_set1_epi32(offset[r]);
+  }
+  for (int64_t t = 0; t < quads; ++t) {
+    __m512i row[kPanelVectors];
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) row[v] =
+        _mm512_load_si512(q + (t * kPanel + v * kLanes) * 4);
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      memcpy(&four, rows + (r * quads + t) * 4, sizeof four);
+      const __m512i k = _mm512_set1_epi32(four);
+      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], row[v], k);
+    }
+  }
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) max[v] = _mm512_max_epi32(max[v], acc[r][v]);
+  }
+}
+
+// The largest score of each query of the panel over the tile's 128 keys.
+HWY_NOINLINE void int8_maximum(const char* tile, int64_t rank, const Int8Queries& x, float* block_max) {
+  const Int8Tile& head = *reinterpret_cast<const Int8Tile*>(tile);
+  const int8_t* rows = int8_rows(const_cast<char*>(tile));
+  const int64_t quads = quads_of(rank);
+  __m512i max[kPanelVectors];
+  for (int v = 0; v < kPanelVectors; ++v) max[v] = _mm512_set1_epi32(INT32_MIN);
+  int64_t j = 0;
+  for (; j + kMicroRows <= kTileKeys; j += kMicroRows)
+    int8_rows_maximum<kMicroRows>(rows + j * quads * 4, head.offset + j, quads, x.q, max);
+  constexpr int kRest = kTileKeys % kMicroRows;
+  if constexpr (kRest > 0) int8_rows_maximum<kRest>(rows + j * quads * 4, head.offset + j, quads, x.q, max);
+  const F32 key_scale = hn::Set(kF32, head.scale);
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const F32 integer = F32{_mm512_cvtepi32_ps(max[v])};
+    const F32 scale = hn::Mul(key_scale, hn::Load(kF32, x.scale + v * kLanes));
+    hn::Store(hn::MulAdd(integer, scale, hn::Load(kF32, x.base + v * kLanes)), kF32, block_max + v * kLanes);
+  }
+}
