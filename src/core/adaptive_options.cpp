@@ -37,7 +37,6 @@ Options policy_defaults(Policy policy) {
       o.tolerance = 0.40f;
       o.min_level = decide::level_for_mass(0.70);
       o.needle_share = 0.10f;
-      o.probe_rank = 16;
       o.rank_threshold = 0.95f;
       break;
     default:
