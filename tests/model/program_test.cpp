@@ -104,4 +104,41 @@ TEST(GenerateProgram, LossReportHasTheFigures) {
   EXPECT_FALSE(report.at("isa").get<std::string>().empty());
 }
 
+TEST(GenerateProgram, LossReportHasTheHeadsAndTilesOfAPolicy) {
+  const std::string path =
+      (std::filesystem::temp_directory_path() / ("adaattn-policy-" + std::to_string(getpid()))).string();
+  const Outcome outcome = run(
+      std::string("loss ") + kModel +
+      "--text " MODEL_FOLDER "/manual.txt --context 1024 --windows 2 --policy speed --tolerance 0.3 --report " + path);
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  std::ifstream stream(path);
+  const auto report = nlohmann::json::parse(stream);
+  std::filesystem::remove(path);
+  EXPECT_EQ(report.at("policy"), "speed");
+  EXPECT_EQ(report.at("tolerance"), 0.3);
+  const auto& heads = report.at("heads");
+  ASSERT_EQ(heads.size(), 6u * 2 * 6);  // layers, windows, heads
+  for (size_t i = 0; i < heads.size(); ++i) {
+    const auto& head = heads[i];
+    EXPECT_EQ(head.at("layer"), i / 12);
+    EXPECT_EQ(head.at("batch"), i / 6 % 2);
+    EXPECT_EQ(head.at("head"), i % 6);
+    ASSERT_EQ(head.contains("tiles"), i / 6 % 2 == 1) << "of the newest window only";
+    if (!head.contains("tiles")) continue;
+    ASSERT_EQ(head.at("tiles").size(), 8u);
+    int visible = 0, kept = 0;
+    for (size_t q = 0; q < 8; ++q) {
+      const auto row = head.at("tiles")[q].get<std::string>();
+      ASSERT_EQ(row.size(), 8u);
+      EXPECT_EQ(row.find('0'), q == 7 ? std::string::npos : q + 1) << "a causal row sees its own tile and those before";
+      for (const char state : row) {
+        visible += state != '0';
+        kept += state == '2';
+      }
+    }
+    EXPECT_EQ(visible, 36);
+    EXPECT_DOUBLE_EQ(head.at("kept_tiles").get<double>(), kept / 36.0);
+  }
+}
+
 }  // namespace

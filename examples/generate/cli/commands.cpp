@@ -18,6 +18,24 @@ std::vector<int32_t> prompt_tokens(const ModelConfig& config, const WriteOptions
   return tokenize(config, options.prompt_file.empty() ? options.prompt : read_text(options.prompt_file));
 }
 
+// A string of '0', '1' and '2' for each query tile, as adaattn_plan_get_tile_map() means them.
+std::vector<std::string> map_rows(const adaattn::TileMap& map) {
+  std::vector<std::string> rows;
+  for (int64_t q = 0; q < map.query_tiles; ++q) {
+    std::string& row = rows.emplace_back();
+    for (int64_t k = 0; k < map.key_tiles; ++k)
+      row += static_cast<char>('0' + map.tiles[static_cast<size_t>(q * map.key_tiles + k)]);
+  }
+  return rows;
+}
+
+std::string policy_name(adaattn_policy_t policy) {
+  for (const auto& [name, value] : policy_names()) {
+    if (value == policy) return name;
+  }
+  return "unknown";
+}
+
 }  // namespace
 
 std::string read_text(const std::string& path) {
@@ -78,6 +96,7 @@ Json describe_attention(const AttentionReport& report, bool with_heads) {
   for (const HeadReport& head : report.heads) {
     const adaattn_head_stats_t& s = head.stats;
     list.push_back({{"layer", head.layer},
+                    {"batch", s.batch},
                     {"head", s.head},
                     {"entropy", s.entropy},
                     {"kept_tiles", s.kept_tiles},
@@ -89,6 +108,7 @@ Json describe_attention(const AttentionReport& report, bool with_heads) {
                     {"predicted_error", s.predicted_error},
                     {"measured_error", s.dense != 0 ? Json() : Json(s.measured_error)},
                     {"feedback", s.feedback}});
+    if (!head.map.tiles.empty()) list.back()["tiles"] = map_rows(head.map);
   }
   return json;
 }
@@ -102,6 +122,8 @@ void run_loss(const CommonOptions& common, const LossOptions& options) {
     return evaluate_loss(model, tokens, options.context, options.windows, std::ref(progress));
   }();
   Json report = describe_run(model, common, {1, options.context, 0}, options.context);
+  report["policy"] = policy_name(common.engine.attention.policy);
+  report["tolerance"] = common.engine.attention.tolerance;
   report["text"] = options.ids.empty() ? options.text : options.ids;
   report["context"] = result.context;
   report["windows"] = result.windows;

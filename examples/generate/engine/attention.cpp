@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 namespace generate {
 namespace {
@@ -17,6 +18,13 @@ adaattn::Context make_context(adaattn_isa_t isa, ThreadPool& pool) {
   config.parallel_for = run_on_pool;
   config.parallel_for_user = &pool;
   return adaattn::Context::create(config).value();
+}
+
+// Empty where the plan keeps no maps: it is exact after all, or the maps of so many tiles would take too much memory.
+adaattn::TileMap tile_map(const adaattn::Plan& plan, const adaattn_head_stats_t& head) {
+  adaattn::Result<adaattn::TileMap> map = plan.tile_map(head.batch, head.head);
+  if (map.status().code() == ADAATTN_ERROR_NOT_SUPPORTED) return {};
+  return std::move(map).value();
 }
 
 }  // namespace
@@ -113,7 +121,11 @@ AttentionReport Attention::report() const {
     sum.seconds_decide += stats.seconds_decide;
     sum.seconds_attend += stats.seconds_attend;
     sum.seconds_verify += stats.seconds_verify;
-    for (const adaattn_head_stats_t& head : plan.head_stats().value()) report.heads.push_back({std::get<0>(key), head});
+    const std::vector<adaattn_head_stats_t> heads = plan.head_stats().value();
+    for (const adaattn_head_stats_t& head : heads) {
+      const bool last = head.batch == heads.back().batch;
+      report.heads.push_back({std::get<0>(key), head, last ? tile_map(plan, head) : adaattn::TileMap()});
+    }
   }
   return report;
 }

@@ -22,6 +22,7 @@ struct AttentionPolicy {
 struct HeadReport {
   int64_t layer = 0;
   adaattn_head_stats_t stats = {};
+  adaattn::TileMap map;  // empty where the library keeps none, and for all sequences of a step but the last
 };
 
 // Sums over layers and steps.
