@@ -62,13 +62,21 @@ constexpr float kLn2 = 0.693147180559945309f;
 
 HWY_INLINE float infinity() { return __builtin_inff(); }
 
+// Bounds that leave NaN as it is. Of two operands with a NaN among them x86 returns the second, Arm the number.
+#if defined(ADAATTN_UNIT_NEON)
+HWY_INLINE F32 at_least(F32 bound, F32 x) { return hn::IfThenElse(hn::Lt(x, bound), bound, x); }
+HWY_INLINE F32 at_most(F32 bound, F32 x) { return hn::IfThenElse(hn::Gt(x, bound), bound, x); }
+#else
+HWY_INLINE F32 at_least(F32 bound, F32 x) { return hn::Max(bound, x); }
+HWY_INLINE F32 at_most(F32 bound, F32 x) { return hn::Min(bound, x); }
+#endif
+
 // 2^x. Relative error below 2e-7 for -126 <= x <= 127, 0 below -126.5, NaN for NaN. The polynomial is, for the
 // relative error on [-1/2, 1/2], the best of degree 5 with a constant term of 1: 2^0 must be exactly 1, or the running
 // sums of a row would grow with every block of keys. Adding `magic` leaves round(x) + 127 in the low bits of the sum.
 HWY_INLINE F32 exp2(F32 x) {
   const F32 magic = hn::Set(kF32, 12582912.0f + 127.0f);
-  // The second operand is the one that x86 returns when either is NaN.
-  x = hn::Max(hn::Set(kF32, -127.0f), x);
+  x = at_least(hn::Set(kF32, -127.0f), x);
   const F32 shifted = hn::Add(x, magic);
   const F32 f = hn::Sub(x, hn::Sub(shifted, magic));
   F32 p = hn::Set(kF32, 0.001326472731307149f);
@@ -83,7 +91,7 @@ HWY_INLINE F32 exp2(F32 x) {
 
 // tanh with a relative error below 3e-7: an odd polynomial (minimax in x^2) below 0.65, 1 - 2 / (e^2|x| + 1) above.
 HWY_INLINE F32 tanh(F32 x) {
-  const F32 magnitude = hn::Min(hn::Set(kF32, 10.0f), hn::Abs(x));  // NaN stays: see exp2
+  const F32 magnitude = at_most(hn::Set(kF32, 10.0f), hn::Abs(x));
   const F32 z = hn::Mul(x, x);
   F32 p = hn::Set(kF32, -0.005514986347407103f);
   p = hn::MulAdd(p, z, hn::Set(kF32, 0.020469259470701218f));
