@@ -26,13 +26,16 @@ inline constexpr bool kOnCpu = kDevice == ADAATTN_DEVICE_CPU;
 // A test for each target of this machine; what the machine lacks is reported by ForcedIsa.
 class OnEveryTarget : public testing::TestWithParam<Target> {
  protected:
+  void SetUp() override {
+    if (const std::string reason = missing(target()); !reason.empty()) GTEST_SKIP() << reason;
+  }
   const Target& target() const { return GetParam(); }
 };
 
 inline std::string target_name(const testing::TestParamInfo<Target>& info) { return info.param.name; }
 
-#define ADAATTN_ON_EVERY_TARGET(suite)                                                                                 \
-  INSTANTIATE_TEST_SUITE_P(On, suite, testing::ValuesIn(::adaattn::test::available_targets(::adaattn::test::kDevice)), \
+#define ADAATTN_ON_EVERY_TARGET(suite)                                                                              \
+  INSTANTIATE_TEST_SUITE_P(On, suite, testing::ValuesIn(::adaattn::test::listed_targets(::adaattn::test::kDevice)), \
                            ::adaattn::test::target_name)
 
 // "" or why a device other than the CPU, which serves everything, refuses the problem.

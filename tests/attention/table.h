@@ -20,7 +20,7 @@ inline void PrintTo(const Cell& cell, std::ostream* out) {
 
 inline std::vector<Cell> cells(bool reduced, const std::vector<Dtypes>& dtype_list) {
   std::vector<Cell> list;
-  for (const Target& target : available_targets(kDevice))
+  for (const Target& target : listed_targets(kDevice))
     for (const AttentionCase& c : attention_cases())
       for (const Dtypes& dtypes : dtype_list)
         if (c.reduced == reduced) list.push_back({&c, dtypes, target});
@@ -31,7 +31,12 @@ inline std::string cell_name(const testing::TestParamInfo<Cell>& info) {
   return info.param.c->name + "_" + info.param.dtypes.name + "_" + info.param.target.name;
 }
 
-class Attention : public testing::TestWithParam<Cell> {};
+class Attention : public testing::TestWithParam<Cell> {
+ protected:
+  void SetUp() override {
+    if (const std::string reason = missing(GetParam().target); !reason.empty()) GTEST_SKIP() << reason;
+  }
+};
 
 TEST_P(Attention, AgreesWithTheOracle) {
   const auto& [c, dtypes, target] = GetParam();

@@ -51,6 +51,11 @@ std::vector<Target> available_targets(adaattn_device_t device) {
   return list;
 }
 
+std::vector<Target> listed_targets(adaattn_device_t device) {
+  const std::vector<Target> available = available_targets(device);
+  return available.empty() ? all_targets(device) : available;
+}
+
 std::string last_error() {
   std::string text(adaattn_last_error(nullptr, 0), '\0');
   adaattn_last_error(text.data(), text.size() + 1);

@@ -34,6 +34,8 @@ const std::vector<Target>& all_targets(adaattn_device_t device);
 // "" or why this machine cannot run it.
 std::string missing(const Target& target);
 std::vector<Target> available_targets(adaattn_device_t device);
+// The available ones; where there is none, all of them, so that the tests exist and are skipped with the reason.
+std::vector<Target> listed_targets(adaattn_device_t device);
 
 std::string last_error();
 
