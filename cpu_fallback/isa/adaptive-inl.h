@@ -203,15 +203,7 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
-    p.qt = arena.take<float>(d_qk * kPanel);
-    p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
-    p.max = arena.take<float>(kPanel);
-    p.sum = arena.take<float>(kPanel);
-    p.entropy_sum = arena.take<float>(kPanel);
-    p.slope = arena.take<float>(kPanel);
-    p.begin = arena.take<int32_t>(kPanel);
-    p.end = arena.take<int32_t>(kPanel);
-    p.position = arena.take<int32_t>(kPanel);
+    lay_out(arena, p, d_qk, d_v);
     float* far_q = arena.take<float>((2 * d_qk + 1) * kPanel);
     float* probe_q = arena.take<float>((probe_rank + 1) * kPanel);
     if (x.far_q != nullptr) {

@@ -61,6 +61,18 @@ struct PrefillScratch {
   uint8_t* unusual;  // keys of the block whose V holds NaN or infinity
 };
 
+HWY_INLINE void lay_out(Arena& arena, Panel& p, int64_t d_qk, int64_t d_v) {
+  p.qt = arena.take<float>((d_qk > 16 ? d_qk : 16) * kPanel);
+  p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
+  p.max = arena.take<float>(kPanel);
+  p.sum = arena.take<float>(kPanel);
+  p.entropy_sum = arena.take<float>(kPanel);
+  p.slope = arena.take<float>(kPanel);
+  p.begin = arena.take<int32_t>(kPanel);
+  p.end = arena.take<int32_t>(kPanel);
+  p.position = arena.take<int32_t>(kPanel);
+}
+
 HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d_v, int64_t panels) {
   x.panels = arena.take<Panel>(panels);
   x.k = arena.take<float>(kKeyBlock * packed_stride(d_qk));
@@ -73,15 +85,7 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
   for (int64_t i = 0; i < panels; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
-    p.qt = arena.take<float>((d_qk > 16 ? d_qk : 16) * kPanel);
-    p.ot = arena.take<float>(round_up(d_v, kPaddedRows) * kPanel);
-    p.max = arena.take<float>(kPanel);
-    p.sum = arena.take<float>(kPanel);
-    p.entropy_sum = arena.take<float>(kPanel);
-    p.slope = arena.take<float>(kPanel);
-    p.begin = arena.take<int32_t>(kPanel);
-    p.end = arena.take<int32_t>(kPanel);
-    p.position = arena.take<int32_t>(kPanel);
+    lay_out(arena, p, d_qk, d_v);
   }
 }
 
