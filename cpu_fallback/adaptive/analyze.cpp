@@ -205,6 +205,8 @@ void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scr
 void analyze_unit(const AdaptiveCall& call, Unit& unit, WarmBasis* warm, char* scratch) {
   const UnitShape& s = call.shape;
   const int64_t tiles = unit.keys.tiles, groups = unit.keys.groups, d = s.d_qk;
+  unit.keys.probe_tiles = nullptr;
+  unit.keys.probe_rank = 0;
   unit.finite = std::all_of(unit.tile_finite, unit.tile_finite + tiles, [](uint8_t x) { return x != 0; });
   if (!unit.finite || unit.seq.len_k == 0) return;
   const double n = static_cast<double>(unit.seq.len_k);
@@ -269,10 +271,7 @@ void analyze_unit(const AdaptiveCall& call, Unit& unit, WarmBasis* warm, char* s
   Arena arena(scratch);
   BasisScratch x = lay_out_basis(arena, s, call.kernels);
   const Exec exec{nullptr, &call.tools, 1};
-  unit.rank_class = 0;
   if (s.max_rank > 0) make_value_basis(call, unit, warm, exec, x);
-  unit.keys.probe_tiles = nullptr;
-  unit.keys.probe_rank = 0;
   if (s.probe_rank > 0 && make_probe_basis(call, unit, warm, exec, x)) {
     unit.keys.probe_tiles = unit.probe_tiles;
     unit.keys.probe_rank = s.probe_rank;

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <limits>
 #include <new>
 #include <vector>
 
 #include "core/error.h"
 #include "cpu_fallback/adaptive/call.h"
+#include "cpu_fallback/adaptive/statistics.h"
 #include "cpu_fallback/adaptive/tile_map.h"
 #include "cpu_fallback/attend/layout.h"
 #include "cpu_fallback/attend/plan.h"
@@ -65,17 +64,12 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
   return layout;
 }
 
-adaattn_precision_t input_precision(Dtype dtype) {
-  return dtype == Dtype::kF32   ? ADAATTN_PRECISION_F32
-         : dtype == Dtype::kF16 ? ADAATTN_PRECISION_F16
-                                : ADAATTN_PRECISION_BF16;
-}
-
 // State of one (sequence, KV head) that lasts from call to call.
 struct UnitMemory {
   WarmBasis warm;
   int32_t dense_calls = 0;  // calls for which the unit is computed exactly without a look
   std::vector<decide::HeadChoice> frozen;
+  std::vector<double> entropy;  // of the query heads, when the unit was last looked at
 };
 
 class AdaptivePlan final : public AttentionPlan {
@@ -89,17 +83,18 @@ class AdaptivePlan final : public AttentionPlan {
         tools_(tool_kernels(isa)),
         exact_plan_(make_attention_plan(problem, isa, pool)),
         info_(select_adaptive(problem, isa, pool.num_threads())),
-        whole_exact_(always_exact(problem)) {
+        whole_exact_(always_exact(problem)),
+        statistics_(problem) {
+    if (whole_exact_) return;
     const int64_t units = problem.max_batch * problem.heads_kv;
     feedback_.resize(static_cast<size_t>(problem.max_batch * problem.heads_q));
-    records_.reserve(feedback_.size());
-    if (whole_exact_) return;
     layout_ = lay_out(problem, isa, lanes_);
     maps_ = TileMaps(problem, layout_.shape);
     unit_memory_.resize(static_cast<size_t>(units));
     units_.resize(static_cast<size_t>(layout_.units));
     const UnitShape& s = layout_.shape;
     for (UnitMemory& memory : unit_memory_) {
+      memory.entropy.resize(static_cast<size_t>(s.group));
       memory.frozen.resize(problem.adaptive.freeze ? static_cast<size_t>(s.group) : 0);
       // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
       if (units > kMaxWarmUnits || problem.adaptive.freeze) continue;
@@ -114,33 +109,29 @@ class AdaptivePlan final : public AttentionPlan {
     if (workspace_bytes < info_.workspace_bytes)
       fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; the plan needs %zu", workspace_bytes,
            info_.workspace_bytes);
-    records_.clear();
+    statistics_.begin_call();
     if (whole_exact_) {
       exact_plan_->execute(params, workspace, workspace_bytes, stream);
       for (int64_t b = 0; b < params.batch; ++b) {
-        for (int64_t h = 0; h < params.heads_q; ++h) record_exact(params, b, h);
+        for (int64_t h = 0; h < params.heads_q; ++h) statistics_.add_exact(params, b, h, 0, 1);
       }
     } else {
       maps_.begin_call(params);
       run(params, workspace);
-      count_calls(params);
     }
+    statistics_.end_call(params);
     ++calls_;
   }
 
-  PlanCounters counters(bool wait, bool reset) override {
-    PlanCounters result = whole_exact_ ? exact_plan_->counters(wait, reset) : counters_;
-    result.adaptive = counters_.adaptive;
-    if (reset) counters_ = {};
-    return result;
-  }
+  PlanCounters counters(bool, bool reset) override { return statistics_.read(reset); }
 
-  std::vector<HeadRecord> head_records() override { return records_; }
+  std::vector<HeadRecord> head_records() override { return statistics_.records(); }
 
   TileMap tile_map(int64_t batch, int64_t head) override {
     if (whole_exact_) return AttentionPlan::tile_map(batch, head);
     const auto index = static_cast<size_t>(batch * problem_.heads_q + head);
-    return maps_.read(batch, head, index < records_.size() && records_[index].dense);
+    const std::vector<HeadRecord>& records = statistics_.records();
+    return maps_.read(batch, head, index < records.size() && records[index].dense);
   }
 
  private:
@@ -150,9 +141,6 @@ class AdaptivePlan final : public AttentionPlan {
   void run_wave(const AdaptiveCall& call, int64_t count, char* lanes);
   void attend(const AdaptiveCall& call, int64_t count, char* lanes);
   void conclude(const AdaptiveCall& call, Unit& unit);
-  void record_exact(const AttnParams& params, int64_t b, int64_t head);
-  void add(const HeadRecord& record, double tiles, double kept, double probed_in);
-  void count_calls(const AttnParams& params);
 
   UnitMemory& memory_of(const Unit& unit) {
     return unit_memory_[static_cast<size_t>(unit.b * problem_.heads_kv + unit.kv_head)];
@@ -175,9 +163,8 @@ class AdaptivePlan final : public AttentionPlan {
   std::vector<Unit> units_;
   std::vector<UnitMemory> unit_memory_;
   std::vector<decide::HeadFeedback> feedback_;
-  std::vector<HeadRecord> records_;  // [batch][heads_q] of the newest call
+  Statistics statistics_;
   TileMaps maps_;
-  PlanCounters counters_;
   uint64_t calls_ = 0;
   bool frozen_ = false;
 };
@@ -204,27 +191,9 @@ void AdaptivePlan::run(const AttnParams& params, void* workspace) {
       unit.rank_class = 0;
       unit.rank_energy = 1;
       unit.v_spread = 0;
-      const UnitShape& s = layout_.shape;
-      unit.keys = {};
       unit.keys.len = unit.seq.len_k;
       unit.keys.tiles = ceil_div(unit.seq.len_k, decide::kTileK);
       unit.keys.groups = ceil_div(unit.seq.len_k, decide::kGroupK);
-      unit.keys.d_qk = s.d_qk;
-      unit.keys.d_v = s.d_v;
-      unit.keys.k = unit.k;
-      unit.keys.k_stride = s.k_stride;
-      unit.keys.v = unit.v;
-      unit.keys.v_stride = s.v_stride;
-      unit.keys.v_low = unit.v_low;
-      unit.keys.v_low_stride = s.low_stride;
-      unit.keys.basis = unit.basis;
-      unit.keys.v_mean = unit.v_mean;
-      unit.keys.group_k = unit.group_k;
-      unit.keys.group_k_stride = s.group_k_stride;
-      unit.keys.group_v = unit.group_v;
-      unit.keys.group_v_low = unit.group_v_low;
-      unit.keys.probe_tile_bytes = s.probe_tile_bytes;
-      unit.keys.probe_basis = unit.probe_basis;
     }
     run_wave(call, count, lanes);
   }
@@ -233,7 +202,7 @@ void AdaptivePlan::run(const AttnParams& params, void* workspace) {
 
 void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes) {
   const UnitShape& s = layout_.shape;
-  AdaptiveCounters& sum = counters_.adaptive;
+  AdaptiveCounters& sum = statistics_.sums();
   const auto seconds_since = [](Clock::time_point& from) {
     const Clock::time_point now = Clock::now();
     const double seconds = std::chrono::duration<double>(now - from).count();
@@ -335,128 +304,27 @@ void AdaptivePlan::attend(const AdaptiveCall& call, int64_t count, char* lanes) 
       lanes_);
 }
 
-// Statistics and feedback of one unit.
+// Feedback and statistics of one unit.
 void AdaptivePlan::conclude(const AdaptiveCall& call, Unit& unit) {
   const UnitShape& s = layout_.shape;
   const decide::Options& o = problem_.adaptive;
-  AdaptiveCounters& sum = counters_.adaptive;
-  const int64_t tiles_q = ceil_div(unit.seq.len_q, decide::kTileQ);
+  UnitMemory& memory = memory_of(unit);
   bool all_dense = true;
   for (int64_t g = 0; g < s.group; ++g) {
     HeadState& head = unit.heads[g];
-    const int64_t head_index = unit.kv_head * s.group + g;
+    double& entropy = memory.entropy[static_cast<size_t>(g)];
+    if (unit.analyzed) entropy = head.entropy;
+    head.entropy = entropy;
     float& feedback = feedback_of(unit)[g].multiplier[head.choice.rank_class];
-    if (head.choice.dense) {
-      record_exact(call.params, unit.b, head_index);
-      HeadRecord& record = records_.back();
-      record.entropy = head.entropy;
-      record.feedback = feedback;
-      if (unit.analyzed) sum.entropy_sum += head.entropy;
-      continue;
-    }
-    all_dense = false;
-    const int64_t rank = head.choice.rank_class == 0 ? s.d_v : decide::rank_of_class(head.choice.rank_class);
-    int64_t kept = 0, probed_in = 0;
-    double far_mass = 0, flops = 0;
-    for (int64_t t = 0; t < tiles_q; ++t) {
-      const AdaptiveTileResult& result = unit.results[g * s.query_tiles + t];
-      const decide::TileRow& row = unit.tile_levels[g * s.query_tiles + t].row;
-      const auto rows = static_cast<double>(std::min<int64_t>(decide::kTileQ, unit.seq.len_q - t * decide::kTileQ));
-      const int64_t skipped = row.end - row.begin - result.kept;
-      kept += result.kept;
-      probed_in += result.probed_in;
-      far_mass += result.far_mass;
-      double per_row = static_cast<double>(result.kept * decide::kTileK * (s.d_qk + rank));
-      if (o.far_field)
-        per_row += static_cast<double>(skipped * (decide::kTileK / decide::kGroupK) * (2 * s.d_qk + 1 + rank));
-      if (o.probe != decide::Probe::kOff)
-        per_row += static_cast<double>((skipped + result.probed_in) * decide::kTileK) *
-                   static_cast<double>(unit.keys.probe_rank > 0 ? unit.keys.probe_rank + 1 : s.d_qk);
-      if (head.choice.rank_class != 0) per_row += static_cast<double>(s.d_v * rank);
-      flops += 2 * rows * per_row;
-    }
-    HeadRecord record;
-    record.batch = unit.b;
-    record.head = head_index;
-    record.entropy = head.entropy;
-    record.kept_tiles = head.tiles > 0 ? static_cast<double>(kept) / static_cast<double>(head.tiles) : 1;
-    record.dropped_mass = unit.seq.len_q > 0 ? far_mass / static_cast<double>(unit.seq.len_q) : 0;
-    record.predicted_error = head.choice.predicted_error;
-    record.measured_error = std::numeric_limits<double>::quiet_NaN();
-    record.rank_v = rank;
-    record.rank_energy = head.choice.rank_class == 0 ? 1 : unit.rank_energy;
-    record.precision = input_precision(problem_.dtype_kv);
-    record.dense = false;
-    if (o.verify_rows > 0 && unit.seq.len_q > 0) {
-      record.measured_error = head.measured_error;
-      if (o.feedback) {
-        feedback =
-            decide::next_feedback(feedback, head.choice.predicted_error, static_cast<float>(head.measured_error));
-      }
-      ++sum.verified_heads;
-      sum.verified_rows += static_cast<uint64_t>(sampled_rows(call, unit).count);
-      sum.measured_error_sum += head.measured_error;
-      sum.measured_error_max = std::max(sum.measured_error_max, head.measured_error);
-      sum.measured_row_error_max = std::max(sum.measured_row_error_max, head.measured_row_max);
-      if (head.measured_error > o.tolerance) ++sum.heads_over_tolerance;
-      if (head.recomputed) ++sum.heads_recomputed;
-    }
-    record.feedback = feedback;
-    sum.flops_done += flops;
-    sum.entropy_sum += head.entropy;
-    sum.heads_low_rank += head.choice.rank_class != 0 ? 1 : 0;
-    add(record, static_cast<double>(head.tiles), static_cast<double>(kept), static_cast<double>(probed_in));
+    if (!head.choice.dense && o.feedback && o.verify_rows > 0 && unit.seq.len_q > 0)
+      feedback = decide::next_feedback(feedback, head.choice.predicted_error, static_cast<float>(head.measured_error));
+    statistics_.add_head(call, unit, g, feedback);
+    all_dense = all_dense && head.choice.dense;
   }
-  UnitMemory& memory = memory_of(unit);
   if (memory.dense_calls > 0) {
     --memory.dense_calls;
   } else if (all_dense && !o.freeze) {
     memory.dense_calls = kDenseCalls - 1;
-  }
-}
-
-void AdaptivePlan::add(const HeadRecord& record, double tiles, double kept, double probed_in) {
-  AdaptiveCounters& sum = counters_.adaptive;
-  sum.entropy_min = sum.heads == 0 ? record.entropy : std::min(sum.entropy_min, record.entropy);
-  sum.entropy_max = sum.heads == 0 ? record.entropy : std::max(sum.entropy_max, record.entropy);
-  ++sum.heads;
-  sum.heads_dense += record.dense ? 1 : 0;
-  sum.heads_f32 += record.precision == ADAATTN_PRECISION_F32 ? 1 : 0;
-  sum.heads_f16 += record.precision == ADAATTN_PRECISION_F16 ? 1 : 0;
-  sum.heads_bf16 += record.precision == ADAATTN_PRECISION_BF16 ? 1 : 0;
-  sum.tiles += static_cast<uint64_t>(tiles);
-  sum.tiles_kept += static_cast<uint64_t>(kept);
-  sum.tiles_probed_in += static_cast<uint64_t>(probed_in);
-  sum.rank_v_sum += static_cast<double>(record.rank_v);
-  sum.predicted_error_sum += record.predicted_error;
-  sum.dropped_mass_sum += record.dropped_mass;
-  records_.push_back(record);
-}
-
-void AdaptivePlan::record_exact(const AttnParams& params, int64_t b, int64_t head) {
-  const Sequence seq = sequence_of(params, b);
-  int64_t tiles = 0;
-  for (int64_t t = 0; t * decide::kTileQ < seq.len_q; ++t) {
-    const TileRange seen = visible_tiles(params, seq, t);
-    tiles += seen.end - seen.begin;
-  }
-  const auto pairs = static_cast<double>(visible_pairs(params, seq));
-  HeadRecord record;
-  record.batch = b;
-  record.head = head;
-  record.rank_v = params.d_v;
-  record.precision = input_precision(problem_.dtype_kv);
-  record.measured_error = std::numeric_limits<double>::quiet_NaN();
-  counters_.adaptive.flops_done += 2 * pairs * static_cast<double>(params.d_qk + params.d_v);
-  add(record, static_cast<double>(tiles), static_cast<double>(tiles), 0);
-}
-
-void AdaptivePlan::count_calls(const AttnParams& params) {
-  ++counters_.calls;
-  for (int64_t b = 0; b < params.batch; ++b) {
-    counters_.query_rows += static_cast<uint64_t>(sequence_of(params, b).len_q * params.heads_q);
-    counters_.score_pairs += static_cast<uint64_t>(visible_pairs(params, sequence_of(params, b)) * params.heads_q);
-    if (counters_.violation.field == Field::kNone) counters_.violation = check_sequence(params, b);
   }
 }
 

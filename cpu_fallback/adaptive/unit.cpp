@@ -58,6 +58,24 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.results = arena.take<AdaptiveTileResult>(s.group * s.query_tiles);
   u.heads = arena.take<HeadState>(s.group);
   u.exact_rows = arena.take<float>(o.verify_rows * s.group * s.d_v);
+
+  u.keys = {};
+  u.keys.d_qk = s.d_qk;
+  u.keys.d_v = s.d_v;
+  u.keys.k = u.k;
+  u.keys.k_stride = s.k_stride;
+  u.keys.v = u.v;
+  u.keys.v_stride = s.v_stride;
+  u.keys.v_low = u.v_low;
+  u.keys.v_low_stride = s.low_stride;
+  u.keys.basis = u.basis;
+  u.keys.v_mean = u.v_mean;
+  u.keys.group_k = u.group_k;
+  u.keys.group_k_stride = s.group_k_stride;
+  u.keys.group_v = u.group_v;
+  u.keys.group_v_low = u.group_v_low;
+  u.keys.probe_tile_bytes = s.probe_tile_bytes;
+  u.keys.probe_basis = u.probe_basis;
 }
 
 }  // namespace adaattn::cpu

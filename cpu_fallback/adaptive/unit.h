@@ -28,8 +28,7 @@ struct HeadState {
   decide::HeadLevels levels;
   decide::HeadChoice choice;
   double entropy = 0;
-  int64_t tiles = 0, kept = 0, probed_in = 0;
-  double far_mass = 0;
+  int64_t tiles = 0;  // with any visible pair
   double measured_error = 0, measured_row_max = 0;
   bool recomputed = false;
 };
