@@ -1,0 +1,71 @@
+// What analyze and decide leave in device memory, and the mask-walking attend kernels read. A tile is 128 queries x 128
+// keys, anchored at the sequence's start; a unit is a (sequence, KV head) with the query heads that share it. All
+// arrays are 16-byte aligned and dense in the order of their dimensions; nothing grows faster than the sequences, for
+// masks exist for `wave_tiles` query tiles of each head at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "decide/choose.h"
+
+namespace adaattn::cuda {
+
+// Sizes that the problem fixes; lengths are those of the longest sequence.
+struct TableShape {
+  int32_t batch = 0, heads_q = 0, heads_kv = 0, group = 1;  // group: heads_q / heads_kv
+  int32_t d_qk = 0, d_v = 0;
+  int32_t query_tiles = 0, key_tiles = 0;
+  int32_t max_rank = 0;    // columns of v_low, group_v_low and basis: 32, 64 or 96; 0: V is not projected
+  int32_t mask_words = 0;  // of one query tile: ceil(key_tiles / 64)
+  int32_t wave_tiles = 0;  // query tiles of a head whose masks exist at a time
+  ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }
+  ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / decide::kGroupK); }
+};
+
+// The schedule of the query tiles [first_tile, first_tile + wave_tiles) of every head, and the statistics it stands on.
+struct AdaptiveTables {
+  TableShape shape;
+  int32_t first_tile = 0;
+
+  // [batch, heads_q]. dense: the head's mask has a bit for every tile with a visible key and its rank_class is 0.
+  const decide::HeadChoice* choice = nullptr;
+
+  // [batch, heads_q, wave_tiles, mask_words]: bit t % 64 of word t / 64 is set where key tile t is computed exactly. Of
+  // the others, those that every row of the query tile sees whole (tile_range) may enter as their centroids; no bit is
+  // set for a tile without a visible key.
+  const uint64_t* mask = nullptr;
+  // [batch, heads_q, wave_tiles]: bits set in the mask.
+  const int32_t* kept = nullptr;
+  // [batch, heads_q, query_tiles]: the key tiles that a query tile sees.
+  const decide::TileRow* tile_range = nullptr;
+
+  // Work lists, one per rank class: items (b * heads_q + head) * wave_tiles + (query tile - first_tile), most tiles
+  // kept first; query tiles without a visible key are in the list too, their rows are 0. Items of class c stand in
+  // work[c * batch * heads_q * wave_tiles + ...], work_count[c] of them.
+  const uint32_t* work = nullptr;
+  const uint32_t* work_count = nullptr;  // [kRankClasses]
+
+  // [batch, heads_kv, key_rows, max_rank]: (V - v_mean) basis in the order of energy, so that a class of lower rank
+  // reads the first columns. Rows from the sequence's end to the end of its last tile are 0.
+  const __nv_bfloat16* v_low = nullptr;
+  // [batch, heads_kv, d_v, max_rank]; o = (o' basis^T) / l + v_mean, for o' = sum of p v_low and l = sum of p.
+  const __nv_bfloat16* basis = nullptr;
+  const float* v_mean = nullptr;  // [batch, heads_kv, d_v]
+
+  // Far field, a row per 32 keys; groups of tiles that may be skipped are whole.
+  // [batch, heads_kv, key_groups, 2 d_qk]: the mean k of the group's keys, then c (ln 2 / 2) times their variance, with
+  // c = scale log2(e). log2 of the group's weight for a query q is 5 + c (q, q^2) . row: 5 = log2 of its 32 keys.
+  const __nv_bfloat16* group_k = nullptr;
+  const __nv_bfloat16* group_v = nullptr;      // [batch, heads_kv, key_groups, d_v]: mean of V
+  const __nv_bfloat16* group_v_low = nullptr;  // [batch, heads_kv, key_groups, max_rank]: (group_v - v_mean) basis
+
+  ADAATTN_HD int64_t unit_of(int64_t b, int64_t head) const { return b * shape.heads_kv + head / shape.group; }
+  ADAATTN_HD const uint64_t* mask_of(int64_t b, int64_t head, int64_t tile) const {
+    return mask + ((b * shape.heads_q + head) * shape.wave_tiles + tile - first_tile) * shape.mask_words;
+  }
+};
+
+}  // namespace adaattn::cuda
