@@ -2,13 +2,18 @@
 
 #include "attend/launch.h"
 #include "lowrank/gram.cuh"
+#include "lowrank/lowrank.h"
+#include "lowrank/mma_f64.cuh"
+#include "lowrank/subspace.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
 
-constexpr int kTile = 32;  // columns of a panel and rows of a step
-constexpr int kGramThreads = 256;
+constexpr int kTile = 64;  // columns of a panel
+constexpr int kStep = 16;  // rows of a step
+constexpr int kPad = 8;    // rows of a fragment fall on distinct banks
+constexpr int kGramThreads = 128;
 constexpr int kJacobiThreads = 1024;
 constexpr int kMaxSweeps = 40;
 constexpr size_t kStaticShared = 4096;  // more than the kernel declares
@@ -17,54 +22,74 @@ constexpr double kOrthogonal = 1e-14;
 // Columns shorter than this share of the trace are rounding noise, which no rotation makes orthogonal.
 constexpr double kNoise = 2e-16;
 
-// One 32 x 32 tile of A^T A over one part of the rows; products are exact in float64.
-__global__ __launch_bounds__(kGramThreads) void gram_kernel(TallView a, int splits, double* partial) {
-  __shared__ float left[kTile][kTile + 1], right[kTile][kTile + 1];
-  const int tiles = static_cast<int>((a.cols + kTile - 1) / kTile);
-  const int ti = blockIdx.x / tiles, tj = blockIdx.x % tiles;
-  if (tj < ti) return;  // symmetric
-  const int64_t matrix = blockIdx.z, n = a.cols;
+// One 64 x 64 tile of A^T A, on or below the diagonal, over one part of the rows; products are exact in float64. Four
+// warps, a quarter each.
+__global__ __launch_bounds__(kGramThreads) void gram_kernel(TallView a, int splits, int64_t ld, double* partial) {
+  __shared__ float left[kStep][kTile + kPad], right[kStep][kTile + kPad];
+  const int64_t matrix = blockIdx.x % a.batch, n = a.cols;
+  int ti = 0, tj = static_cast<int>(blockIdx.x / a.batch);
+  while (tj > ti) tj -= ++ti;
   const float* data = a.matrix(matrix);
   const int64_t first = a.rows * blockIdx.y / splits, last = a.rows * (blockIdx.y + 1) / splits;
-  const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
-  double sum[2][2] = {};
-  for (int64_t row0 = first; row0 < last; row0 += kTile) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int m = warp / 2 * 32, c0 = warp % 2 * 32;
+  constexpr int kEach = kStep * kTile / kGramThreads;
+  float next_left[kEach], next_right[kEach];
+  const auto fetch = [&](int64_t row0) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = thread + e * kGramThreads;
+      const int64_t r = row0 + i / kTile, cl = ti * kTile + i % kTile, cr = tj * kTile + i % kTile;
+      next_left[e] = r < last && cl < n ? data[r * a.stride_row + cl * a.stride_col] : 0.0f;
+      next_right[e] = r < last && cr < n ? data[r * a.stride_row + cr * a.stride_col] : 0.0f;
+    }
+  };
+  double sum[4][4][2] = {};
+  fetch(first);
+  for (int64_t row0 = first; row0 < last; row0 += kStep) {
     __syncthreads();
-    for (int i = thread; i < kTile * kTile; i += kGramThreads) {
-      const int64_t r = row0 + i / kTile;
-      const int c = i % kTile;
-      const int64_t cl = ti * kTile + c, cr = tj * kTile + c;
-      left[i / kTile][c] = r < last && cl < n ? data[r * a.stride_row + cl * a.stride_col] : 0.0f;
-      right[i / kTile][c] = r < last && cr < n ? data[r * a.stride_row + cr * a.stride_col] : 0.0f;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = thread + e * kGramThreads;
+      left[i / kTile][i % kTile] = next_left[e];
+      right[i / kTile][i % kTile] = next_right[e];
     }
     __syncthreads();
-#pragma unroll 8
-    for (int r = 0; r < kTile; ++r)
+    fetch(row0 + kStep);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < kStep; k += 4) {
+      double x[4], y[4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          sum[i][j] =
-              fma(static_cast<double>(left[r][ty + 16 * i]), static_cast<double>(right[r][tx + 16 * j]), sum[i][j]);
+      for (int i = 0; i < 4; ++i) {
+        x[i] = left[k + lane % 4][m + 8 * i + lane / 4];
+        y[i] = right[k + lane % 4][c0 + 8 * i + lane / 4];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_f64(sum[i][j], x[i], y[j]);
+    }
   }
-  double* out = partial + (matrix * splits + blockIdx.y) * n * n;
+  double* out = partial + (matrix * splits + blockIdx.y) * ld * ld;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int64_t r = ti * kTile + ty + 16 * i, c = tj * kTile + tx + 16 * j;
-      if (r < n && c < n) out[r * n + c] = sum[i][j];
-    }
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t r = ti * kTile + m + 8 * i + lane / 4, c = tj * kTile + c0 + 8 * j + 2 * (lane % 4) + e;
+        if (r < ld && c < ld) out[r * ld + c] = sum[i][j][e];
+      }
 }
 
-// Adds the parts in order and mirrors the upper triangle.
-__global__ void gram_sum_kernel(int64_t n, int splits, const double* partial, double* gram) {
-  const int64_t matrix = blockIdx.y, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n * n) return;
-  const int64_t r = i / n, c = i % n, from = r / kTile <= c / kTile ? i : c * n + r;
+// Adds the parts in order and mirrors the lower triangle.
+__global__ void gram_sum_kernel(int64_t ld, int splits, const double* partial, double* gram) {
+  const int64_t matrix = blockIdx.x, i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (i >= ld * ld) return;
+  const int64_t r = i / ld, c = i % ld, from = r / kTile >= c / kTile ? i : c * ld + r;
   double sum = 0;
-  for (int s = 0; s < splits; ++s) sum += partial[(matrix * splits + s) * n * n + from];
-  gram[matrix * n * n + i] = sum;
+  for (int s = 0; s < splits; ++s) sum += partial[(matrix * splits + s) * ld * ld + from];
+  gram[matrix * ld * ld + i] = sum;
 }
 
 __device__ __forceinline__ double warp_sum(double x) {
@@ -76,22 +101,23 @@ __device__ __forceinline__ double warp_sum(double x) {
 // Hestenes' one-sided Jacobi: rotates pairs of columns of G until they are orthogonal, G V = U diag(lambda), and for a
 // positive semi-definite G the columns of V are eigenvectors. Pairs of a round are disjoint (round-robin tournament),
 // one warp per pair.
-__global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* grams, double* all_vectors,
+__global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, int64_t ld, double* grams, double* all_vectors,
                                                                 double* all_values, int* all_order, bool in_shared) {
   extern __shared__ double gram_copy[];
   __shared__ int rotated;
-  __shared__ double value[kTile * 8];
-  double* g = grams + static_cast<int64_t>(blockIdx.x) * n * n;
+  __shared__ double value[kMaxGramDim];
+  double* g = grams + static_cast<int64_t>(blockIdx.x) * ld * ld;
   double* v = all_vectors + static_cast<int64_t>(blockIdx.x) * n * n;
   if (in_shared) {
-    for (int i = threadIdx.x; i < n * n; i += kJacobiThreads) gram_copy[i] = g[i];
+    for (int i = threadIdx.x; i < n * n; i += kJacobiThreads) gram_copy[i] = g[i / n * ld + i % n];
     g = gram_copy;
+    ld = n;
     __syncthreads();
   }
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, warps = kJacobiThreads / 32;
   for (int i = thread; i < n * n; i += kJacobiThreads) v[i] = i / n == i % n ? 1.0 : 0.0;
   double trace = 0;
-  for (int i = 0; i < n; ++i) trace += g[static_cast<int64_t>(i) * n + i];
+  for (int i = 0; i < n; ++i) trace += g[i * (ld + 1)];
   const double noise = kNoise * trace * (kNoise * trace);
   const int players = n + (n & 1), rounds = players - 1;
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
@@ -104,8 +130,8 @@ __global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* g
         const int p = pair == 0 ? 0 : 1 + (pair - 1 + round) % rounds;
         const int q = 1 + (players - 2 - pair + round) % rounds;
         if (p >= n || q >= n) continue;
-        double* gp = g + static_cast<int64_t>(p) * n;
-        double* gq = g + static_cast<int64_t>(q) * n;
+        double* gp = g + p * ld;
+        double* gq = g + q * ld;
         double alpha = 0, beta = 0, gamma = 0;
         for (int i = lane; i < n; i += 32) {
           const double x = gp[i], y = gq[i];
@@ -138,8 +164,7 @@ __global__ __launch_bounds__(kJacobiThreads) void jacobi_kernel(int n, double* g
   }
   for (int j = warp; j < n; j += warps) {
     double sum = 0;
-    for (int i = lane; i < n; i += 32)
-      sum = fma(g[static_cast<int64_t>(j) * n + i], g[static_cast<int64_t>(j) * n + i], sum);
+    for (int i = lane; i < n; i += 32) sum = fma(g[j * ld + i], g[j * ld + i], sum);
     sum = warp_sum(sum);
     if (lane == 0) value[j] = sqrt(sum);
   }
@@ -180,48 +205,49 @@ int64_t gram_splits(const TallView& a) {
   return std::clamp<int64_t>(a.rows / 256, 1, std::min<int64_t>(wanted, 64));
 }
 
-size_t gram_eigen_bytes(const TallView& a) {
-  const int64_t square = a.cols * a.cols * a.batch * 8;
-  return static_cast<size_t>(align(square * gram_splits(a)) + 2 * align(square) + align(a.cols * a.batch * 8) +
-                             align(a.cols * a.batch * 4));
+size_t gram_bytes(const TallView& a) {
+  const int64_t ld = subspace_ld(a.cols), square = ld * ld * a.batch * 8;
+  return static_cast<size_t>(align(square * gram_splits(a)) + align(square));
 }
 
-GramEigen gram_eigen_layout(const TallView& a, void* workspace) {
-  const int64_t square = a.cols * a.cols * a.batch * 8;
-  char* at = static_cast<char*>(workspace);
-  const auto take = [&](int64_t bytes) {
-    void* here = at;
-    at += align(bytes);
-    return here;
-  };
-  GramEigen w;
-  w.partial = static_cast<double*>(take(square * gram_splits(a)));
-  w.gram = static_cast<double*>(take(square));
-  w.vectors = static_cast<double*>(take(square));
-  w.values = static_cast<double*>(take(a.cols * a.batch * 8));
-  w.order = static_cast<int*>(take(a.cols * a.batch * 4));
-  return w;
-}
-
-void gram_eigen(const TallView& a, const GramEigen& w, cudaStream_t stream) {
-  const auto tiles = static_cast<unsigned>((a.cols + kTile - 1) / kTile), batch = static_cast<unsigned>(a.batch);
+double* gram_of(const TallView& a, void* workspace, cudaStream_t stream) {
+  const int64_t ld = subspace_ld(a.cols);
   const int splits = static_cast<int>(gram_splits(a));
-  check(launch_grid(gram_kernel, dim3(tiles * tiles, splits, batch), kGramThreads, 0, stream, a, splits, w.partial),
+  auto* partial = static_cast<double*>(workspace);
+  auto* gram = reinterpret_cast<double*>(static_cast<char*>(workspace) + align(ld * ld * a.batch * 8 * splits));
+  const auto tiles = static_cast<unsigned>((a.cols + kTile - 1) / kTile), batch = static_cast<unsigned>(a.batch);
+  check(launch_grid(gram_kernel, dim3(tiles * (tiles + 1) / 2 * batch, splits), kGramThreads, 0, stream, a, splits, ld,
+                    partial),
         "gram");
-  const auto elements = static_cast<unsigned>((a.cols * a.cols + 255) / 256);
-  check(launch_grid(gram_sum_kernel, dim3(elements, batch), 256, 0, stream, a.cols, splits, w.partial, w.gram), "gram");
+  check(launch_grid(gram_sum_kernel, dim3(batch, static_cast<unsigned>((ld * ld + 255) / 256)), 256, 0, stream, ld,
+                    splits, static_cast<const double*>(partial), gram),
+        "gram");
+  return gram;
+}
+
+size_t eigen_bytes(int64_t n, int64_t batch) {
+  return static_cast<size_t>(align(n * n * batch * 8) + align(n * batch * 8) + align(n * batch * 4));
+}
+
+Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, cudaStream_t stream) {
+  char* at = static_cast<char*>(workspace);
+  Eigen e;
+  e.vectors = reinterpret_cast<double*>(at);
+  e.values = reinterpret_cast<double*>(at += align(n * n * batch * 8));
+  e.order = reinterpret_cast<int*>(at + align(n * batch * 8));
   int device = 0, limit = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  const auto bytes = static_cast<size_t>(a.cols * a.cols) * sizeof(double);
+  const auto bytes = static_cast<size_t>(n * n) * sizeof(double);
   const bool in_shared = bytes + kStaticShared <= static_cast<size_t>(limit);
   if (in_shared)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&jacobi_kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, limit - static_cast<int>(kStaticShared)),
           "jacobi");
-  check(launch_grid(jacobi_kernel, dim3(batch), kJacobiThreads, in_shared ? bytes : 0, stream, static_cast<int>(a.cols),
-                    w.gram, w.vectors, w.values, w.order, in_shared),
+  check(launch_grid(jacobi_kernel, dim3(static_cast<unsigned>(batch)), kJacobiThreads, in_shared ? bytes : 0, stream,
+                    static_cast<int>(n), subspace_ld(n), gram, e.vectors, e.values, e.order, in_shared),
         "jacobi");
+  return e;
 }
 
 }  // namespace adaattn::cuda

@@ -1,4 +1,4 @@
-// Gram matrices of tall matrices and their eigen-decomposition, one CTA per matrix.
+// Gram matrices of tall matrices, and their eigen-decomposition by one CTA per matrix.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,17 +22,17 @@ TallView tall_view(const MatrixBatch& a);
 // Parts that the rows of each matrix are split into, so that the partial sums fill the device.
 int64_t gram_splits(const TallView& a);
 
-// Eigenvalues in descending order, and eigenvectors: vectors[matrix][j] is the j-th, cols adjacent elements.
-struct GramEigen {
-  double* partial;  // [batch, splits, cols, cols]
-  double* gram;     // [batch, cols, cols]
-  double* vectors;  // [batch, cols, cols], in the order of rotation; column rank[j] is the j-th
-  double* values;   // [batch, cols]
-  int* order;       // [batch, cols]: index into vectors of the j-th largest
-};
+// A^T A of every matrix, [batch, ld, ld] with ld = subspace_ld(cols), 0 beyond cols; it lies in the workspace.
+size_t gram_bytes(const TallView& a);
+double* gram_of(const TallView& a, void* workspace, cudaStream_t stream);
 
-size_t gram_eigen_bytes(const TallView& a);
-GramEigen gram_eigen_layout(const TallView& a, void* workspace);
-void gram_eigen(const TallView& a, const GramEigen& w, cudaStream_t stream);
+// Whole eigen-decompositions of Gram matrices of at most kMaxGramDim, which are overwritten.
+struct Eigen {
+  double* vectors;  // [batch, n, n], one per row in the order of rotation
+  double* values;   // [batch, n], descending
+  int* order;       // [batch, n]: row of vectors that belongs to the j-th value
+};
+size_t eigen_bytes(int64_t n, int64_t batch);
+Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

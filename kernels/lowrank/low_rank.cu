@@ -1,4 +1,4 @@
-// Truncated SVD and effective rank from the eigen-decomposition of the Gram matrix.
+// Truncated SVD and effective rank from leading eigenvectors of the Gram matrix.
 #include <algorithm>
 
 #include "attend/launch.h"
@@ -6,6 +6,8 @@
 #include "core/sampling.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/lowrank.h"
+#include "lowrank/product.cuh"
+#include "lowrank/subspace.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -15,45 +17,26 @@ constexpr int kThreads = 256;
 // Below this share of the largest, a singular value's left vector is rounding noise of the Gram matrix.
 constexpr double kNullShare = 1e-8;
 // Below this share rounding in the Gram matrix shows in the angles between left vectors: they are made orthogonal anew.
-constexpr double kSmallShare = 1e-5;
+constexpr double kSmallShare = 1e-4;
 // Eigenvalues below this share times the dimension are rounding noise.
 constexpr double kEigenNoise = 2.3e-16;
 
 struct LeftArgs {
-  TallView a;
-  GramEigen eigen;
-  MatrixBatch left;  // [rows, rank] of the output that belongs to the tall side, data null: norms only
-  double* squares;   // [batch, row blocks, rank]
-  double* norms;     // [batch, rank]
-  int64_t rank;
-  int blocks;
+  int64_t rows, cols, rank;
+  int64_t blocks;         // product_blocks()
+  const double* squares;  // [batch, blocks, rank]
+  double* norms;          // [batch, rank]
+  // Right vector j of matrix i: right + (i * right_vectors + (order != null ? order[i * right_vectors + j] : j)) *
+  // cols.
+  const double* right;
+  const int* order;
+  int64_t right_vectors;
+  MatrixBatch left, right_out, values;  // of the sides of the tall view; data null: not wanted
+  uint64_t seed;
 };
 
 __device__ __forceinline__ float& element(const MatrixBatch& m, int64_t matrix, int64_t r, int64_t c) {
   return static_cast<float*>(m.data)[m.offset(matrix) + r * m.stride_row + c * m.stride_col];
-}
-
-// left = A V for a block of rows, unscaled, and the squares of its columns; thread j has columns j, j + kThreads, ...
-__global__ __launch_bounds__(kThreads) void left_kernel(const __grid_constant__ LeftArgs w) {
-  __shared__ float row[kMaxGramDim];
-  const int64_t matrix = blockIdx.y, n = w.a.cols;
-  const float* data = w.a.matrix(matrix);
-  const int64_t first = w.a.rows * blockIdx.x / w.blocks, last = w.a.rows * (blockIdx.x + 1) / w.blocks;
-  const int j = threadIdx.x;
-  const double* v = j < w.rank ? w.eigen.vectors + (matrix * n + w.eigen.order[matrix * n + j]) * n : nullptr;
-  double square = 0;
-  for (int64_t r = first; r < last; ++r) {
-    __syncthreads();
-    for (int64_t c = threadIdx.x; c < n; c += kThreads) row[c] = data[r * w.a.stride_row + c * w.a.stride_col];
-    __syncthreads();
-    if (v != nullptr) {
-      double sum = 0;
-      for (int64_t c = 0; c < n; ++c) sum = fma(static_cast<double>(row[c]), v[c], sum);
-      square = fma(sum, sum, square);
-      if (w.left.data != nullptr) element(w.left, matrix, r, j) = static_cast<float>(sum);
-    }
-  }
-  if (v != nullptr) w.squares[(matrix * w.blocks + blockIdx.x) * w.rank + j] = square;
 }
 
 __device__ double block_sum(double x, double* shared) {
@@ -67,47 +50,55 @@ __device__ double block_sum(double x, double* shared) {
   return shared[0];
 }
 
-// One CTA per matrix: singular values, left vectors to unit length, small ones orthogonal to all before them, and for
-// null directions any orthonormal completion from seeded vectors (Gram-Schmidt, repeated).
-__global__ __launch_bounds__(kThreads) void finish_kernel(const __grid_constant__ LeftArgs w, MatrixBatch right,
-                                                          MatrixBatch values, uint64_t seed) {
-  __shared__ double shared[kThreads];
-  const int64_t matrix = blockIdx.x, n = w.a.cols, rows = w.a.rows;
+// One CTA per matrix: singular values and right vectors.
+__global__ __launch_bounds__(kThreads) void values_kernel(const __grid_constant__ LeftArgs w) {
+  const int64_t matrix = blockIdx.x;
   double* norms = w.norms + matrix * w.rank;
   for (int64_t j = threadIdx.x; j < w.rank; j += kThreads) {
     double sum = 0;
-    for (int b = 0; b < w.blocks; ++b) sum += w.squares[(matrix * w.blocks + b) * w.rank + j];
+    for (int64_t b = 0; b < w.blocks; ++b) sum += w.squares[(matrix * w.blocks + b) * w.rank + j];
     norms[j] = sqrt(sum);
   }
+  if (w.right_out.data != nullptr)
+    for (int64_t i = threadIdx.x; i < w.rank * w.cols; i += kThreads) {
+      const int64_t j = i / w.cols, c = i % w.cols;
+      const int64_t from = w.order != nullptr ? w.order[matrix * w.right_vectors + j] : j;
+      element(w.right_out, matrix, c, j) = static_cast<float>(w.right[(matrix * w.right_vectors + from) * w.cols + c]);
+    }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    double bound = norms[0];
-    for (int64_t j = 0; j < w.rank; ++j) {
-      bound = norms[j] > bound ? bound : norms[j];  // the order of nearly equal values may have changed by rounding
-      static_cast<float*>(values.data)[values.offset(matrix) + j * values.stride_row] = static_cast<float>(bound);
-    }
+  if (threadIdx.x != 0) return;
+  double bound = norms[0];
+  for (int64_t j = 0; j < w.rank; ++j) {
+    bound = norms[j] > bound ? bound : norms[j];  // the order of nearly equal values may have changed by rounding
+    static_cast<float*>(w.values.data)[w.values.offset(matrix) + j * w.values.stride_row] = static_cast<float>(bound);
   }
-  if (right.data != nullptr)
-    for (int64_t i = threadIdx.x; i < w.rank * n; i += kThreads) {
-      const int64_t j = i / n, c = i % n;
-      element(right, matrix, c, j) =
-          static_cast<float>(w.eigen.vectors[(matrix * n + w.eigen.order[matrix * n + j]) * n + c]);
-    }
-  if (w.left.data == nullptr) return;
-  const double null_norm = kNullShare * norms[0];
-  for (int64_t i = threadIdx.x; i < w.rank * rows; i += kThreads) {
+}
+
+// Left vectors to unit length, but for null ones.
+__global__ __launch_bounds__(kThreads) void scale_kernel(const __grid_constant__ LeftArgs w) {
+  const int64_t matrix = blockIdx.x, step = int64_t{gridDim.y} * kThreads;
+  const double* norms = w.norms + matrix * w.rank;
+  for (int64_t i = int64_t{blockIdx.y} * kThreads + threadIdx.x; i < w.rank * w.rows; i += step) {
     const int64_t j = i % w.rank;
-    if (!(norms[j] <= null_norm)) {
-      float& x = element(w.left, matrix, i / w.rank, j);
-      x = static_cast<float>(x / norms[j]);
-    }
+    if (norms[j] <= kNullShare * norms[0]) continue;
+    float& x = element(w.left, matrix, i / w.rank, j);
+    x = static_cast<float>(x / norms[j]);
   }
+}
+
+// One CTA per matrix: makes small left vectors orthogonal to all before them, and for null directions any orthonormal
+// completion from seeded vectors (Gram-Schmidt, repeated).
+__global__ __launch_bounds__(kThreads) void repair_kernel(const __grid_constant__ LeftArgs w) {
+  __shared__ double shared[kThreads];
+  const int64_t matrix = blockIdx.x, rows = w.rows;
+  const double* norms = w.norms + matrix * w.rank;
+  const double null_norm = kNullShare * norms[0];
   for (int64_t j = 0; j < w.rank; ++j) {
     if (!(norms[j] <= kSmallShare * norms[0])) continue;
     __syncthreads();
     for (int64_t r = threadIdx.x; r < rows && norms[j] <= null_norm; r += kThreads)
       element(w.left, matrix, r, j) =
-          sketch_entry(seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(j * rows + r));
+          sketch_entry(w.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(j * rows + r));
     for (int pass = 0; pass < 3; ++pass) {
       for (int64_t k = 0; k < j; ++k) {
         double dot = 0;
@@ -157,50 +148,105 @@ void check_dim(int64_t rows, int64_t cols, const char* tool) {
          static_cast<long long>(rows), static_cast<long long>(cols), static_cast<long long>(kMaxGramDim));
 }
 
-int row_blocks(const TallView& a) {
-  return static_cast<int>(
-      std::clamp<int64_t>(a.rows / 64, 1, std::max<int64_t>(1, 1024 / std::max<int64_t>(a.batch, 1))));
-}
-
 int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Where the steps of low_rank keep what they pass on.
+struct Layout {
+  TallView a;
+  int64_t columns;
+  bool whole;  // all eigenvectors, for there are nearly as many wanted
+  int64_t basis, values, scratch, squares, norms, bytes;
+  explicit Layout(const LowRankParams& p)
+      : a(tall_view(p.a)), columns(subspace_columns(p.rank, p.oversampling)), whole(!subspace_pays(a.cols, columns)) {
+    int64_t at = static_cast<int64_t>(gram_bytes(a));
+    const auto take = [&](int64_t size) {
+      const int64_t here = at;
+      at += align(size);
+      return here;
+    };
+    basis = take(whole ? static_cast<int64_t>(eigen_bytes(a.cols, a.batch)) : a.batch * columns * a.cols * 8);
+    values = take(whole ? 0 : a.batch * columns * 8);
+    scratch = take(whole ? 0 : static_cast<int64_t>(subspace_scratch_bytes(a.batch, a.cols, columns)));
+    squares = take(a.batch * product_blocks(a) * p.rank * 8);
+    norms = take(a.batch * p.rank * 8);
+    bytes = at;
+  }
+};
 
 }  // namespace
 
 size_t low_rank_workspace(const LowRankParams& params) {
   check_dim(params.a.rows, params.a.cols, "low_rank");
-  const TallView a = tall_view(params.a);
-  return gram_eigen_bytes(a) +
-         static_cast<size_t>(align(a.batch * row_blocks(a) * params.rank * 8) + align(a.batch * params.rank * 8));
+  return static_cast<size_t>(Layout(params).bytes);
 }
 
 void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream) {
-  LeftArgs w;
-  w.a = tall_view(params.a);
-  if (w.a.batch == 0) return;
-  w.eigen = gram_eigen_layout(w.a, workspace);
+  const Layout layout(params);
+  const TallView& a = layout.a;
+  if (a.batch == 0) return;
+  const auto at = [&](int64_t offset) { return reinterpret_cast<double*>(static_cast<char*>(workspace) + offset); };
+  double* const gram = gram_of(a, workspace, stream);
+  LeftArgs w{};
+  w.rows = a.rows;
+  w.cols = a.cols;
   w.rank = params.rank;
-  w.blocks = row_blocks(w.a);
-  w.squares = reinterpret_cast<double*>(static_cast<char*>(workspace) + gram_eigen_bytes(w.a));
-  w.norms = reinterpret_cast<double*>(reinterpret_cast<char*>(w.squares) + align(w.a.batch * w.blocks * w.rank * 8));
-  w.left = w.a.transposed ? params.v : params.u;
-  const MatrixBatch& right = w.a.transposed ? params.u : params.v;
-  gram_eigen(w.a, w.eigen, stream);
-  check(launch_grid(left_kernel, dim3(w.blocks, static_cast<unsigned>(w.a.batch)), kThreads, 0, stream, w), "low_rank");
-  check(launch_grid(finish_kernel, dim3(static_cast<unsigned>(w.a.batch)), kThreads, 0, stream, w, right, params.s,
-                    params.seed),
-        "low_rank");
+  w.blocks = product_blocks(a);
+  w.squares = at(layout.squares);
+  w.norms = at(layout.norms);
+  w.left = a.transposed ? params.v : params.u;
+  w.right_out = a.transposed ? params.u : params.v;
+  w.values = params.s;
+  w.seed = params.seed;
+  if (layout.whole) {
+    const Eigen eigen = eigen_of(a.cols, a.batch, gram, at(layout.basis), stream);
+    w.right = eigen.vectors;
+    w.order = eigen.order;
+    w.right_vectors = a.cols;
+  } else {
+    SubspaceArgs s;
+    s.batch = a.batch;
+    s.dim = static_cast<int32_t>(a.cols);
+    s.ld = static_cast<int32_t>(subspace_ld(a.cols));
+    s.columns = static_cast<int32_t>(layout.columns);
+    s.gram = gram;
+    s.basis = at(layout.basis);
+    s.values = at(layout.values);
+    s.scratch = at(layout.scratch);
+    // A sweep costs a small part of a power step on the matrix.
+    s.cold_sweeps = static_cast<int32_t>(2 * params.power_iterations + 1);
+    s.seed = params.seed;
+    subspace_iteration(s, stream);
+    w.right = s.basis;
+    w.right_vectors = layout.columns;
+  }
+  ProductArgs left;
+  left.a = a;
+  left.x = w.right;
+  left.order = w.order;
+  left.x_vectors = w.right_vectors;
+  left.vectors = params.rank;
+  left.out = w.left;
+  left.squares = at(layout.squares);
+  product(left, stream);
+  const auto batch = static_cast<unsigned>(a.batch);
+  check(launch_grid(values_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
+  if (w.left.data == nullptr) return;
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(a.rows * w.rank / (4 * kThreads), 1, 1024));
+  check(launch_grid(scale_kernel, dim3(batch, blocks), kThreads, 0, stream, w), "low_rank");
+  check(launch_grid(repair_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
 }
 
 size_t effective_rank_workspace(const EffectiveRankParams& params) {
   check_dim(params.a.rows, params.a.cols, "effective_rank");
-  return gram_eigen_bytes(tall_view(params.a));
+  const TallView a = tall_view(params.a);
+  return gram_bytes(a) + eigen_bytes(a.cols, a.batch);
 }
 
 void effective_rank(const EffectiveRankParams& params, void* workspace, cudaStream_t stream) {
   const TallView a = tall_view(params.a);
   if (a.batch == 0) return;
-  const GramEigen eigen = gram_eigen_layout(a, workspace);
-  gram_eigen(a, eigen, stream);
+  double* const gram = gram_of(a, workspace, stream);
+  const Eigen eigen = eigen_of(a.cols, a.batch, gram, static_cast<char*>(workspace) + gram_bytes(a), stream);
   check(launch_grid(rank_kernel, dim3(static_cast<unsigned>(a.batch)), kThreads, 0, stream, a.cols, eigen.values,
                     params.threshold, params.ranks, params.singular_values),
         "effective_rank");

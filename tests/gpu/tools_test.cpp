@@ -165,7 +165,7 @@ TEST_F(DeviceTools, LowRankIsWithinOnePercentOfTheBest) {
       std::vector<double> sigma;
       for (int64_t j = 0; j < z.rank; ++j) sigma.push_back(s.get({i, j}));
       for (int64_t j = 0; j < z.rank; ++j)
-        EXPECT_NEAR(sigma[static_cast<size_t>(j)], best.sigma[static_cast<size_t>(j)], 2e-6 * best.sigma[0]) << j;
+        EXPECT_NEAR(sigma[static_cast<size_t>(j)], best.sigma[static_cast<size_t>(j)], 1e-4 * best.sigma[0]) << j;
       EXPECT_LT(reference::orthogonality_error(um), 5e-6);
       EXPECT_LT(reference::orthogonality_error(vm), 5e-6);
       EXPECT_LE(reference::reconstruction_error(m, um, sigma, vm),

@@ -1,0 +1,251 @@
+#include <cmath>
+
+#include "attend/launch.h"
+#include "lowrank/subspace.h"
+#include "lowrank/subspace_steps.cuh"
+#include "runtime.h"
+
+namespace adaattn::cuda {
+namespace {
+
+using namespace subspace;
+
+constexpr int kMaxColumns = 8 * kMaxTiles;
+constexpr size_t kStaticShared = 14 << 10;  // more than the kernel declares
+constexpr int kMaxPasses = 6;
+// A basis this far from orthonormal is set right to first order, which squares the distance.
+constexpr double kFirstOrder = 1e-7, kFirstOrderFast = 1e-3;
+constexpr double kOrthonormal = 1e-13, kOrthonormalFast = 1e-6;
+constexpr int kSweeps = 30, kSweepsFast = 3;
+constexpr double kTolerance = 1e-15;
+constexpr float kToleranceFast = 1e-3f;
+
+struct Layout {
+  int width;   // of a vector, padded
+  int stride;  // of a set of vectors
+  int ldt;     // of small matrices
+  size_t set, small;
+  explicit __host__ __device__ Layout(int dim, int columns)
+      : width(static_cast<int>(subspace_ld(dim))),
+        stride(width + 4),
+        ldt((columns + 15) / 16 * 16 + 4),
+        set(static_cast<size_t>(columns) * stride),
+        small(static_cast<size_t>(columns) * ldt) {}
+  __host__ __device__ size_t doubles() const { return 2 * set + small; }
+};
+
+struct Shared {
+  double scale[kMaxColumns], values[kMaxColumns];
+  Rotation<double> rotations[kMaxColumns / 2];
+  int place[kMaxColumns];
+  uint8_t dead[kMaxTiles];
+  unsigned long long excess;
+  int turned;
+};
+static_assert(sizeof(Shared) < kStaticShared);
+
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Makes the rows of y orthonormal in their order by Cholesky factors of their Gram matrix (CholeskyQR2; Yamamoto et
+// al., ETNA 44, 2015). A row that depends on those before it is replaced by a seeded direction. `once` is enough
+// between sweeps.
+__device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const Layout& w, int64_t matrix, int tiles,
+                                               double* y, double* t, Shared& shared, bool once) {
+  const int columns = args.columns, thread = static_cast<int>(threadIdx.x);
+  const double first_order = args.fast ? kFirstOrderFast : kFirstOrder;
+  const double orthonormal = args.fast ? kOrthonormalFast : kOrthonormal;
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    if (thread == 0) shared.excess = 0;
+    __syncthreads();
+    products(y, y, w.stride, w.width, tiles, t, w.ldt, &shared.excess);
+    __syncthreads();
+    const double excess = __longlong_as_double(static_cast<long long>(shared.excess));
+    if (excess <= orthonormal) return;
+    if (pass > 0 && excess <= first_order) {
+      for (int i = thread; i < columns * 8; i += kThreads) {
+        const int r = i / 8, c = r / 8 * 8 + i % 8;
+        double& x = t[r * w.ldt + c];
+        x = r == c ? 1.5 - 0.5 * x : r > c ? -x : 0.0;
+        if (r == c) shared.scale[r] = 1.0;
+      }
+      __syncthreads();
+      solve(t, w.ldt, tiles, shared.scale, y, w.stride, w.width);
+      __syncthreads();
+      return;
+    }
+    for (int i = thread; i < columns; i += kThreads) {
+      const double square = t[i * w.ldt + i];
+      shared.scale[i] = square > 0 ? rsqrt(square) : 0.0;
+    }
+    __syncthreads();
+    for (int i = thread; i < columns * columns; i += kThreads) {
+      const int r = i / columns, c = i - r * columns;
+      if (c / 8 <= r / 8) t[r * w.ldt + c] *= shared.scale[r] * shared.scale[c];
+    }
+    __syncthreads();
+    cholesky(t, w.ldt, tiles, shared.dead);
+    solve(t, w.ldt, tiles, shared.scale, y, w.stride, w.width);
+    unsigned dead = 0;
+    for (int i = 0; i < tiles; ++i) dead |= shared.dead[i];
+    __syncthreads();
+    if (dead != 0) {
+      for (int i = thread; i < columns * args.dim; i += kThreads) {
+        const int r = i / args.dim, c = i - r * args.dim;
+        if (shared.dead[r / 8] >> r % 8 & 1)
+          y[r * w.stride + c] = sketch_entry(args.seed + static_cast<uint64_t>(pass) + 1, static_cast<uint64_t>(matrix),
+                                             static_cast<uint64_t>(i));
+      }
+      __syncthreads();
+    } else if (once) {
+      return;
+    }
+  }
+}
+
+// Rotates the vectors b to the eigenvectors of t / trace, in descending order of their values, into args.basis.
+template <typename Real>
+__device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const Layout& w, int64_t matrix, int tiles,
+                                              double trace, const double* b, double* spare, double* t, Shared& shared) {
+  const int n = args.columns, thread = static_cast<int>(threadIdx.x);
+  const double inverse = trace > 0 ? 1 / trace : 0.0;
+  Real *small, *turn;
+  int ld_small, ld_turn;
+  if constexpr (sizeof(Real) == 8) {
+    small = t;
+    ld_small = w.ldt;
+    turn = spare;
+    ld_turn = n + 1;
+  } else {
+    small = reinterpret_cast<Real*>(spare);
+    ld_small = ld_turn = n + 1;
+    turn = small + n * ld_small;
+  }
+  for (int i = thread; i < n * n; i += kThreads) {
+    const int r = i / n, c = i - r * n;
+    if (c <= r) small[r * ld_small + c] = static_cast<Real>(t[r * w.ldt + c] * inverse);
+    turn[r * ld_turn + c] = r == c ? Real(1) : Real(0);
+  }
+  jacobi(small, ld_small, turn, ld_turn, n, args.fast ? Real(kToleranceFast) : Real(kTolerance),
+         args.fast ? kSweepsFast : kSweeps, reinterpret_cast<Rotation<Real>*>(shared.rotations), &shared.turned);
+  __syncthreads();
+  for (int i = thread; i < n; i += kThreads) {
+    const double value = static_cast<double>(small[i * ld_small + i]) * trace;
+    shared.values[i] = value > 0 ? value : 0.0;
+  }
+  __syncthreads();
+  for (int i = thread; i < n; i += kThreads) {
+    int place = 0;
+    for (int j = 0; j < n; ++j)
+      place += shared.values[j] > shared.values[i] || (!(shared.values[j] < shared.values[i]) && j < i);
+    shared.place[i] = place;
+    args.values[matrix * n + place] = shared.values[i];
+  }
+  __syncthreads();
+  rotate(turn, ld_turn, b, w.stride, tiles, w.width, shared.place, args.basis + matrix * n * args.dim, args.dim);
+}
+
+template <bool kInShared>
+__global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_constant__ SubspaceArgs args) {
+  extern __shared__ double dynamic[];
+  __shared__ Shared shared;
+  const Layout w(args.dim, args.columns);
+  const int64_t matrix = blockIdx.x;
+  double* memory;
+  if constexpr (kInShared) {
+    memory = dynamic;
+  } else {
+    memory = args.scratch + matrix * static_cast<int64_t>(w.doubles());
+  }
+  double *b = memory, *y = memory + w.set, *t = y + w.set;
+  const double* gram = args.gram + matrix * args.ld * args.ld;
+  double* basis = args.basis + matrix * args.columns * args.dim;
+  const int thread = static_cast<int>(threadIdx.x), columns = args.columns, tiles = columns / 8;
+
+  double trace = 0;
+  for (int i = thread % 32; i < args.dim; i += 32) trace += gram[static_cast<int64_t>(i) * (args.ld + 1)];
+  trace = warp_sum(trace);
+  if (args.trace != nullptr && thread == 0) args.trace[matrix] = trace;
+  const bool warm = args.warm != nullptr && args.warm[matrix] != 0;
+  __syncthreads();
+  if (args.warm != nullptr && thread == 0) args.warm[matrix] = isfinite(trace);
+  if (!isfinite(trace)) {
+    for (int i = thread; i < columns * args.dim; i += kThreads) basis[i] = nan("");
+    for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = nan("");
+    return;
+  }
+  for (int i = thread; i < columns * w.width; i += kThreads) {
+    const int r = i / w.width, c = i - r * w.width, entry = r * args.dim + c;
+    double x = 0;
+    if (c < args.dim)
+      x = warm ? basis[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
+    b[r * w.stride + c] = x;
+  }
+  __syncthreads();
+  const int sweeps = warm ? args.warm_sweeps : args.cold_sweeps;
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    multiply(gram, args.ld, b, y, w.stride, tiles);
+    __syncthreads();
+    orthonormalize(args, w, matrix, tiles, y, t, shared, sweep + 1 < sweeps);
+    double* const swap = b;
+    b = y;
+    y = swap;
+  }
+  multiply(gram, args.ld, b, y, w.stride, tiles);
+  __syncthreads();
+  if (args.fast && warm) {
+    for (int i = thread / 32; i < columns; i += kWarps) {
+      double sum = 0;
+      for (int c = thread % 32; c < args.dim; c += 32) {
+        const double x = b[i * w.stride + c];
+        sum = fma(x, y[i * w.stride + c], sum);
+        basis[i * args.dim + c] = x;
+      }
+      sum = warp_sum(sum);
+      if (thread % 32 == 0) args.values[matrix * columns + i] = sum > 0 ? sum : 0.0;
+    }
+    return;
+  }
+  products(b, y, w.stride, w.width, tiles, t, w.ldt, nullptr);
+  __syncthreads();
+  if (args.fast)
+    rayleigh_ritz<float>(args, w, matrix, tiles, trace, b, y, t, shared);
+  else
+    rayleigh_ritz<double>(args, w, matrix, tiles, trace, b, y, t, shared);
+}
+
+size_t shared_limit() {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return static_cast<size_t>(limit);
+}
+
+size_t bytes_of(int64_t dim, int64_t columns) {
+  return Layout(static_cast<int>(dim), static_cast<int>(columns)).doubles() * sizeof(double);
+}
+
+}  // namespace
+
+size_t subspace_scratch_bytes(int64_t batch, int64_t dim, int64_t columns) {
+  const size_t bytes = bytes_of(dim, columns);
+  return bytes + kStaticShared <= shared_limit() ? 0 : bytes * static_cast<size_t>(batch);
+}
+
+void subspace_iteration(const SubspaceArgs& args, cudaStream_t stream) {
+  const size_t bytes = bytes_of(args.dim, args.columns), limit = shared_limit();
+  const auto grid = dim3(static_cast<unsigned>(args.batch));
+  if (bytes + kStaticShared > limit) {
+    check(launch_grid(subspace_kernel<false>, grid, kThreads, 0, stream, args), "subspace_iteration");
+    return;
+  }
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&subspace_kernel<true>),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit - kStaticShared)),
+        "subspace_iteration");
+  check(launch_grid(subspace_kernel<true>, grid, kThreads, bytes, stream, args), "subspace_iteration");
+}
+
+}  // namespace adaattn::cuda
