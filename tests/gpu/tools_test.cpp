@@ -164,8 +164,11 @@ TEST_F(DeviceTools, LowRankIsWithinOnePercentOfTheBest) {
       const Matrix um = matrix_of(u, i, z.rows, z.rank), vm = matrix_of(v, i, z.cols, z.rank);
       std::vector<double> sigma;
       for (int64_t j = 0; j < z.rank; ++j) sigma.push_back(s.get({i, j}));
-      for (int64_t j = 0; j < z.rank; ++j)
-        EXPECT_NEAR(sigma[static_cast<size_t>(j)], best.sigma[static_cast<size_t>(j)], 1e-4 * best.sigma[0]) << j;
+      // A projection cannot raise a singular value; the iteration finds the last ones to a per cent.
+      for (size_t j = 0; j < sigma.size(); ++j) {
+        EXPECT_LE(sigma[j], best.sigma[j] + 2e-6 * best.sigma[0]) << j;
+        EXPECT_GE(sigma[j], 0.99 * best.sigma[j] - 2e-6 * best.sigma[0]) << j;
+      }
       EXPECT_LT(reference::orthogonality_error(um), 5e-6);
       EXPECT_LT(reference::orthogonality_error(vm), 5e-6);
       EXPECT_LE(reference::reconstruction_error(m, um, sigma, vm),
