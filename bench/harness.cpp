@@ -39,6 +39,7 @@ void Report::add(const Row& row) {
   std::printf("%-48s %10.1f us  +-%4.0f %%  %8.1f %-8s error %.1e", row.name.c_str(), row.time.us, 50 * row.time.spread,
               row.rate, row.unit.c_str(), row.error);
   if (!row.peer.empty()) std::printf("  %.2f x %s", row.peer_us / row.time.us, row.peer.c_str());
+  for (const auto& [name, value] : row.details) std::printf("  %s %.4g", name.c_str(), value);
   std::printf("\n");
   std::fflush(stdout);
 }
@@ -64,6 +65,7 @@ void Report::write(const std::string& path) const {
       out["peer_us"] = row.peer_us;
       out["ratio"] = row.peer_us / row.time.us;
     }
+    if (!row.details.empty()) out["details"] = row.details;
     json["rows"].push_back(out);
   }
   std::ofstream file(path);

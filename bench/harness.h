@@ -25,6 +25,7 @@ struct Row {
   double error = 0;  // relative to the float64 oracle
   std::string peer;  // what peer_us is the time of, for the same work
   double peer_us = 0;
+  std::map<std::string, double> details;  // what else a suite has to say, by name
 };
 
 // Collects a run and prints it as it goes.
@@ -52,6 +53,7 @@ struct Suite {
 
 void run_cpu_exact(Report& report);
 void run_cpu_tools(Report& report);
-void run_cuda_exact(Report& report);  // only in builds with CUDA
+void run_cpu_adaptive(Report& report);  // only in builds with the examples
+void run_cuda_exact(Report& report);    // only in builds with CUDA
 
 }  // namespace adaattn::bench
