@@ -167,9 +167,15 @@ void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char*
 }
 #endif
 
+// Neighbouring groups of skipped tiles.
+struct GroupRun {
+  int64_t first, count;
+};
+
 struct TileScratch {
   Panel* panels;
-  float *s, *row, *alpha, *block_max, *threshold, *far_k, *far_v, *far_s, *up;
+  float *s, *row, *alpha, *block_max, *threshold, *far_v, *far_s, *up;
+  GroupRun* far_runs;
   float **far_q, **probe_q;  // per panel
 #if defined(ADAATTN_UNIT_AVX512VNNI)
   Int8Queries* int8_q;  // per panel
@@ -195,7 +201,7 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.alpha = arena.take<float>(kPanel);
   x.block_max = arena.take<float>(kPanel);
   x.threshold = arena.take<float>(kTileRows);
-  x.far_k = arena.take<float>(kTileKeys * packed_stride(2 * d_qk + 1));
+  x.far_runs = arena.take<GroupRun>(kTileKeys / kGroupsPerTile);
   x.far_v = arena.take<float>(kTileKeys * packed_stride(d_v));
   x.far_s = arena.take<float>(kTileKeys * kPanel);
   x.up = arena.take<float>(d_v * kPanel);
@@ -293,14 +299,22 @@ HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t
   return false;
 }
 
+// The groups of some runs, n <= 128 in all, as one key each; their values stand in x.far_v.
 HWY_INLINE void absorb_far(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                           int64_t n) {
-  const int64_t d = args.rows.d_qk, stride = packed_stride(2 * d + 1);
+                           int64_t runs, int64_t n) {
+  const int64_t d = args.rows.d_qk, stride = args.keys.group_k_stride;
   const F32 limit = hn::Set(kF32, kSpreadLimit), one = hn::Set(kF32, 1.0f);
   for (int64_t i = 0; i < panels; ++i) {
     clear_max(x.block_max);
-    score_panel(x.far_k, stride, n, x.far_q[i], d + 1, x.s, x.block_max);
-    score_panel(x.far_k + d + 1, stride, n, x.far_q[i] + (d + 1) * kPanel, d, x.far_s, x.block_max);
+    int64_t at_group = 0;
+    for (int64_t r = 0; r < runs; ++r) {
+      const GroupRun& run = x.far_runs[r];
+      const float* k = args.keys.group_k + run.first * stride;
+      score_panel(k, stride, run.count, x.far_q[i], d + 1, x.s + at_group * kPanel, x.block_max);
+      score_panel(k + d + 1, stride, run.count, x.far_q[i] + (d + 1) * kPanel, d, x.far_s + at_group * kPanel,
+                  x.block_max);
+      at_group += run.count;
+    }
     for (int v = 0; v < kPanelVectors; ++v) {
       F32 max = hn::Set(kF32, -infinity());
       for (int64_t j = 0; j < n; ++j) {
@@ -316,10 +330,9 @@ HWY_INLINE void absorb_far(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
 }
 
-// The groups of every tile that is not kept, as one key each. Returns the sum over rows of their share.
+// The groups of every tile that is not kept. Returns the sum over rows of their share.
 HWY_INLINE float far_field(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels) {
-  const int64_t d = args.rows.d_qk, depth = 2 * d + 1;
-  const int64_t k_stride = packed_stride(depth), v_stride = packed_stride(args.rows.d_v);
+  const int64_t d = args.rows.d_qk, v_stride = packed_stride(args.rows.d_v);
   for (int64_t i = 0; i < panels; ++i) {
     const Panel& p = x.panels[i];
     for (int64_t t = 0; t < d * kPanel; t += kLanes) {
@@ -333,21 +346,22 @@ HWY_INLINE float far_field(const AdaptiveTileArgs& args, TileScratch& x, const V
       x.before[(i * 2 + 1) * kPanel + lane] = p.sum[lane];
     }
   }
-  int64_t n = 0;
+  int64_t n = 0, runs = 0;
   for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
     if (tile_bit(args.mask, t)) continue;
-    for (int64_t g = t * kGroupsPerTile; g < (t + 1) * kGroupsPerTile; ++g, ++n) {
-      memcpy(x.far_k + n * k_stride, args.keys.group_k + g * args.keys.group_k_stride,
-             static_cast<size_t>(depth) * sizeof(float));
+    const int64_t first = t * kGroupsPerTile;
+    const bool joins = runs > 0 && x.far_runs[runs - 1].first + x.far_runs[runs - 1].count == first;
+    if (!joins) x.far_runs[runs++] = {first, 0};
+    x.far_runs[runs - 1].count += kGroupsPerTile;
+    for (int64_t g = first; g < first + kGroupsPerTile; ++g, ++n)
       memcpy(x.far_v + n * v_stride, values.group_v + g * values.stride,
              static_cast<size_t>(values.width) * sizeof(float));
-    }
     if (n + kGroupsPerTile > kTileKeys) {
-      absorb_far(args, x, values, panels, n);
-      n = 0;
+      absorb_far(args, x, values, panels, runs, n);
+      n = runs = 0;
     }
   }
-  if (n > 0) absorb_far(args, x, values, panels, n);
+  if (n > 0) absorb_far(args, x, values, panels, runs, n);
   float mass = 0;
   for (int64_t i = 0; i < panels; ++i) {
     Panel& p = x.panels[i];

@@ -70,9 +70,15 @@ HWY_INLINE void quantize_queries(const float* projected, int64_t rank, const Int
   }
 }
 
+// acc += q . k, four products a lane. In assembly because GCC 12 copies the sums of the intrinsic and spills them all.
+HWY_INLINE void add_products(__m512i& acc, __m512i q, __m512i k) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(q), "v"(k));
+}
+
+// Not inlined, and the maxima stay in memory until the end: 24 sums, 4 queries and a key leave no register for them.
 template <int kRows>
-HWY_INLINE void int8_rows_maximum(const int8_t* HWY_RESTRICT rows, const int32_t* HWY_RESTRICT offset, int64_t quads,
-                                  const uint8_t* HWY_RESTRICT q, __m512i* max) {
+HWY_NOINLINE void int8_rows_maximum(const int8_t* HWY_RESTRICT rows, const int32_t* HWY_RESTRICT offset, int64_t quads,
+                                    const uint8_t* HWY_RESTRICT q, int32_t* HWY_RESTRICT max) {
   __m512i acc[kRows][kPanelVectors];
   ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_set1_epi32(offset[r]);
@@ -85,21 +91,23 @@ HWY_INLINE void int8_rows_maximum(const int8_t* HWY_RESTRICT rows, const int32_t
       int32_t four;
       memcpy(&four, rows + (r * quads + t) * 4, sizeof four);
       const __m512i k = _mm512_set1_epi32(four);
-      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], row[v], k);
+      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) add_products(acc[r][v], row[v], k);
     }
   }
-  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
-    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) max[v] = _mm512_max_epi32(max[v], acc[r][v]);
+  ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+    __m512i m = _mm512_load_si512(max + v * kLanes);
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) m = _mm512_max_epi32(m, acc[r][v]);
+    _mm512_store_si512(max + v * kLanes, m);
   }
 }
 
 // The largest score of each query of the panel over the tile's 128 keys.
-HWY_NOINLINE void int8_maximum(const char* tile, int64_t rank, const Int8Queries& x, float* block_max) {
+HWY_INLINE void int8_maximum(const char* tile, int64_t rank, const Int8Queries& x, float* block_max) {
   const Int8Tile& head = *reinterpret_cast<const Int8Tile*>(tile);
   const int8_t* rows = int8_rows(const_cast<char*>(tile));
   const int64_t quads = quads_of(rank);
-  __m512i max[kPanelVectors];
-  for (int v = 0; v < kPanelVectors; ++v) max[v] = _mm512_set1_epi32(INT32_MIN);
+  HWY_ALIGN int32_t max[kPanel];
+  for (int64_t lane = 0; lane < kPanel; ++lane) max[lane] = INT32_MIN;
   int64_t j = 0;
   for (; j + kMicroRows <= kTileKeys; j += kMicroRows)
     int8_rows_maximum<kMicroRows>(rows + j * quads * 4, head.offset + j, quads, x.q, max);
@@ -107,7 +115,7 @@ HWY_NOINLINE void int8_maximum(const char* tile, int64_t rank, const Int8Queries
   if constexpr (kRest > 0) int8_rows_maximum<kRest>(rows + j * quads * 4, head.offset + j, quads, x.q, max);
   const F32 key_scale = hn::Set(kF32, head.scale);
   for (int v = 0; v < kPanelVectors; ++v) {
-    const F32 integer = F32{_mm512_cvtepi32_ps(max[v])};
+    const F32 integer = F32{_mm512_cvtepi32_ps(_mm512_load_si512(max + v * kLanes))};
     const F32 scale = hn::Mul(key_scale, hn::Load(kF32, x.scale + v * kLanes));
     hn::Store(hn::MulAdd(integer, scale, hn::Load(kF32, x.base + v * kLanes)), kF32, block_max + v * kLanes);
   }
