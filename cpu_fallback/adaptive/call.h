@@ -12,12 +12,12 @@
 
 namespace adaattn::cpu {
 
-// Bases of the previous call, from which the next one's iteration starts; one per (sequence, KV head), empty when there
-// are too many of them to be worth the memory.
+// A basis of the previous call, from which the next one's iteration starts.
 struct WarmBasis {
-  std::vector<double> v, probe;  // [columns][d]
-  bool warm = false;
+  std::vector<double> vectors;  // [columns][d]; empty: there are too many units to keep them
+  bool warm = false;            // false: nothing there yet
 };
+WarmBasis room_for_basis(int64_t dim, int64_t rank);
 
 struct AdaptiveCall {
   const Problem& problem;
@@ -29,12 +29,20 @@ struct AdaptiveCall {
   uint64_t call_index = 0;
 };
 
+// What queries are multiplied by, for scores in units of log2.
+inline float query_factor(const AdaptiveCall& call) { return call.params.scale * 1.4426950408889634f; }
+
 // ---- analyze
-size_t analyze_scratch(const UnitShape& shape, const decide::Options& options, const AdaptiveKernels& kernels);
+size_t analyze_scratch(const UnitShape& shape, const AdaptiveKernels& kernels);
+size_t basis_scratch(const UnitShape& shape, const AdaptiveKernels& kernels);
 // K and V of one key tile: widened copies and statistics of their groups.
 void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
-// Means, tile statistics, spreads and the bases, from all tiles.
-void analyze_unit(const AdaptiveCall& call, Unit& unit, WarmBasis* warm, char* scratch);
+// Means, tile statistics and spreads, from all tiles.
+void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch);
+// Principal directions of V - mean, and the least rank class that keeps enough of its energy, if any does.
+void make_value_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, char* scratch);
+// Directions for the rank probe, whitened by the queries; none if Q or K - mean is 0.
+void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, char* scratch);
 // V and K of one key tile in the bases.
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
 // Statistics of one query tile and what each mass level would keep of its key tiles.

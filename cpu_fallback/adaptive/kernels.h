@@ -75,13 +75,13 @@ struct AdaptiveKernels {
   // gram [d][d] = sum of (x_i - mean)(x_i - mean)^T over rows 0, step, 2 step, ... below n.
   void (*gram)(const float* rows, int64_t n, int64_t step, int64_t d, int64_t stride, const float* mean, float* gram,
                char* scratch);
-  size_t (*project_scratch)(int64_t d);
-  // y [n][0..r) = (x - mean) basis, basis [d][r].
-  void (*project)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
-                  int64_t r, float* y, int64_t y_stride, char* scratch);
+  // y [n][0..r) = (x - mean) basis, basis [d][r], r a multiple of 16, n <= 128. Returns the sum of y^2.
+  double (*project)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
+                    int64_t r, float* y, int64_t y_stride);
   // out[b] = a . rows[b]
   void (*dot_rows)(const float* a, const float* rows, int64_t n, int64_t d, float* out);
-  // One tile of projected keys, y [n][y_stride], n <= 128, in the form that the rank probe reads.
+  // One tile of projected keys, y [n][y_stride], n <= 128, in the form that the rank probe reads; y holds zeros from
+  // rank to the next multiple of 16.
   size_t (*probe_tile_bytes)(int64_t rank);
   void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
   size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);

@@ -46,8 +46,7 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
   Unit unused;
   lay_out_unit(layout.shape, o, arena, unused);
   layout.unit_bytes = arena.used();
-  layout.lane_bytes =
-      std::max(analyze_scratch(layout.shape, o, kernels), attend_scratch(layout.shape, o, exact, kernels));
+  layout.lane_bytes = std::max(analyze_scratch(layout.shape, kernels), attend_scratch(layout.shape, o, exact, kernels));
   layout.lane_bytes = (layout.lane_bytes + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
   const size_t fixed = static_cast<size_t>(lanes) * layout.lane_bytes + Arena::kAlignment;
   layout.units = std::min(kUnitsInFlight, problem.max_batch * problem.heads_kv);
@@ -66,7 +65,7 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
 
 // State of one (sequence, KV head) that lasts from call to call.
 struct UnitMemory {
-  WarmBasis warm;
+  WarmBasis value_basis, probe_basis;
   int32_t dense_calls = 0;  // calls for which the unit is computed exactly without a look
   std::vector<decide::HeadChoice> frozen;
   std::vector<double> entropy;  // of the query heads, when the unit was last looked at
@@ -98,8 +97,8 @@ class AdaptivePlan final : public AttentionPlan {
       memory.frozen.resize(problem.adaptive.freeze ? static_cast<size_t>(s.group) : 0);
       // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
       if (units > kMaxWarmUnits || problem.adaptive.freeze) continue;
-      memory.warm.v.resize(static_cast<size_t>((s.max_rank + 16) * s.d_v));
-      memory.warm.probe.resize(static_cast<size_t>((s.probe_rank + 16) * s.d_qk));
+      memory.value_basis = room_for_basis(s.d_v, s.max_rank);
+      memory.probe_basis = room_for_basis(s.d_qk, s.probe_rank);
     }
   }
 
@@ -225,8 +224,18 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
       count,
       [&](int64_t lane, int64_t i) {
         Unit& unit = units_[static_cast<size_t>(i)];
-        WarmBasis& warm = memory_of(unit).warm;
-        if (unit.analyzed) analyze_unit(call, unit, warm.v.empty() ? nullptr : &warm, lane_memory(lanes, lane));
+        if (unit.analyzed) measure_keys(call, unit, lane_memory(lanes, lane));
+      },
+      lanes_);
+  pool_.for_each(
+      2 * count,
+      [&](int64_t lane, int64_t item) {
+        Unit& unit = units_[static_cast<size_t>(item / 2)];
+        if (!unit.analyzed || !unit.finite || !(unit.v_spread > 0)) return;
+        UnitMemory& memory = memory_of(unit);
+        char* scratch = lane_memory(lanes, lane);
+        if (item % 2 == 0 && s.probe_rank > 0) make_probe_basis(call, unit, memory.probe_basis, scratch);
+        if (item % 2 == 1 && s.max_rank > 0) make_value_basis(call, unit, memory.value_basis, scratch);
       },
       lanes_);
   for_key_tiles([&](Unit& unit, int64_t tile, char* scratch) {

@@ -48,7 +48,7 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.v_mean = arena.take<float>(s.d_v);
   u.basis = arena.take<float>(s.d_v * s.max_rank);
   u.probe_basis = arena.take<float>((s.probe_rank + 1) * s.d_qk);
-  u.probe_key_basis = arena.take<float>(s.d_qk * s.probe_rank);
+  u.probe_key_basis = arena.take<float>(s.d_qk * padded_rank(s.probe_rank));
   u.tile_terms = arena.take<float>(s.key_tiles * s.term_width());
   u.query_terms = arena.take<float>(s.group * s.query_tiles * s.term_width());
   u.within = arena.take<double>(s.key_tiles);

@@ -21,6 +21,9 @@ struct UnitShape {
   int64_t term_width() const { return 3 * d_qk; }
 };
 
+// Columns that projections write: whole vectors of every instruction set.
+inline int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
+
 UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels);
 
 // Decisions and measurements for one query head.

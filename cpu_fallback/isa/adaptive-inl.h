@@ -2,170 +2,17 @@
 // others for single heavy keys, and takes what is left as centroids.
 #pragma once
 
-#include "cpu_fallback/adaptive/kernels.h"
-#include "cpu_fallback/isa/prefill-inl.h"
+#include "cpu_fallback/isa/analyze-inl.h"
 
 namespace adaattn::cpu {
 namespace {
 
-constexpr int64_t kTileKeys = decide::kTileK;
 constexpr int64_t kGroupsPerTile = decide::kTileK / decide::kGroupK;
 constexpr float kGroupBonus = 5.0f;  // log2(kGroupK)
 // The second-order term v/2 of a group's log weight overshoots where scores spread over more than a few nats, because
 // 32 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
 constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
 static_assert(decide::kGroupK == 32 && kTileKeys <= kKeyBlock && kTileRows == decide::kTileQ);
-
-bool load_keys(const KeyOperand& operand, int64_t first, int64_t n, int64_t d, float* out, int64_t stride) {
-  bool finite = true;
-  for (int64_t j = 0; j < n; ++j)
-    finite = widen_row(key_address(operand, first + j), operand.dtype, out + j * stride, d, 1.0f) && finite;
-  return finite;
-}
-
-void load_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float factor, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    widen_row(row_address(operand, group, first + i), operand.dtype, out + i * d, d, factor);
-}
-
-void group_stats(const float* HWY_RESTRICT rows, int64_t n, int64_t d, int64_t stride, float* HWY_RESTRICT mean,
-                 int64_t mean_stride, float* HWY_RESTRICT variance, int64_t variance_stride) {
-  for (int64_t first = 0; first < n; first += decide::kGroupK) {
-    const int64_t count = n - first < decide::kGroupK ? n - first : decide::kGroupK;
-    const float inverse = 1.0f / static_cast<float>(count);
-    for (int64_t c = 0; c < d; ++c) mean[c] = variance[c] = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < d; ++c) mean[c] += rows[(first + i) * stride + c];
-    }
-    for (int64_t c = 0; c < d; ++c) mean[c] *= inverse;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < d; ++c) {
-        const float x = rows[(first + i) * stride + c] - mean[c];
-        variance[c] += x * x;
-      }
-    }
-    for (int64_t c = 0; c < d; ++c) variance[c] *= inverse;
-    mean += mean_stride;
-    variance += variance_stride;
-  }
-}
-
-struct GramScratch {
-  float *rows, *panel, *ones, *out;
-};
-
-HWY_INLINE void lay_out(Arena& arena, GramScratch& x, int64_t n, int64_t d) {
-  x.rows = arena.take<float>(n * packed_stride(d));
-  x.panel = arena.take<float>(n * kPanel);
-  x.ones = arena.take<float>(kPanel);
-  x.out = arena.take<float>(d * kPanel);
-}
-
-size_t gram_scratch(int64_t n, int64_t d) {
-  Arena arena{nullptr};
-  GramScratch unused;
-  lay_out(arena, unused, n, d);
-  return arena.used;
-}
-
-void gram(const float* rows, int64_t n, int64_t step, int64_t d, int64_t stride, const float* mean, float* out,
-          char* scratch) {
-  const int64_t samples = (n + step - 1) / step, packed = packed_stride(d);
-  Arena arena{scratch};
-  GramScratch x;
-  lay_out(arena, x, samples, d);
-  for (int64_t i = 0; i < samples; ++i) {
-    for (int64_t c = 0; c < d; ++c) x.rows[i * packed + c] = rows[i * step * stride + c] - mean[c];
-  }
-  for (int64_t v = 0; v < kPanel; ++v) x.ones[v] = 1;
-  for (int64_t first = 0; first < d; first += kPanel) {
-    const int64_t columns = d - first < kPanel ? d - first : kPanel;
-    for (int64_t i = 0; i < samples; ++i) {
-      for (int64_t c = 0; c < kPanel; ++c) x.panel[i * kPanel + c] = c < columns ? x.rows[i * packed + first + c] : 0;
-    }
-    memset(x.out, 0, static_cast<size_t>(d * kPanel) * sizeof(float));
-    value_panel(x.rows, packed, samples, x.panel, d, x.ones, x.out);
-    for (int64_t r = 0; r < d; ++r) {
-      for (int64_t c = 0; c < columns; ++c) out[r * d + first + c] = x.out[r * kPanel + c];
-    }
-  }
-}
-
-struct ProjectScratch {
-  float *basis, *offset, *out, *max;
-};
-
-HWY_INLINE void lay_out(Arena& arena, ProjectScratch& x, int64_t d) {
-  x.basis = arena.take<float>(d * kPanel);
-  x.offset = arena.take<float>(kPanel);
-  x.out = arena.take<float>(kTileKeys * kPanel);
-  x.max = arena.take<float>(kPanel);
-}
-
-size_t project_scratch(int64_t d) {
-  Arena arena{nullptr};
-  ProjectScratch unused;
-  lay_out(arena, unused, d);
-  return arena.used;
-}
-
-void project(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis, int64_t r,
-             float* y, int64_t y_stride, char* scratch) {
-  Arena arena{scratch};
-  ProjectScratch x;
-  lay_out(arena, x, d);
-  for (int64_t first = 0; first < r; first += kPanel) {
-    const int64_t columns = r - first < kPanel ? r - first : kPanel;
-    for (int64_t c = 0; c < kPanel; ++c) x.offset[c] = x.max[c] = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t c = 0; c < kPanel; ++c) {
-        const float u = c < columns ? basis[i * r + first + c] : 0;
-        x.basis[i * kPanel + c] = u;
-        x.offset[c] += mean[i] * u;
-      }
-    }
-    for (int64_t i = 0; i < n; i += kTileKeys) {
-      const int64_t count = n - i < kTileKeys ? n - i : kTileKeys;
-      score_panel(rows + i * stride, stride, count, x.basis, d, x.out, x.max);
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t c = 0; c < columns; ++c) y[(i + j) * y_stride + first + c] = x.out[j * kPanel + c] - x.offset[c];
-      }
-    }
-  }
-}
-
-void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t n, int64_t d,
-              float* HWY_RESTRICT out) {
-  for (int64_t b = 0; b < n; ++b) {
-    F32 sum = hn::Zero(kF32);
-    int64_t i = 0;
-    for (; i + kLanes <= d; i += kLanes)
-      sum = hn::MulAdd(hn::LoadU(kF32, a + i), hn::LoadU(kF32, rows + b * d + i), sum);
-    float total = hn::GetLane(hn::SumOfLanes(kF32, sum));
-    for (; i < d; ++i) total += a[i] * rows[b * d + i];
-    out[b] = total;
-  }
-}
-
-// ---- The rank probe's keys and queries
-
-#if defined(ADAATTN_UNIT_AVX512VNNI)
-#include "cpu_fallback/isa/probe_int8-inl.h"
-#else
-// f32 rows followed by a 1, which meets a query's product with the mean of K.
-size_t probe_tile_bytes(int64_t rank) {
-  return static_cast<size_t>(kTileKeys * packed_stride(rank + 1)) * sizeof(float);
-}
-
-void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
-  float* rows = reinterpret_cast<float*>(tile);
-  const int64_t stride = packed_stride(rank + 1);
-  for (int64_t j = 0; j < n; ++j) {
-    memcpy(rows + j * stride, y + j * y_stride, static_cast<size_t>(rank) * sizeof(float));
-    rows[j * stride + rank] = 1;
-  }
-}
-#endif
 
 // Neighbouring groups of skipped tiles.
 struct GroupRun {

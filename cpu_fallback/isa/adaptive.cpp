@@ -16,7 +16,17 @@ namespace adaattn::cpu {
 #endif
 
 const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
-    load_keys, load_rows, group_stats,      gram_scratch, gram,         project_scratch,
-    project,   dot_rows,  probe_tile_bytes, pack_probe,   tile_scratch, adaptive_tile};
+    .load_keys = load_keys,
+    .load_rows = load_rows,
+    .group_stats = group_stats,
+    .gram_scratch = gram_scratch,
+    .gram = gram,
+    .project = project,
+    .dot_rows = dot_rows,
+    .probe_tile_bytes = probe_tile_bytes,
+    .pack_probe = pack_probe,
+    .tile_scratch = tile_scratch,
+    .tile = adaptive_tile,
+};
 
 }  // namespace adaattn::cpu

@@ -14,25 +14,28 @@ size_t probe_tile_bytes(int64_t rank) {
 
 HWY_INLINE int8_t* int8_rows(char* tile) { return reinterpret_cast<int8_t*>(tile + round_up(sizeof(Int8Tile), 64)); }
 
+// The padding of y is 0, and so are the bytes that it becomes.
 void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
   Int8Tile& head = *reinterpret_cast<Int8Tile*>(tile);
   int8_t* rows = int8_rows(tile);
   const int64_t width = quads_of(rank) * 4;
   memset(rows, 0, static_cast<size_t>(kTileKeys * width));
-  float largest = 0;
+  F32 most = hn::Zero(kF32);
   for (int64_t j = 0; j < n; ++j) {
-    for (int64_t c = 0; c < rank; ++c) largest = fmaxf(largest, fabsf(y[j * y_stride + c]));
+    for (int64_t c = 0; c < rank; c += kLanes) most = hn::Max(most, hn::Abs(hn::LoadU(kF32, y + j * y_stride + c)));
   }
+  const float largest = hn::GetLane(hn::MaxOfLanes(kF32, most));
   head.scale = largest / 127;
-  const float inverse = largest > 0 ? 127 / largest : 0;
+  const F32 inverse = hn::Set(kF32, largest > 0 ? 127 / largest : 0);
   for (int64_t j = 0; j < kTileKeys; ++j) {
-    int32_t sum = 0;
-    for (int64_t c = 0; c < rank && j < n; ++c) {
-      const auto q = static_cast<int8_t>(lrintf(y[j * y_stride + c] * inverse));
-      rows[j * width + c] = q;
-      sum += q;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t c = 0; c < rank && j < n; c += kLanes) {
+      const __m512i q = _mm512_cvtps_epi32(hn::Mul(hn::LoadU(kF32, y + j * y_stride + c), inverse).raw);
+      sum = _mm512_add_epi32(sum, q);
+      const int64_t bytes = width - c < kLanes ? width - c : kLanes;
+      _mm_mask_storeu_epi8(rows + j * width + c, static_cast<__mmask16>((1u << bytes) - 1), _mm512_cvtepi32_epi8(q));
     }
-    head.offset[j] = -128 * sum;
+    head.offset[j] = -128 * _mm512_reduce_add_epi32(sum);
   }
 }
 
@@ -58,14 +61,18 @@ HWY_INLINE void quantize_queries(const float* projected, int64_t rank, const Int
     hn::Store(hn::Mul(largest, hn::Set(kF32, 1.0f / 127)), kF32, x.scale + lane);
     hn::Store(hn::Load(kF32, projected + rank * kPanel + lane), kF32, x.base + lane);
   }
-  for (int64_t quad = 0; quad < quads_of(rank); ++quad) {
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const float inverse = x.scale[lane] > 0 ? 1 / x.scale[lane] : 0;
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t c = quad * 4 + i;
-        const long q = c < rank ? lrintf(projected[c * kPanel + lane] * inverse) : 0;
-        x.q[(quad * kPanel + lane) * 4 + i] = static_cast<uint8_t>(q + 128);
+  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    const F32 scale = hn::Load(kF32, x.scale + lane);
+    const F32 inverse = hn::IfThenElseZero(hn::Gt(scale, hn::Zero(kF32)), hn::Div(hn::Set(kF32, 1.0f), scale));
+    for (int64_t quad = 0; quad < quads_of(rank); ++quad) {
+      __m512i four = _mm512_set1_epi8(static_cast<char>(128));
+      for (int64_t i = 0; i < 4 && quad * 4 + i < rank; ++i) {
+        const F32 scaled = hn::Mul(hn::Load(kF32, projected + (quad * 4 + i) * kPanel + lane), inverse);
+        const __m512i q = _mm512_and_si512(_mm512_cvtps_epi32(scaled.raw), _mm512_set1_epi32(255));
+        // Flipping the top bit of a signed byte adds 128 to it.
+        four = _mm512_xor_si512(four, _mm512_sll_epi32(q, _mm_cvtsi64_si128(8 * i)));
       }
+      _mm512_store_si512(x.q + (quad * kPanel + lane) * 4, four);
     }
   }
 }

@@ -20,8 +20,9 @@ struct TileLevels {
 };
 
 // estimate: log2 of the mass of each tile of levels->row, first to last, any common offset. visible: mean number of
-// keys that a row of the block sees. mass: scratch for one integer per tile.
-ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint32_t* mass, TileLevels* levels) {
+// keys that a row of the block sees. mass: scratch for one integer per tile. Levels under first_level stay 0.
+ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint32_t* mass, TileLevels* levels,
+                                      int first_level = 0) {
   const TileRow row = levels->row;
   const int64_t tiles = row.end - row.begin;
   if (tiles <= 0) return;
@@ -49,8 +50,9 @@ ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint
   }
   const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
   levels->entropy = uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
-  for (int level = 0; level < kLevels; ++level) {
-    const uint32_t x = mass_threshold(mass, tiles, total, level);
+  uint32_t x = (1u << 23) - 1;
+  for (int level = first_level; level < kLevels; ++level) {
+    x = mass_threshold(mass, tiles, total, level, x);
     uint32_t kept = 0;
     uint64_t dropped = 0;
     for (int64_t b = 0; b < tiles; ++b) {

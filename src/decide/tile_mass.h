@@ -38,13 +38,16 @@ ADAATTN_HD inline uint32_t integer_mass(float log2_mass, float log2_max) {
 }
 
 // The largest x such that the tiles of mass >= x together hold `level` of the total; 0 (keep all) at the dense level.
-// Bitwise search: 23 passes, no sorting, the same for any order of the tiles.
-ADAATTN_HD inline uint32_t mass_threshold(const uint32_t* mass, int64_t tiles, uint64_t total, int level) {
+// Bitwise search: a pass for each bit, no sorting, the same for any order of the tiles. at_most: a bound on the result,
+// as the threshold of any lower level is.
+ADAATTN_HD inline uint32_t mass_threshold(const uint32_t* mass, int64_t tiles, uint64_t total, int level,
+                                          uint32_t at_most = (1u << 23) - 1) {
   if (level >= kDenseLevel) return 0;
   const uint64_t wanted = (total * level_mass(level) + 65535u) >> 16;
   uint32_t x = 0;
   for (int bit = 22; bit >= 0; --bit) {
     const uint32_t candidate = x | (1u << bit);
+    if (candidate > at_most) continue;
     uint64_t sum = 0;
     for (int64_t b = 0; b < tiles; ++b) sum += mass[b] >= candidate ? mass[b] : 0;
     if (sum >= wanted) x = candidate;
