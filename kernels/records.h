@@ -10,25 +10,49 @@
 
 namespace adaattn::cuda {
 
-struct RecordSlot {
+// A record and the work that may still touch it: a plan can be dropped while its launches are queued.
+class RecordSlot {
+ public:
   PlanRecord* device = nullptr;
   PlanRecord* host = nullptr;  // pinned
+
+  // Call behind each launch that touches the record. Never waits.
+  void mark(cudaStream_t stream);
+
+ private:
+  friend class RecordPool;
+  struct Mark {
+    unsigned long long stream;  // its id: a handle may be used again for another stream
+    cudaEvent_t event;          // behind the newest launch on it
+  };
+  bool idle() const;
+
+  std::vector<Mark> marks_;
+  bool used_ = false;
+  bool forever_ = false;  // a captured launch: a graph may replay it at any time
 };
 
-// All calls need the pool's device current.
+// All calls need the pool's device current. None waits for the caller's work.
 class RecordPool {
  public:
   ~RecordPool();
   RecordSlot acquire();  // zeroed
-  void release(const RecordSlot& slot);
+  void release(RecordSlot slot);
   // What the device has counted up to now, whatever else is running; reset clears it afterwards.
   PlanRecord read(const RecordSlot& slot, bool reset);
 
  private:
   static constexpr int kSlots = 128;
+  void add_slab();
+  void reclaim();
+
   std::mutex mutex_;
-  cudaStream_t stream_ = nullptr;  // does not wait for the caller's streams
-  std::vector<RecordSlot> slabs_, free_;
+  cudaStream_t stream_ = nullptr;     // does not wait for the caller's streams
+  cudaEvent_t cleared_ = nullptr;     // behind the clearing of clearing_
+  std::vector<RecordSlot> slabs_;     // the first record of each
+  std::vector<RecordSlot> free_;      // zero
+  std::vector<RecordSlot> retired_;   // released, with work that may still be queued
+  std::vector<RecordSlot> clearing_;  // idle, being set to zero
 };
 
 }  // namespace adaattn::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <utility>
 
 #include "common/pairs.h"
 #include "core/error.h"
@@ -45,7 +46,7 @@ class Plan final : public AttentionPlan {
     for (const AttendKernel* kernel : candidates(problem, device)) prepare_kernel(*kernel);
     record_ = records_->acquire();
   }
-  ~Plan() override { records_->release(record_); }
+  ~Plan() override { records_->release(std::move(record_)); }
 
   const PlanInfo& info() const override { return info_; }
 
@@ -64,6 +65,10 @@ class Plan final : public AttentionPlan {
       check(launch.kernel->launch(args, stream), launch.kernel->name);
       if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
       if (launch.splits > 1) check(launch_combine(args, stream), "combine");
+      // Hopper kernels with more tiles than CTAs count them in the record.
+      const bool counts_tiles =
+          launch.kernel->arch >= 90 && params.batch * args.heads * args.m_tiles > args.multiprocessors;
+      if (args.record != nullptr || counts_tiles) record_.mark(stream);
       if (!lengths_on_device(params)) {
         rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);
         pairs_ += static_cast<uint64_t>(params.batch * params.heads_q * visible_pairs(params, sequence_of(params, 0)));
