@@ -1,42 +1,20 @@
 // The generate program as its user meets it: exit status, streams and report.
 
-#include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
+#include "model/program.h"
 
-#include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <nlohmann/json.hpp>
+#include <gtest/gtest.h>
+
 #include <string>
+
+#include "adaattn/adaattn.hpp"
 
 namespace {
 
-struct Outcome {
-  int status = -1;
-  std::string output;
-};
-
-// Runs the program through the shell; stderr joins stdout unless it is sent elsewhere.
-Outcome run(const std::string& arguments, const std::string& errors = "&1") {
-  Outcome outcome;
-  FILE* pipe = popen((GENERATE_PROGRAM " " + arguments + " 2>" + errors).c_str(), "r");
-  if (pipe == nullptr) return outcome;
-  char chunk[4096];
-  for (size_t size; (size = fread(chunk, 1, sizeof chunk, pipe)) > 0;) outcome.output.append(chunk, size);
-  const int status = pclose(pipe);
-  outcome.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return outcome;
-}
-
-void expect_failure(const std::string& arguments, int status, const std::string& says) {
-  const Outcome outcome = run(arguments);
-  EXPECT_EQ(outcome.status, status) << arguments;
-  EXPECT_NE(outcome.output.find(says), std::string::npos) << arguments << "\nprinted: " << outcome.output;
-}
-
-constexpr char kModel[] = "--model " MODEL_FOLDER " ";
+using model_test::expect_failure;
+using model_test::kModel;
+using model_test::Outcome;
+using model_test::report_of;
+using model_test::run;
 
 TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
   expect_failure("", 2, "subcommand");
@@ -45,6 +23,7 @@ TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
   expect_failure(std::string("write ") + kModel + "--prompt x --prompt-ids 1", 2, "--prompt");
   expect_failure(std::string("write ") + kModel + "--prompt x --isa sse9", 2, "sse9");
   expect_failure(std::string("write ") + kModel + "--prompt x --dtype f8", 2, "f8");
+  expect_failure(std::string("write ") + kModel + "--prompt x --device tpu", 2, "tpu");
   expect_failure(std::string("loss ") + kModel + "--text x --threads -1", 2, "--threads");
 }
 
@@ -69,6 +48,15 @@ TEST(GenerateProgram, AnInstructionSetOfAnotherArchitectureIsRefused) {
 #endif
 }
 
+TEST(GenerateProgram, AGpuTakesNoInstructionSet) {
+  expect_failure(std::string("write ") + kModel + "--prompt x --device cuda --isa baseline", 1, "isa");
+}
+
+TEST(GenerateProgram, WithoutAGpuCudaIsRefusedWithTheReason) {
+  if (adaattn::device_count(ADAATTN_DEVICE_CUDA).value() > 0) GTEST_SKIP() << "there is a GPU";
+  expect_failure(std::string("write ") + kModel + "--prompt x --device cuda", 1, "CUDA");
+}
+
 TEST(GenerateProgram, HelpExitsWith0) {
   const Outcome outcome = run("loss --help");
   EXPECT_EQ(outcome.status, 0);
@@ -85,15 +73,8 @@ TEST(GenerateProgram, WritesOnlyTheTextToStdoutAndTheSameForTheSameIds) {
 }
 
 TEST(GenerateProgram, LossReportHasTheFigures) {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / ("adaattn-report-" + std::to_string(getpid()))).string();
-  const Outcome outcome =
-      run(std::string("loss ") + kModel +
-          "--text " MODEL_FOLDER "/manual.txt --context 256 --windows 2 --threads 1 --report " + path);
-  EXPECT_EQ(outcome.status, 0) << outcome.output;
-  std::ifstream stream(path);
-  const auto report = nlohmann::json::parse(stream);
-  std::filesystem::remove(path);
+  const auto report = report_of(std::string("loss ") + kModel +
+                                "--text " MODEL_FOLDER "/manual.txt --context 256 --windows 2 --threads 1");
   EXPECT_EQ(report.at("windows"), 2);
   EXPECT_EQ(report.at("tokens"), 512);
   EXPECT_EQ(report.at("threads"), 1);
@@ -105,15 +86,9 @@ TEST(GenerateProgram, LossReportHasTheFigures) {
 }
 
 TEST(GenerateProgram, LossReportHasTheHeadsAndTilesOfAPolicy) {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / ("adaattn-policy-" + std::to_string(getpid()))).string();
-  const Outcome outcome = run(
-      std::string("loss ") + kModel +
-      "--text " MODEL_FOLDER "/manual.txt --context 1024 --windows 2 --policy speed --tolerance 0.3 --report " + path);
-  EXPECT_EQ(outcome.status, 0) << outcome.output;
-  std::ifstream stream(path);
-  const auto report = nlohmann::json::parse(stream);
-  std::filesystem::remove(path);
+  const auto report =
+      report_of(std::string("loss ") + kModel +
+                "--text " MODEL_FOLDER "/manual.txt --context 1024 --windows 2 --policy speed --tolerance 0.3");
   EXPECT_EQ(report.at("policy"), "speed");
   EXPECT_EQ(report.at("tolerance"), 0.3);
   const auto& heads = report.at("heads");

@@ -1,73 +1,28 @@
 // The model in examples/generate/model: its known losses and logits, and the ways of running it against each other.
 
+#include "model/shipped_model.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <fstream>
 #include <iterator>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <span>
 #include <sstream>
 #include <string>
-
-#include "engine/model.h"
-#include "engine/run.h"
-#include "engine/tokenizer.h"
 
 namespace {
 
 using generate::KvCache;
 using generate::Model;
 using generate::ModelOptions;
-
-std::string read(const std::string& name) {
-  std::ifstream stream(std::string(MODEL_FOLDER "/") + name, std::ios::binary);
-  EXPECT_TRUE(stream.good()) << name;
-  return {std::istreambuf_iterator<char>(stream), {}};
-}
-
-const nlohmann::json& reference() {
-  static const nlohmann::json json = nlohmann::json::parse(read("manual_reference.json"));
-  return json;
-}
-
-std::vector<int32_t> manual(size_t tokens) {
-  static const std::string text = read("manual.txt");
-  std::vector<int32_t> result;
-  for (const char byte : text.substr(0, tokens)) result.push_back(static_cast<unsigned char>(byte));
-  return result;
-}
-
-double largest_of(const std::vector<float>& values) {
-  double largest = 0;
-  for (const float value : values) largest = std::max<double>(largest, std::abs(value));
-  return largest;
-}
-
-void expect_close(const std::vector<float>& logits, const std::vector<float>& expected, const std::string& where) {
-  ASSERT_EQ(logits.size(), expected.size());
-  for (size_t i = 0; i < logits.size(); ++i)
-    ASSERT_NEAR(logits[i], expected[i], 1e-4 * largest_of(expected)) << where << ", token " << i;
-}
-
-double loss(const ModelOptions& options, size_t context, size_t windows) {
-  Model model(MODEL_FOLDER, options);
-  return generate::evaluate_loss(model, manual(windows * context + 1), static_cast<int64_t>(context), 0,
-                                 [](int64_t, int64_t) {})
-      .bits_per_token;
-}
-
-// Logits after each of the first `count` tokens, in one step.
-std::vector<std::vector<float>> all_logits(Model& model, size_t count) {
-  KvCache cache = model.make_cache(1, static_cast<int64_t>(count), KvCache::Use::kOneStep);
-  model.forward(manual(count), cache);
-  std::vector<std::vector<float>> logits;
-  for (size_t row = 0; row < count; ++row) logits.push_back(model.logits(static_cast<int64_t>(row)));
-  return logits;
-}
+using model_test::all_logits;
+using model_test::expect_close;
+using model_test::largest_of;
+using model_test::loss;
+using model_test::manual;
+using model_test::reference;
 
 TEST(ShippedModel, LogitsAfter512BytesMatchTheReference) {
   const auto expected = reference().at("logits_last_of_first_512").get<std::vector<float>>();

@@ -57,15 +57,20 @@ Json describe_run(Model& model, const CommonOptions& common, const Step& step, i
   const adaattn_plan_info_t plan = model.attention_info(step, capacity);
   adaattn_device_info_t device = {};
   device.struct_size = sizeof device;
-  const bool known = adaattn_device_info(ADAATTN_DEVICE_CPU, 0, &device) == ADAATTN_SUCCESS;
+  const bool known = adaattn_device_info(model.device(), 0, &device) == ADAATTN_SUCCESS;
   return {{"library", adaattn_build_info()},
           {"device", known ? device.name : "unknown"},
           {"isa", plan.isa},
           {"kernel", plan.kernel},
           {"blas", model.compute_description()},
           {"threads", model.threads()},
-          {"dtype", dtype_name(common.engine.dtype)},
+          {"dtype", dtype_name(model.dtype())},
           {"model", common.model}};
+}
+
+std::string describe_device(const Model& model, const Json& run) {
+  return model.device() == ADAATTN_DEVICE_CPU ? std::to_string(model.threads()) + " threads"
+                                              : run.at("device").get<std::string>();
 }
 
 Json describe_attention(const AttentionReport& report, bool with_heads) {
@@ -132,11 +137,12 @@ void run_loss(const CommonOptions& common, const LossOptions& options) {
   report["seconds"] = result.seconds;
   report["tokens_per_second"] = result.tokens_per_second();
   report.update(describe_attention(model.attention_report(), true));
-  std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, %d threads)\n",
+  std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, %s)\n",
               static_cast<long long>(result.context), result.bits_per_token,
               has_byte_tokens(model.config()) ? "byte" : "token", static_cast<long long>(result.tokens),
               static_cast<long long>(result.windows), result.tokens_per_second(),
-              report["isa"].get_ref<const std::string&>().c_str(), dtype_name(common.engine.dtype), model.threads());
+              report["isa"].get_ref<const std::string&>().c_str(), dtype_name(model.dtype()),
+              describe_device(model, report).c_str());
   if (!common.report.empty()) write_json(common.report, report);
 }
 

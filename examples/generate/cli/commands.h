@@ -35,11 +35,14 @@ void run_loss(const CommonOptions& common, const LossOptions& options);
 void run_write(const CommonOptions& common, const WriteOptions& options);
 
 // The losses of the model folder's manual.txt at two contexts, held against the folder's manual_reference.json, and
-// a continuation. False if a loss in f32 is off by more than the reference allows.
+// a continuation. False if a loss is off by more than its type allows.
 bool run_demo(const CommonOptions& common);
 
 // What every report says about the machine and the library.
 nlohmann::ordered_json describe_run(Model& model, const CommonOptions& common, const Step& step, int64_t capacity);
+
+// For a line of text: the GPU of a run that describe_run() described, or how many threads of the CPU it had.
+std::string describe_device(const Model& model, const nlohmann::ordered_json& run);
 
 // What adaptive attention decided and measured, summed; with_heads: and each head of the newest step.
 nlohmann::ordered_json describe_attention(const AttentionReport& report, bool with_heads);

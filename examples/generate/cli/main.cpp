@@ -18,13 +18,20 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
   static const std::map<std::string, DType> dtypes = {
       {"f32", DType::kF32}, {"f16", DType::kF16}, {"bf16", DType::kBf16}};
   command.add_option("--model", common.model, "Folder with config.json and *.safetensors")->required();
-  command.add_option("--threads", common.engine.threads, "Threads; 0: all that this process may use")
+  static const std::map<std::string, adaattn_device_t> devices = {{"cpu", ADAATTN_DEVICE_CPU},
+                                                                  {"cuda", ADAATTN_DEVICE_CUDA}};
+  command.add_option("--device", common.engine.device, "Where the model runs: cpu (default), cuda")
+      ->transform(CLI::CheckedTransformer(devices).description("NAME"));
+  command.add_option("--threads", common.engine.threads, "CPU threads; 0: all that this process may use")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   command
       .add_option("--isa", common.engine.isa, "Instruction set of attention: auto, baseline, avx2, avx512, amx, neon")
       ->transform(CLI::CheckedTransformer(generate::isa_names()).description("NAME"));
-  command.add_option("--dtype", common.engine.dtype, "Type of q, k, v and o: f32 (default), f16, bf16")
+  command
+      .add_option(
+          "--dtype", common.engine.dtype,
+          "Type of q, k, v and o, on cuda of the weights too: f32 (default on cpu), f16, bf16 (default on cuda)")
       ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
   command
       .add_option("--policy", common.engine.attention.policy,

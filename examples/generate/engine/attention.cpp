@@ -1,7 +1,6 @@
 #include "engine/attention.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 namespace generate {
@@ -11,8 +10,10 @@ void run_on_pool(void* user, int64_t n, void (*task)(void*, int64_t), void* task
   static_cast<ThreadPool*>(user)->run(n, task, task_user);
 }
 
-adaattn::Context make_context(adaattn_isa_t isa, ThreadPool& pool) {
+adaattn::Context make_context(adaattn_device_t device, adaattn_isa_t isa, ThreadPool& pool) {
   adaattn::Config config;
+  config.device = device;
+  if (device != ADAATTN_DEVICE_CPU) return adaattn::Context::create(config).value();
   config.num_threads = pool.threads();
   config.isa = isa;
   config.parallel_for = run_on_pool;
@@ -45,8 +46,12 @@ const std::map<std::string, adaattn_policy_t>& policy_names() {
 }
 
 Attention::Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy,
-                     ThreadPool& pool)
-    : config_(config), dtype_(dtype), policy_(policy), context_(make_context(isa, pool)) {}
+                     Compute& compute, ThreadPool& pool)
+    : config_(config),
+      dtype_(dtype),
+      policy_(policy),
+      compute_(compute),
+      context_(make_context(compute.device(), isa, pool)) {}
 
 adaattn::Plan& Attention::plan_for(int64_t layer, const Step& step, int64_t capacity) {
   const bool adaptive = policy_.policy != ADAATTN_POLICY_EXACT;
@@ -66,7 +71,10 @@ adaattn::Plan& Attention::plan_for(int64_t layer, const Step& step, int64_t capa
   allowed.policy = policy_.policy;
   allowed.tolerance = policy_.tolerance;
   adaattn::Plan plan = context_.make_plan(desc, adaptive ? &allowed : nullptr).value();
-  if (const size_t bytes = plan.workspace_size().value(); bytes > workspace_.size()) workspace_.resize(bytes);
+  if (const size_t bytes = plan.workspace_size().value(); bytes > workspace_bytes_) {
+    workspace_ = compute_.allocate(bytes);
+    workspace_bytes_ = bytes;
+  }
   return plans_.emplace(key, std::move(plan)).first->second;
 }
 
@@ -76,7 +84,7 @@ void Attention::run(int64_t layer, const Step& step, const void* q, const KvSlot
   const auto view = [&](const void* data, int64_t rows, int64_t heads, int64_t room) {
     const int64_t row = heads * config_.head_dim;
     return adaattn::tensor(data, static_cast<adaattn_dtype_t>(dtype_), {step.batch, rows, heads, config_.head_dim},
-                           {room * row, row, config_.head_dim, 1});
+                           {room * row, row, config_.head_dim, 1}, {compute_.device(), 0});
   };
   const int64_t keys = step.start + step.seqlen;
   adaattn::Io io;
@@ -84,9 +92,13 @@ void Attention::run(int64_t layer, const Step& step, const void* q, const KvSlot
   io.k = view(kv.k, keys, config_.kv_heads, kv.capacity);
   io.v = view(kv.v, keys, config_.kv_heads, kv.capacity);
   io.o = view(o, step.seqlen, config_.heads, step.seqlen);
-  const auto start = std::chrono::steady_clock::now();
-  plan.execute(io, {workspace_.data(), workspace_.size()}).or_throw();
-  seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  compute_.start_clock();
+  plan.execute(io, {workspace_.get(), workspace_bytes_}, compute_.stream()).or_throw();
+  compute_.stop_clock();
+}
+
+void Attention::prepare(const Step& step, int64_t capacity) {
+  for (int64_t layer = 0; layer < config_.layers; ++layer) plan_for(layer, step, capacity);
 }
 
 adaattn_plan_info_t Attention::describe(const Step& step, int64_t capacity) {
@@ -95,7 +107,7 @@ adaattn_plan_info_t Attention::describe(const Step& step, int64_t capacity) {
 
 AttentionReport Attention::report() const {
   AttentionReport report;
-  report.seconds = seconds_;
+  report.seconds = compute_.clock_seconds();
   adaattn_plan_stats_t& sum = report.totals;
   for (const auto& [key, plan] : plans_) {
     const adaattn_plan_stats_t stats = plan.stats().value();

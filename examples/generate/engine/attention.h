@@ -27,15 +27,19 @@ struct HeadReport {
 
 // Sums over layers and steps.
 struct AttentionReport {
-  double seconds = 0;  // in the library
+  double seconds = 0;  // of the device, in the library
   adaattn_plan_stats_t totals = {};
   std::vector<HeadReport> heads;
 };
 
 class Attention {
  public:
-  // isa: an ADAATTN_ISA_* the processor has; AUTO takes the best. config and pool must outlive this object.
-  Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy, ThreadPool& pool);
+  // isa: on the CPU, an ADAATTN_ISA_* the processor has; AUTO takes the best. The references must outlive this object.
+  Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy, Compute& compute,
+            ThreadPool& pool);
+
+  // Makes the plans of a step like this.
+  void prepare(const Step& step, int64_t capacity);
 
   // o [rows, heads, head_dim] from q of the same shape, over the first start + seqlen keys of each sequence.
   void run(int64_t layer, const Step& step, const void* q, const KvSlot& kv, void* o);
@@ -51,11 +55,12 @@ class Attention {
   const ModelConfig& config_;
   DType dtype_;
   AttentionPolicy policy_;
-  double seconds_ = 0;
+  Compute& compute_;
   adaattn::Context context_;
   // By layer, batch, seqlen and capacity. Exact plans serve every layer; adaptive ones hold what they learn of theirs.
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, adaattn::Plan> plans_;
-  std::vector<std::byte> workspace_;  // of the largest of them
+  Buffer workspace_;  // of the largest of them
+  size_t workspace_bytes_ = 0;
 };
 
 // The names that --policy takes.

@@ -41,6 +41,11 @@ class Compute {
  public:
   virtual ~Compute() = default;
 
+  virtual adaattn_device_t device() const = 0;
+
+  // Where all work is enqueued, attention's included; null on the CPU, where each call is done when it returns.
+  virtual adaattn_stream_t stream() const = 0;
+
   virtual Buffer allocate(size_t bytes) = 0;
 
   // x [rows, hidden] = embeddings of the tokens.
@@ -59,6 +64,15 @@ class Compute {
   // -ln p(targets[r]) for each row of x, in host memory.
   virtual void losses(std::span<const int32_t> targets, const float* x, double* losses) = 0;
 
+  // Does what a device does at the first step of so many rows only, so that the step can be timed.
+  virtual void warm_up(int64_t rows) = 0;
+
+  // The device's time between each start and stop, summed; asking for it waits for the device.
+  virtual void start_clock() = 0;
+  virtual void stop_clock() = 0;
+  virtual double clock_seconds() = 0;
+
+  // Of the library that does the matrix products.
   virtual std::string description() const = 0;
 };
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "engine/blas.h"
 #include "engine/elementwise.h"
@@ -21,8 +21,13 @@ constexpr int64_t kCacheLine = 64;
 
 }  // namespace
 
-CpuCompute::CpuCompute(const ModelConfig& config, const Weights& weights, DType attention_dtype, ThreadPool& pool)
-    : config_(config), weights_(weights), dtype_(attention_dtype), pool_(pool), scratch_(pool.threads()) {
+CpuCompute::CpuCompute(const ModelConfig& config, Weights weights, DType attention_dtype, ThreadPool& pool)
+    : config_(config),
+      weights_(std::move(weights)),
+      dtype_(attention_dtype),
+      pool_(pool),
+      scratch_(pool.threads()),
+      rope_(config.head_dim, config.rope_theta) {
   open_blas();
 }
 
@@ -71,34 +76,14 @@ void CpuCompute::embed(std::span<const int32_t> tokens, float* x) {
                 hidden * sizeof(float));
 }
 
-// Angles are products of f32 numbers, as in the implementations that models are trained with: at large positions their
-// rounding is part of the model. Cosine and sine of them are exact to f32.
-void CpuCompute::grow_rope_table(int64_t positions) {
-  const int64_t half = config_.head_dim / 2;
-  int64_t position = static_cast<int64_t>(rope_cos_.size()) / half;
-  if (positions <= position) return;
-  positions = std::max(positions, 2 * position);
-  std::vector<float> frequencies;
-  for (int64_t i = 0; i < half; ++i) {
-    const double exponent = static_cast<double>(2 * i) / static_cast<double>(config_.head_dim);
-    frequencies.push_back(static_cast<float>(std::pow(config_.rope_theta, -exponent)));
-  }
-  for (; position < positions; ++position)
-    for (const float frequency : frequencies) {
-      const double angle = static_cast<float>(position) * frequency;
-      rope_cos_.push_back(static_cast<float>(std::cos(angle)));
-      rope_sin_.push_back(static_cast<float>(std::sin(angle)));
-    }
-}
-
 void CpuCompute::store_qkv(const Step& step, int64_t first_row, int64_t rows, float* qkv, void* q,
                            const KvSlot& kv) const {
   const int64_t head_dim = config_.head_dim, q_size = config_.q_size(), kv_size = config_.kv_size();
   const size_t size = dtype_size(dtype_);
   for (int64_t row = first_row; row < first_row + rows; ++row, qkv += q_size + 2 * kv_size) {
     const int64_t sequence = row / step.seqlen, position = step.start + row % step.seqlen;
-    const float* cos = rope_cos_.data() + position * (head_dim / 2);
-    const float* sin = rope_sin_.data() + position * (head_dim / 2);
+    const float* cos = rope_.cos().data() + position * (head_dim / 2);
+    const float* sin = rope_.sin().data() + position * (head_dim / 2);
     for (int64_t head = 0; head < config_.heads + config_.kv_heads; ++head)
       apply_rope(qkv + head * head_dim, cos, sin, head_dim);
     const size_t place = static_cast<size_t>((sequence * kv.capacity + position) * kv_size) * size;
@@ -111,7 +96,7 @@ void CpuCompute::store_qkv(const Step& step, int64_t first_row, int64_t rows, fl
 void CpuCompute::project_qkv(int64_t layer, const Step& step, const float* x, void* q, const KvSlot& kv) {
   const LayerWeights& weights = weights_.layers[layer];
   const int64_t hidden = config_.hidden_size;
-  grow_rope_table(step.start + step.seqlen);
+  rope_.grow(step.start + step.seqlen);
   for_each_chunk(step.rows(), [&](Scratch& scratch, int64_t first, int64_t rows) {
     scratch.normed.resize(rows * hidden);
     scratch.wide.resize(rows * weights.qkv.out);

@@ -1,14 +1,27 @@
 #include "engine/model.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "engine/cpu_compute.h"
+#include "engine/cuda/compute.h"
 #include "engine/error.h"
+#include "engine/weights.h"
 
 namespace generate {
 namespace {
 
-constexpr int64_t kPrefillChunk = 2048;
+DType dtype_of(const ModelOptions& options) {
+  return options.dtype.value_or(options.device == ADAATTN_DEVICE_CPU ? DType::kF32 : DType::kBf16);
+}
+
+std::unique_ptr<Compute> make_compute(const ModelConfig& config, Weights weights, const ModelOptions& options,
+                                      ThreadPool& pool) {
+  if (options.device == ADAATTN_DEVICE_CPU)
+    return std::make_unique<CpuCompute>(config, std::move(weights), dtype_of(options), pool);
+  if (options.isa != ADAATTN_ISA_AUTO) fail("isa chooses among the instruction sets of the CPU; CUDA takes auto only");
+  return make_cuda_compute(config, weights, dtype_of(options));
+}
 
 }  // namespace
 
@@ -16,16 +29,20 @@ KvSlot KvCache::slot(int64_t layer) const { return slots_[static_cast<size_t>(la
 
 Model::Model(const std::filesystem::path& folder, const ModelOptions& options)
     : config_(read_config(folder)),
-      options_(options),
-      pool_(options.threads),
-      weights_(load_weights(config_, Checkpoint(folder))),
-      compute_(std::make_unique<CpuCompute>(config_, weights_, options.dtype, pool_)),
-      attention_(config_, options.dtype, options.isa, options.attention, pool_) {}
+      dtype_(dtype_of(options)),
+      pool_(options.device == ADAATTN_DEVICE_CPU ? options.threads : 1),
+      compute_(make_compute(config_, load_weights(config_, Checkpoint(folder)), options, pool_)),
+      attention_(config_, dtype_, options.isa, options.attention, *compute_, pool_) {}
 
 Model::~Model() = default;
 
 adaattn_plan_info_t Model::attention_info(const Step& step, int64_t capacity) {
   return attention_.describe(step, capacity);
+}
+
+void Model::prepare(const Step& step, int64_t capacity) {
+  compute_->warm_up(step.rows());
+  attention_.prepare(step, capacity);
 }
 
 KvCache Model::make_cache(int64_t batch, int64_t capacity, KvCache::Use use) {
@@ -35,7 +52,7 @@ KvCache Model::make_cache(int64_t batch, int64_t capacity, KvCache::Use use) {
   KvCache cache;
   cache.batch_ = batch;
   cache.capacity_ = capacity;
-  const size_t bytes = static_cast<size_t>(batch * capacity * config_.kv_size()) * dtype_size(options_.dtype);
+  const size_t bytes = static_cast<size_t>(batch * capacity * config_.kv_size()) * dtype_size(dtype_);
   const int64_t slots = use == KvCache::Use::kManySteps ? config_.layers : 1;
   for (int64_t i = 0; i < slots; ++i) {
     const Buffer k = compute_->allocate(bytes), v = compute_->allocate(bytes);
@@ -61,8 +78,8 @@ void Model::forward(std::span<const int32_t> tokens, KvCache& cache) {
   if (step.rows() > row_room_) {
     const size_t rows = static_cast<size_t>(step.rows()), q_size = static_cast<size_t>(config_.q_size());
     hidden_ = compute_->allocate(rows * static_cast<size_t>(config_.hidden_size) * sizeof(float));
-    q_ = compute_->allocate(rows * q_size * dtype_size(options_.dtype));
-    o_ = compute_->allocate(rows * q_size * dtype_size(options_.dtype));
+    q_ = compute_->allocate(rows * q_size * dtype_size(dtype_));
+    o_ = compute_->allocate(rows * q_size * dtype_size(dtype_));
     row_room_ = step.rows();
   }
   rows_ = step.rows();

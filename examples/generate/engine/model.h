@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -11,18 +12,20 @@
 #include "engine/compute.h"
 #include "engine/config.h"
 #include "engine/thread_pool.h"
-#include "engine/weights.h"
 
 namespace generate {
 
 struct ModelOptions {
-  int threads = 0;  // 0: as many as this process may run on
+  adaattn_device_t device = ADAATTN_DEVICE_CPU;
+  int threads = 0;  // of the CPU; 0: as many as this process may run on
   adaattn_isa_t isa = ADAATTN_ISA_AUTO;
-  DType dtype = DType::kF32;  // of q, k, v and o
+  // Of q, k, v and o, on CUDA of the weights and of what they are multiplied with too. Empty: f32 on the CPU, bf16 on
+  // CUDA.
+  std::optional<DType> dtype;
   AttentionPolicy attention;
 };
 
-// Keys and values of `batch` sequences with room for `capacity` tokens each, in memory of this program.
+// Keys and values of `batch` sequences with room for `capacity` tokens each, in memory of the device.
 class KvCache {
  public:
   // What a cache is for: continuing a sequence step by step, or one step alone. The latter needs no layer's keys once
@@ -51,11 +54,15 @@ class Model {
   ~Model();
 
   const ModelConfig& config() const { return config_; }
-  const ModelOptions& options() const { return options_; }
+  adaattn_device_t device() const { return compute_->device(); }
+  DType dtype() const { return dtype_; }
   int threads() const { return pool_.threads(); }
   std::string compute_description() const { return compute_->description(); }
   adaattn_plan_info_t attention_info(const Step& step, int64_t capacity);
   AttentionReport attention_report() const { return attention_.report(); }
+
+  // Makes plans and loads code for such a step, so that it can be timed.
+  void prepare(const Step& step, int64_t capacity);
 
   KvCache make_cache(int64_t batch, int64_t capacity, KvCache::Use use);
 
@@ -69,20 +76,20 @@ class Model {
   // -ln p(targets[r]) for every row of the last forward().
   std::vector<double> losses(std::span<const int32_t> targets);
 
-  // Runs one sequence's tokens in chunks of bounded memory and returns the logits after the last.
+  // Runs one sequence's tokens in chunks of kPrefillChunk and returns the logits after the last.
+  static constexpr int64_t kPrefillChunk = 2048;
   std::vector<float> prefill(std::span<const int32_t> tokens, KvCache& cache);
 
  private:
   ModelConfig config_;
-  ModelOptions options_;
+  DType dtype_;
   ThreadPool pool_;
-  Weights weights_;
   std::unique_ptr<Compute> compute_;
   Attention attention_;
   int64_t rows_ = 0;      // of the last forward()
   int64_t row_room_ = 0;  // rows that the buffers hold
   Buffer hidden_;         // [rows, hidden] f32
-  Buffer q_;              // [rows, heads, head_dim] in options_.dtype
+  Buffer q_;              // [rows, heads, head_dim] in dtype_
   Buffer o_;              // the same
 };
 

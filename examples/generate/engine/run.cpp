@@ -31,8 +31,9 @@ LossResult evaluate_loss(Model& model, std::span<const int32_t> tokens, int64_t 
          static_cast<long long>(context));
   result.tokens = result.windows * context;
 
-  const auto start = std::chrono::steady_clock::now();
   const int64_t together = std::clamp<int64_t>(kBatchTokens / context, 1, result.windows);
+  model.prepare({together, context, 0}, context);
+  const auto start = std::chrono::steady_clock::now();
   double nats = 0;
   for (int64_t window = 0; window < result.windows; window += together) {
     const int64_t batch = std::min(together, result.windows - window);
@@ -56,6 +57,8 @@ WriteResult write_tokens(Model& model, std::span<const int32_t> prompt, int64_t 
   result.prompt_tokens = static_cast<int64_t>(prompt.size());
   KvCache cache = model.make_cache(1, result.prompt_tokens + max_tokens, KvCache::Use::kManySteps);
 
+  model.prepare({1, std::min(result.prompt_tokens, Model::kPrefillChunk), 0}, cache.capacity());
+  model.prepare({1, 1, 0}, cache.capacity());
   auto start = std::chrono::steady_clock::now();
   std::vector<float> logits = model.prefill(prompt, cache);
   result.prefill_seconds = seconds_since(start);
