@@ -57,8 +57,9 @@ WriteResult write_tokens(Model& model, std::span<const int32_t> prompt, int64_t 
   result.prompt_tokens = static_cast<int64_t>(prompt.size());
   KvCache cache = model.make_cache(1, result.prompt_tokens + max_tokens, KvCache::Use::kManySteps);
 
-  model.prepare({1, std::min(result.prompt_tokens, Model::kPrefillChunk), 0}, cache.capacity());
-  model.prepare({1, 1, 0}, cache.capacity());
+  for (const int64_t step :
+       {std::min(result.prompt_tokens, Model::kPrefillChunk), result.prompt_tokens % Model::kPrefillChunk, int64_t{1}})
+    if (step > 0) model.prepare({1, step, 0}, cache.capacity());
   auto start = std::chrono::steady_clock::now();
   std::vector<float> logits = model.prefill(prompt, cache);
   result.prefill_seconds = seconds_since(start);
