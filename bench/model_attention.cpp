@@ -41,11 +41,10 @@ ModelAttention capture_attention(const std::string& folder, int64_t seqlen, int6
   const std::vector<int32_t> tokens = tokenize(config, text);
   if (static_cast<int64_t>(tokens.size()) < windows * seqlen)
     throw std::runtime_error(folder + "/manual.txt is too short for the windows of this suite");
-  const Weights weights = load_weights(config, Checkpoint(folder));
   const auto engine_dtype = static_cast<DType>(dtype);
   ThreadPool pool(threads);
-  CpuCompute compute(config, weights, engine_dtype, pool);
-  Attention attention(config, engine_dtype, ADAATTN_ISA_AUTO, {}, pool);
+  CpuCompute compute(config, load_weights(config, Checkpoint(folder)), engine_dtype, pool);
+  Attention attention(config, engine_dtype, ADAATTN_ISA_AUTO, {}, compute, pool);
 
   const size_t element = dtype_size(engine_dtype), rows = static_cast<size_t>(seqlen);
   const size_t q_bytes = rows * static_cast<size_t>(config.q_size()) * element;
