@@ -171,6 +171,10 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
       1, extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / (launch.pack > 1 ? 1 : group));
   launch.section = static_cast<int32_t>(
       std::clamp<int64_t>(device.l2_bytes / 2 / kv_bytes, std::min<int64_t>(group, 8), int64_t{1} << 16));
+  // Rows of few tiles leave nothing to balance, but starting with the longest tile of every head would read all keys
+  // and values at once and leave memory idle afterwards.
+  constexpr int32_t kShortRows = 4;
+  if (launch.m_tiles <= kShortRows) launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(4, group));
   return launch;
 }
 

@@ -25,7 +25,7 @@ struct ForwardConfig {
 };
 
 struct ForwardArgs {
-  CUtensorMap q_map, k_map, v_map;
+  CUtensorMap q_map, k_map, v_map, o_map;
   AttnParams p;
   float scale_log2;                                              // from the (softcapped) score to base-2 logits
   float softcap_log2;                                            // 2 * scale / softcap * log2(e)

@@ -51,19 +51,21 @@ class Consumer {
       : args_(args),
         shared_(shared),
         group_(group),
-        warp_(static_cast<int>(threadIdx.x) / 32 % 4),
+        warp_(uniform(static_cast<int>(threadIdx.x) / 32 % 4)),
         lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
     if (!next_tile()) return;
     do {
-      begin_tile();
       first_block();
       middle_blocks();
       last_block();
       store();
     } while (next_tile());
+    if constexpr (Traits::kStagedOut) {
+      if (lane_ == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>{});  // shared memory is read until then
+    }
   }
 
  private:
@@ -106,8 +108,8 @@ class Consumer {
     return true;
   }
 
-  __device__ __forceinline__ void begin_tile() {
-    // Row limits: keys [low, high) of the thread's two rows, relative to the thread's first column.
+  // Keys [low, high) of the thread's two rows, relative to the thread's first column.
+  __device__ __forceinline__ void row_limits() {
     const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
     const int column = 2 * (lane_ % 4);
     if constexpr (kC.masked) {
@@ -123,14 +125,15 @@ class Consumer {
     } else {
       high_[0] = high_[1] = range_.len_k - column;
     }
-    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
   }
 
-  // S of a tile's first block, the last in the sequence.
+  // S of a tile's first block, the last in the sequence. The row limits are computed under it.
   __device__ __forceinline__ void first_block() {
+    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     wait_full(shared_.k_full, kv_count_);
     wgmma_fence();
     issue_scores(kv_count_);
+    row_limits();
     wgmma_wait<0>();
     pin(scores_);
     release_scores(kv_count_, range_.n_max - 1);
@@ -383,11 +386,12 @@ class Consumer {
     named_barrier_sync(static_cast<int>(NamedBarrier::kTailZeroed) + group_, kWarpgroup);
   }
 
-  // Normalises and writes O and LSE from registers: after a quad transposition every lane stores 16 adjacent bytes.
+  // Normalises and writes O and LSE.
   __device__ __forceinline__ void store() {
     const AttnParams& p = args_.p;
     const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
-    const int t = lane_ % 4;
+    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = row_sum_[r];
@@ -398,35 +402,97 @@ class Consumer {
       const bool empty = shared_top == -INFINITY;
       const float weight = empty ? 0.f : exp2_approx(top - shared_top);
       const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
-      const float factor = weight / total;
-      const int row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16 + lane_ / 4 + 8 * r;
-      const bool mine = row < range_.len_q;
-      const int64_t position = range_.q_start + row;
-      if (p.lse.data != nullptr && mine && t == 0) {
-        static_cast<float*>(
-            p.lse.data)[tile_.batch * p.lse.stride_b + position * p.lse.stride_s + tile_.head * p.lse.stride_h] =
+      factor[r] = __fdividef(weight, total);
+      const int row = first_row + lane_ / 4 + 8 * r;
+      if (p.lse.data != nullptr && row < range_.len_q && lane_ % 4 == 0) {
+        static_cast<float*>(p.lse.data)[tile_.batch * p.lse.stride_b + (range_.q_start + row) * p.lse.stride_s +
+                                        tile_.head * p.lse.stride_h] =
             empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
       }
-      T* o =
-          static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + position * p.o.stride_s + tile_.head * p.o.stride_h;
+    }
+    if constexpr (Traits::kStagedOut) {
+      // A box that reached into the next packed sequence would overwrite its rows.
+      if (uniform(p.cu_seqlens_q == nullptr || first_row + 16 <= range_.len_q)) {
+        store_box(first_row, factor);
+      } else {
+        store_rows(first_row, factor);
+      }
+    } else {
+      store_rows(first_row, factor);
+    }
+  }
+
+  // The warp's 16 rows through shared memory in one box per column chunk. Reading it back is left to the copy engine;
+  // the next tile's rows wait for that.
+  __device__ __forceinline__ void store_box(int first_row, const float (&factor)[2]) {
+    constexpr int kWidth = Traits::kWidthV, kUnits = kWidth / 16;
+    if (lane_ == 0) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>{});
+    __syncwarp();
+    uint8_t* const box = shared_.out[group_][warp_];
+    // Lane l addresses row l % 8 of matrix l / 8: two row halves of a column group, then those of the next.
+    const int row = lane_ % 16, column = lane_ / 16;
+    const uint32_t base = shared_address(box) + row * kWidth;
+    const int swizzle = kWidth == 128 ? row % 8 : row / 2 % 4;
 #pragma unroll
-      for (int j = 0; j < Traits::kDv / 32; ++j) {
-        uint32_t w[4];
+    for (int j = 0; j < Traits::kDv / 8; j += 2) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (j + i / 2) + 2 * (i % 2);
+        w[i] = pack_pair(out_[at] * factor[i % 2], out_[at + 1] * factor[i % 2], static_cast<const T*>(nullptr));
+      }
+      const int unit = (j % kUnits + column) ^ swizzle;
+      store_matrices(base + j / kUnits * 16 * kWidth + unit * 16, w);
+    }
+    ptx::fence_proxy_async(ptx::space_shared);
+    __syncwarp();
+    if (lane_ == 0) {
+      const int batch = args_.p.cu_seqlens_q != nullptr ? 0 : tile_.batch;
+#pragma unroll
+      for (int c = 0; c < Traits::kChunksV; ++c) {
+        tma_store_4d(&args_.o_map, box + c * 16 * kWidth, c * Traits::kChunkV, range_.q_start + first_row, tile_.head,
+                     batch);
+      }
+      ptx::cp_async_bulk_commit_group();
+    }
+  }
+
+  // From registers: after a quad transposition every lane stores 16 adjacent bytes. All transpositions of a row come
+  // before the first branch, so that their shuffles overlap.
+  __device__ __forceinline__ void store_rows(int first_row, const float (&factor)[2]) {
+    const AttnParams& p = args_.p;
+    const int t = lane_ % 4;
+    T* const o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h + 8 * t;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      constexpr int kWide = Traits::kDv / 32;
+      uint32_t w[kWide][4];
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = 4 * (4 * j + i) + 2 * r;
-          w[i] = pack_pair(out_[at] * factor, out_[at + 1] * factor, static_cast<const T*>(nullptr));
+          w[j][i] = pack_pair(out_[at] * factor[r], out_[at + 1] * factor[r], static_cast<const T*>(nullptr));
         }
-        transpose_quad(w, t);
-        const int column = 32 * j + 8 * t;
-        if (mine && column + 8 <= p.d_v) {
-          *reinterpret_cast<uint4*>(o + column) = make_uint4(w[0], w[1], w[2], w[3]);
-        } else if (mine) {
-          const T* elements = reinterpret_cast<const T*>(w);
+        transpose_quad(w[j], t);
+      }
+      const int row = first_row + lane_ / 4 + 8 * r;
+      if (row >= range_.len_q) continue;
+      T* const o_row = o + (range_.q_start + row) * p.o.stride_s;
+      const int room = static_cast<int>(p.d_v) - 8 * t;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            if (column + i < p.d_v) o[column + i] = elements[i];
-          }
+      for (int j = 0; j < kWide; ++j) {
+        if (32 * j + 8 <= room)
+          *reinterpret_cast<uint4*>(o_row + 32 * j) = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
+      }
+      if (p.d_v % 8 == 0) continue;
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        if (32 * j >= room || 32 * j + 8 <= room) continue;
+        const T* elements = reinterpret_cast<const T*>(w[j]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (32 * j + i < room) o_row[32 * j + i] = elements[i];
         }
       }
     }

@@ -73,6 +73,7 @@ cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& ca
 
   ForwardArgs args{};
   args.q_map = make_map(p.q, queries, width_qk, 64, "q");
+  args.o_map = make_map(p.o, {p.d_v, queries.tokens, p.heads_q, queries.batch}, width_v, 16, "o");
   if (tokens_k > 0) {  // otherwise nothing is loaded
     args.k_map = make_map(p.k, keys, width_qk, c.tile_n, "k");
     args.v_map = make_map(p.v, values, width_v, c.tile_n, "v");

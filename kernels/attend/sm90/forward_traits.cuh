@@ -42,10 +42,16 @@ struct ForwardTraits {
   static_assert(kN % 16 == 0 && kN <= 256, "a key block is a whole number of 16-key steps");
   static_assert(kGroups >= 1 && kGroups <= 3, "the register file holds at most three consumer warpgroups");
 
+  // O leaves through shared memory where there is room for it beside the stages.
+  static constexpr int kOutBytes = 16 * kDv * 2;  // of one warp
+  static constexpr int kRoom = 232448 - 1024 - kGroups * kQBytes - kStages * (kKBytes + kVBytes);
+  static constexpr bool kStagedOut = kGroups * 4 * kOutBytes <= kRoom;
+
   struct Shared {
     alignas(1024) uint8_t q[kGroups][kQBytes];
     alignas(1024) uint8_t k[kStages][kKBytes];
     alignas(1024) uint8_t v[kStages][kVBytes];
+    alignas(1024) uint8_t out[kStagedOut ? kGroups : 1][kStagedOut ? 4 : 1][kStagedOut ? kOutBytes : 16];
     alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     uint64_t tile_full[2], tile_empty[2];
