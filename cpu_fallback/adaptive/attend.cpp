@@ -16,12 +16,12 @@ struct AttendScratch {
 AttendScratch lay_out_attend(Arena& arena, const UnitShape& s, const KernelTable& exact,
                              const AdaptiveKernels& kernels) {
   AttendScratch x;
-  x.begin = arena.take<int32_t>(decide::kTileQ);
-  x.end = arena.take<int32_t>(decide::kTileQ);
+  x.begin = arena.take<int32_t>(s.exact_tiles * kTileRows);
+  x.end = arena.take<int32_t>(s.exact_tiles * kTileRows);
   x.mask = arena.take<uint64_t>(mask_words(s));
   x.estimate = arena.take<float>(s.key_tiles);
-  x.kernel = arena.take<char>(static_cast<int64_t>(
-      std::max(exact.prefill_scratch(s.d_qk, s.d_v, 1), kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank))));
+  x.kernel = arena.take<char>(static_cast<int64_t>(std::max(exact.prefill_scratch(s.d_qk, s.d_v, s.exact_tiles),
+                                                            kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank))));
   return x;
 }
 
@@ -37,17 +37,19 @@ size_t attend_scratch(const UnitShape& s, const decide::Options&, const KernelTa
   return arena.used() + Arena::kAlignment;
 }
 
-void attend_exact_tile(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, char* scratch) {
+void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendItem& item, char* scratch) {
   const UnitShape& s = call.shape;
   Arena arena(scratch);
   const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
+  const bool all = item.member == kAllHeads;
+  const int64_t group = all ? s.group : 1, head = unit.kv_head * s.group + (all ? 0 : item.member);
   PrefillArgs args;
-  args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1);
+  args.rows = row_operands(call.params, unit.b, unit.seq, head, group);
   args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
   args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
-  args.row_begin = tile * decide::kTileQ;
-  args.row_count = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - args.row_begin);
-  fill_ranges(call.params, unit.seq, 1, args.row_begin, args.row_count, x.begin, x.end);
+  args.row_begin = item.row_begin;
+  args.row_count = item.row_count;
+  fill_ranges(call.params, unit.seq, group, args.row_begin, args.row_count, x.begin, x.end);
   args.key_begin = x.begin;
   args.key_end = x.end;
   args.scratch = x.kernel;

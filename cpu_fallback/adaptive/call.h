@@ -6,6 +6,7 @@
 
 #include "core/problem.h"
 #include "cpu_fallback/adaptive/kernels.h"
+#include "cpu_fallback/adaptive/schedule.h"
 #include "cpu_fallback/adaptive/unit.h"
 #include "cpu_fallback/attend/operands.h"
 #include "cpu_fallback/tools/linalg.h"
@@ -63,7 +64,7 @@ int64_t mask_words(const UnitShape& shape);
 size_t attend_scratch(const UnitShape& shape, const decide::Options& options, const KernelTable& exact,
                       const AdaptiveKernels& kernels);
 void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch);
-void attend_exact_tile(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, char* scratch);
+void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendItem& item, char* scratch);
 
 // ---- verify
 // Rows of a unit that are checked: `count` queries from `first` on, `step` apart.

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "cpu_fallback/adaptive/call.h"
+#include "cpu_fallback/adaptive/schedule.h"
 #include "cpu_fallback/adaptive/statistics.h"
 #include "cpu_fallback/adaptive/tile_map.h"
 #include "cpu_fallback/attend/layout.h"
@@ -41,7 +42,7 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
   const KernelTable& exact = *kernels_of(isa);
   const AdaptiveKernels& kernels = *adaptive_kernels_of(isa);
   Layout layout;
-  layout.shape = unit_shape(problem, kernels);
+  layout.shape = unit_shape(problem, kernels, lay_out_work(problem, exact, lanes).tiles);
   Arena arena;
   Unit unused;
   lay_out_unit(layout.shape, o, arena, unused);
@@ -91,6 +92,7 @@ class AdaptivePlan final : public AttentionPlan {
     maps_ = TileMaps(problem, layout_.shape);
     unit_memory_.resize(static_cast<size_t>(units));
     units_.resize(static_cast<size_t>(layout_.units));
+    schedule_ = AttendSchedule(layout_.shape, layout_.units);
     const UnitShape& s = layout_.shape;
     for (UnitMemory& memory : unit_memory_) {
       memory.entropy.resize(static_cast<size_t>(s.group));
@@ -162,6 +164,7 @@ class AdaptivePlan final : public AttentionPlan {
   std::vector<Unit> units_;
   std::vector<UnitMemory> unit_memory_;
   std::vector<decide::HeadFeedback> feedback_;
+  AttendSchedule schedule_;
   Statistics statistics_;
   TileMaps maps_;
   uint64_t calls_ = 0;
@@ -277,7 +280,11 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
       head.recomputed = true;
       pool_.for_each(
           ceil_div(unit.seq.len_q, decide::kTileQ),
-          [&](int64_t lane, int64_t tile) { attend_exact_tile(call, unit, g, tile, lane_memory(lanes, lane)); },
+          [&](int64_t lane, int64_t tile) {
+            const int64_t begin = tile * decide::kTileQ, end = std::min(begin + decide::kTileQ, unit.seq.len_q);
+            attend_exact_rows(call, unit, {0, static_cast<int32_t>(g), true, begin, end - begin},
+                              lane_memory(lanes, lane));
+          },
           lanes_);
     }
     conclude(call, unit);
@@ -285,29 +292,27 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
   sum.seconds_verify += seconds_since(time);
 }
 
-// The exact rows to compare with, and every query tile, the last ones first: under a causal mask they are the longest.
+// The exact rows to compare with, and every query.
 void AdaptivePlan::attend(const AdaptiveCall& call, int64_t count, char* lanes) {
   const UnitShape& s = layout_.shape;
   const int64_t checks = problem_.adaptive.verify_rows > 0 ? count : 0;
+  const std::vector<AttendItem>& items = schedule_.build(units_, count, s, lanes_);
   pool_.for_each(
-      checks + count * s.group * s.query_tiles,
-      [&](int64_t lane, int64_t item) {
+      checks + static_cast<int64_t>(items.size()),
+      [&](int64_t lane, int64_t i) {
         char* scratch = lane_memory(lanes, lane);
-        if (item < checks) {
-          Unit& unit = units_[static_cast<size_t>(item)];
+        if (i < checks) {
+          Unit& unit = units_[static_cast<size_t>(i)];
           const auto approximate = [](const HeadState& head) { return !head.choice.dense; };
           if (std::any_of(unit.heads, unit.heads + s.group, approximate)) compute_exact_rows(call, unit, scratch);
           return;
         }
-        const int64_t rest = item - checks;
-        const int64_t tile = s.query_tiles - 1 - rest / (count * s.group);
-        Unit& unit = units_[static_cast<size_t>(rest % count)];
-        const int64_t member = rest / count % s.group;
-        if (tile * decide::kTileQ >= unit.seq.len_q) return;
-        if (unit.heads[member].choice.dense) {
-          attend_exact_tile(call, unit, member, tile, scratch);
+        const AttendItem& item = items[static_cast<size_t>(i - checks)];
+        Unit& unit = units_[static_cast<size_t>(item.unit)];
+        if (item.exact) {
+          attend_exact_rows(call, unit, item, scratch);
         } else {
-          attend_query_tile(call, unit, member, tile, scratch);
+          attend_query_tile(call, unit, item.member, item.row_begin / decide::kTileQ, scratch);
         }
       },
       lanes_);

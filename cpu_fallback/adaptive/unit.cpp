@@ -12,11 +12,12 @@ int64_t padded(int64_t width) { return divide_up(width, 16) * 16 + 16; }
 
 }  // namespace
 
-UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels) {
+UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int64_t exact_tiles) {
   const decide::Options& o = problem.adaptive;
   UnitShape s;
   s.d_qk = problem.d_qk;
   s.d_v = problem.d_v;
+  s.exact_tiles = exact_tiles;
   s.group = problem.heads_q / problem.heads_kv;
   s.len_k = problem.max_seqlen_k;
   s.key_tiles = divide_up(s.len_k, decide::kTileK);

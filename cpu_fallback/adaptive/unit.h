@@ -16,15 +16,16 @@ struct UnitShape {
   int64_t d_qk = 0, d_v = 0, group = 1;
   int64_t len_k = 0, key_tiles = 0, key_groups = 0, query_tiles = 0;
   int64_t k_stride = 0, v_stride = 0, low_stride = 0, group_k_stride = 0, probe_tile_bytes = 0;
-  int64_t max_rank = 0;    // 0: V is not projected
-  int64_t probe_rank = 0;  // 0: no rank probe
+  int64_t max_rank = 0;     // 0: V is not projected
+  int64_t probe_rank = 0;   // 0: no rank probe
+  int64_t exact_tiles = 1;  // of kTileRows rows that an item of exact attention may have
   int64_t term_width() const { return 3 * d_qk; }
 };
 
 // Columns that projections write: whole vectors of every instruction set.
 inline int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
 
-UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels);
+UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int64_t exact_tiles);
 
 // Decisions and measurements for one query head.
 struct HeadState {

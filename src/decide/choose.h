@@ -93,12 +93,19 @@ ADAATTN_HD inline float level_error(const Options& o, const GroupErrors& e, cons
   return fixed_fma(feedback, coherent, e.round_error);
 }
 
+// Whether a level keeps markedly fewer tiles than its share of the mass. Where all masses are alike (random input) the
+// estimates do not say which tiles matter, and a choice among them would follow noise.
+ADAATTN_HD inline bool is_selective(const HeadLevels& h, int level) {
+  return 10 * (h.kept[level] << 16) < 9 * h.tiles * level_mass(level);
+}
+
 // The cheapest mass level of one head at a rank that stays within the tolerance; false if there is none. The exact
 // class at the dense level is always within it.
 ADAATTN_HD inline bool best_level(const Options& o, const CostTable& c, const GroupErrors& e, const HeadLevels& h,
                                   int rank, float feedback, HeadChoice* choice) {
   bool found = false;
   for (int level = o.tiles ? o.min_level : kDenseLevel; level <= kDenseLevel; ++level) {
+    if (level < kDenseLevel && !is_selective(h, level)) continue;
     const float error = level_error(o, e, h, level, rank, feedback);
     if (error > o.tolerance && !(level == kDenseLevel && rank == 0)) continue;
     const float cost = level_cost(o, c, h, level, rank);

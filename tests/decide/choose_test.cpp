@@ -86,6 +86,21 @@ TEST(Choose, EvenHeadIsDenseBecauseTheGainIsTooSmall) {
   EXPECT_TRUE(choice.dense);
 }
 
+// Masses that are all alike: a level keeps the share of tiles that it has of the mass, whichever they are.
+TEST(Choose, LevelsThatSelectNothingAreNotTaken) {
+  HeadLevels h = sparse_head();
+  h.tiles = 1000;
+  for (int level = 0; level < kDenseLevel; ++level) h.kept[level] = 1 + 1000 * uint64_t{level_mass(level)} / 65536;
+  h.kept[kDenseLevel] = 1000;
+  const HeadFeedback feedback;
+  HeadChoice choice;
+  choose_group(options(10.0f), {}, errors(), &h, &feedback, 1, 16, &choice);
+  EXPECT_TRUE(choice.dense);
+  h.kept[3] = h.kept[3] * 85 / 100;
+  choose_group(options(10.0f), {}, errors(), &h, &feedback, 1, 16, &choice);
+  EXPECT_EQ(choice.level, 3);
+}
+
 TEST(Choose, FeedbackRaisesTheLevel) {
   const HeadLevels h = sparse_head();
   const HeadFeedback low, high{{8, 8, 8, 8}};
