@@ -1,0 +1,166 @@
+#include "adaptive/analyze.h"
+
+#include <algorithm>
+
+#include "adaptive/sample.h"
+#include "lowrank/gram.cuh"
+#include "lowrank/subspace.h"
+
+namespace adaattn::cuda {
+namespace {
+
+constexpr int kOversampling = 8;
+
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t here = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(memory_ + here);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+int32_t tiles_of(int64_t length) { return static_cast<int32_t>((length + decide::kTileK - 1) / decide::kTileK); }
+
+AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
+  const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
+  AnalyzeTables t;
+  t.k_mean = arena.take<float>(units * s.d_qk);
+  t.v_mean = arena.take<float>(units * s.d_v);
+  t.key_terms = arena.take<float>(units * s.key_tiles * 3 * s.d_qk);
+  t.query_terms = arena.take<float>(heads * s.query_tiles * 3 * s.d_qk);
+  t.energy = arena.take<TileEnergy>(units * s.key_tiles);
+  t.units = arena.take<UnitStats>(units);
+  t.levels = arena.take<decide::TileLevels>(heads * s.query_tiles);
+  t.head_levels = arena.take<decide::HeadLevels>(heads);
+  t.head_entropy = arena.take<float>(heads);
+  t.choice = arena.take<decide::HeadChoice>(heads);
+  t.mask = arena.take<uint64_t>(heads * s.wave_tiles * s.mask_words);
+  t.kept = arena.take<int32_t>(heads * s.wave_tiles);
+  t.tile_range = arena.take<decide::TileRow>(heads * s.query_tiles);
+  t.work = arena.take<uint32_t>(decide::kRankClasses * heads * s.wave_tiles);
+  t.work_count = arena.take<uint32_t>(decide::kRankClasses);
+  t.buckets = arena.take<uint32_t>(2 * decide::kRankClasses * kWorkBuckets);
+  t.v_low = arena.take<__nv_bfloat16>(units * s.key_rows() * s.max_rank);
+  t.basis = arena.take<__nv_bfloat16>(units * s.d_v * s.max_rank);
+  t.group_k = arena.take<__nv_bfloat16>(units * s.key_groups() * 2 * s.d_qk);
+  t.group_v = arena.take<__nv_bfloat16>(units * s.key_groups() * s.d_v);
+  t.group_v_low = arena.take<__nv_bfloat16>(units * s.key_groups() * s.max_rank);
+  t.sample_sums = arena.take<double>(units * kSampleParts * (s.d_qk + s.d_v));
+  if (s.max_rank == 0) return t;
+  const int64_t columns = sample_columns(s);
+  t.sample = arena.take<float>(units * kSampleRows * s.d_v);
+  t.values = arena.take<double>(units * columns);
+  t.trace = arena.take<double>(units);
+  t.scratch = arena.take<double>(static_cast<int64_t>(subspace_scratch_bytes(units, s.d_v, columns) / 8));
+  // The sums of up to kSampleRows / 256 parts, and their sum.
+  const int64_t ld = subspace_ld(s.d_v);
+  t.gram_space = arena.take<double>(units * ld * ld * (kSampleRows / 256 + 1) + 64);
+  return t;
+}
+
+}  // namespace
+
+TallView sample_view(const TableShape& s, const AnalyzeTables& t) {
+  MatrixBatch m;
+  m.data = t.sample;
+  m.batch0 = int64_t{s.batch} * s.heads_kv;
+  m.rows = kSampleRows;
+  m.cols = s.d_v;
+  m.stride0 = int64_t{kSampleRows} * s.d_v;
+  m.stride_row = s.d_v;
+  m.stride_col = 1;
+  return tall_view(m);
+}
+
+int32_t sample_columns(const TableShape& s) {
+  return static_cast<int32_t>(subspace_columns(s.max_rank, kOversampling));
+}
+
+void analyze(const AnalyzeArgs& args, cudaStream_t stream) {
+  sample(args, stream);
+  tile_statistics(args, stream);
+}
+
+TableShape table_shape(const Problem& problem, int32_t wave_tiles) {
+  TableShape s;
+  s.batch = static_cast<int32_t>(problem.max_batch);
+  s.heads_q = static_cast<int32_t>(problem.heads_q);
+  s.heads_kv = static_cast<int32_t>(problem.heads_kv);
+  s.group = s.heads_q / s.heads_kv;
+  s.d_qk = static_cast<int32_t>(problem.d_qk);
+  s.d_v = static_cast<int32_t>(problem.d_v);
+  s.query_tiles = tiles_of(problem.max_seqlen_q);
+  s.key_tiles = tiles_of(problem.max_seqlen_k);
+  for (int c = 1; c < decide::kRankClasses; ++c) {
+    const int32_t rank = decide::rank_of_class(c);
+    // Over half of d_v, what a projection saves hardly pays for finding it.
+    if (problem.adaptive.rank_mode != decide::RankMode::kOff && 2 * rank <= s.d_v)
+      s.max_rank = std::max(s.max_rank, rank);
+  }
+  s.mask_words = (s.key_tiles + 63) / 64;
+  s.wave_tiles = wave_tiles > 0 ? std::min(wave_tiles, s.query_tiles) : s.query_tiles;
+  return s;
+}
+
+size_t state_basis_doubles(const TableShape& s) {
+  return s.max_rank == 0 ? 0 : static_cast<size_t>(int64_t{s.batch} * s.heads_kv * sample_columns(s) * s.d_v);
+}
+
+size_t analyze_bytes(const TableShape& shape) {
+  Arena arena(nullptr);
+  lay_out(shape, arena);
+  return arena.used();
+}
+
+AnalyzeTables analyze_layout(const TableShape& shape, void* workspace) {
+  Arena arena(workspace);
+  return lay_out(shape, arena);
+}
+
+AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile) {
+  const AnalyzeTables& from = args.tables;
+  AdaptiveTables t;
+  t.shape = args.shape;
+  t.first_tile = first_tile;
+  t.choice = from.choice;
+  t.mask = from.mask;
+  t.kept = from.kept;
+  t.tile_range = from.tile_range;
+  t.work = from.work;
+  t.work_count = from.work_count;
+  t.v_low = from.v_low;
+  t.basis = from.basis;
+  t.v_mean = from.v_mean;
+  t.group_k = from.group_k;
+  t.group_v = from.group_v;
+  t.group_v_low = from.group_v_low;
+  return t;
+}
+
+decide::CostTable device_costs(const TableShape& s, const decide::Options& o) {
+  // A score's exponential and bookkeeping, in multiply-adds of the tensor cores: they hide under products but for what
+  // a rank leaves of those.
+  constexpr float kScoreCost = 48;
+  const auto d_qk = static_cast<float>(s.d_qk), d_v = static_cast<float>(s.d_v);
+  const float whole = d_qk + d_v + kScoreCost;
+  decide::CostTable c;
+  for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class) {
+    const float width = rank_class == 0 ? d_v : static_cast<float>(decide::rank_of_class(rank_class));
+    c.tile[rank_class] = (d_qk + width + kScoreCost) / whole;
+    c.per_query_tile[rank_class] = rank_class == 0 ? 0 : d_v * width / (decide::kTileK * whole);
+  }
+  c.far_tile = (2 * d_qk + d_v + kScoreCost) / (decide::kGroupK * whole);
+  c.probe_tile = (o.probe == decide::Probe::kRank ? static_cast<float>(o.probe_rank) : d_qk) / whole;
+  c.rank_setup = d_v * 64 / (decide::kTileQ * whole);
+  return c;
+}
+
+}  // namespace adaattn::cuda

@@ -1,0 +1,95 @@
+// The analyze and decide stages on the device. Everything is enqueued; nothing allocates or waits.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "adaptive/tables.h"
+#include "core/problem.h"
+#include "decide/policy.h"
+#include "decide/tile_levels.h"
+
+namespace adaattn::cuda {
+
+// Sums over the keys of one tile.
+struct TileEnergy {
+  float within;                          // ||v - mean of its 32||^2
+  float between_groups;                  // ||mean of the 32 - v_mean||^2
+  float between_tiles;                   // rows * ||mean of the tile - v_mean||^2
+  float captured[decide::kRankClasses];  // ||v_low||^2 over the columns of each rank class; [0] unused
+  int32_t finite;
+};
+
+struct UnitStats {
+  decide::GroupErrors errors;
+  float v_spread = 0;      // sqrt(mean ||v - v_mean||^2)
+  float rank_energy = 1;   // share of it in the rank class
+  int32_t rank_class = 0;  // candidate; 0: none keeps enough
+  int32_t usable = 0;      // 0: not finite, or nothing varies: computed exactly
+};
+
+// What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start.
+struct AdaptiveState {
+  double* basis = nullptr;                   // state_basis_doubles()
+  int32_t* warm = nullptr;                   // [units]
+  decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
+};
+
+// The statistics between analyze and decide, and the writable views of AdaptiveTables' arrays. In the workspace.
+struct AnalyzeTables {
+  float* k_mean = nullptr;                    // [units, d_qk]
+  float* v_mean = nullptr;                    // [units, d_v]
+  float* key_terms = nullptr;                 // [units, key_tiles, 3 d_qk], see decide/estimate.h
+  float* query_terms = nullptr;               // [batch, heads_q, query_tiles, 3 d_qk]
+  TileEnergy* energy = nullptr;               // [units, key_tiles]
+  UnitStats* units = nullptr;                 // [units]
+  decide::TileLevels* levels = nullptr;       // [batch, heads_q, query_tiles]
+  decide::HeadLevels* head_levels = nullptr;  // [batch, heads_q]
+  float* head_entropy = nullptr;              // [batch, heads_q]: mean over query tiles; 1 = uniform
+  decide::HeadChoice* choice = nullptr;
+  uint64_t* mask = nullptr;
+  int32_t* kept = nullptr;
+  decide::TileRow* tile_range = nullptr;
+  uint32_t *work = nullptr, *work_count = nullptr;
+  uint32_t* buckets = nullptr;  // [2, kRankClasses, kWorkBuckets]: items by tiles kept, and where the next one goes
+  __nv_bfloat16 *v_low = nullptr, *basis = nullptr;
+  __nv_bfloat16 *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
+  // The sample behind the bases.
+  float* sample = nullptr;        // [units, kSampleRows, d_v], 0 beyond the rows taken
+  double* sample_sums = nullptr;  // [units, kSampleParts, d_qk + d_v]
+  double *values = nullptr, *trace = nullptr, *scratch = nullptr;
+  void* gram_space = nullptr;
+};
+
+inline constexpr int kWorkBuckets = 128;
+inline constexpr int kSampleRows = 1024;
+inline constexpr int kSampleParts = 8;
+
+struct AnalyzeArgs {
+  AttnParams p;
+  TableShape shape;
+  decide::Options options;
+  decide::CostTable costs;
+  AnalyzeTables tables;
+  AdaptiveState state;
+  float scale_log2 = 0;  // scale log2(e)
+};
+
+// wave_tiles: at most this many query tiles of a head at a time; 0: all.
+TableShape table_shape(const Problem& problem, int32_t wave_tiles);
+size_t state_basis_doubles(const TableShape& shape);
+size_t analyze_bytes(const TableShape& shape);
+AnalyzeTables analyze_layout(const TableShape& shape, void* workspace);
+AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile);
+
+// Costs of the kernels of this back-end, in exact tiles.
+decide::CostTable device_costs(const TableShape& shape, const decide::Options& options);
+
+// analyze: bf16 or f16, d_qk and d_v multiples of 8 up to 256, rows on 16 bytes. decide: a choice per head.
+void analyze(const AnalyzeArgs& args, cudaStream_t stream);
+void decide_heads(const AnalyzeArgs& args, cudaStream_t stream);
+// The schedule of one wave.
+void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
+
+}  // namespace adaattn::cuda
