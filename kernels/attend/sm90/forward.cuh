@@ -20,6 +20,10 @@ constexpr ForwardConfig forward_config() {
     c.tile_n = 176;
     c.ordered = false;
     c.early_columns = 6;
+  } else if (kDqk <= 128 && kDv <= 64) {
+    // Short products: a third warpgroup keeps the tensor cores busy during the exponentials of two.
+    c.groups = 3;
+    c.ordered = false;
   } else if (kDqk <= 128) {
     // Wide blocks waste too much on the diagonal; without one they pay.
     c.tile_n = c.masked ? 128 : 176;

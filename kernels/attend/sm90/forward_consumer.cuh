@@ -1,58 +1,20 @@
-// A consumer warpgroup: 64 query rows of each tile, S = Q K^T and O = P V by wgmma with the online softmax between
-// them. The loop overlaps S of key block n with P V of block n + 1, so the exponentials of one warpgroup run under the
-// matrix products of its own and of the other one.
+// A consumer warpgroup of the forward kernels: the key blocks of a tile from the last to the first.
 #pragma once
 
-#include <cfloat>
-
-#include "attend/sm90/forward_schedule.cuh"
-#include "common/sm90_ptx.cuh"
-#include "common/sm90_wgmma.cuh"
+#include "attend/sm90/consumer_core.cuh"
 
 namespace adaattn::cuda::sm90 {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-enum class MaskSides { kNone, kEnd, kBoth };
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, const __nv_bfloat16*) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, const __half*) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Four lanes hold word t of four 16-byte groups each; afterwards lane t holds group t.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int t) {
-  const bool odd = t & 1, upper = t & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
-    (upper ? w[i] : w[i + 2]) = got;
-  }
-}
-
 template <class Traits>
-class Consumer {
-  using T = typename Traits::T;
-  static constexpr ForwardConfig kC = Traits::kC;
-  static constexpr int kN = Traits::kN, kColumns = kN / 8, kEarly = kC.early_columns;
-  static_assert(kEarly >= 0 && kEarly <= kColumns);
+class Consumer : ConsumerCore<Traits> {
+  using Core = ConsumerCore<Traits>;
+  using Core::args_, Core::shared_, Core::group_, Core::tile_, Core::range_, Core::tile_count_, Core::q_count_,
+      Core::v_count_;
+  using Core::kC, Core::kN, Core::scores_;
+  using Core::uniform, Core::release, Core::pass_turn, Core::first_scores, Core::release_scores, Core::begin_out;
 
  public:
-  __device__ __forceinline__ Consumer(const ForwardArgs& args, typename Traits::Shared& shared, int group)
-      : args_(args),
-        shared_(shared),
-        group_(group),
-        warp_(uniform(static_cast<int>(threadIdx.x) / 32 % 4)),
-        lane_(static_cast<int>(threadIdx.x) % 32) {}
+  using Core::Core;
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
@@ -60,34 +22,13 @@ class Consumer {
     do {
       first_block();
       middle_blocks();
-      last_block();
-      store();
+      Core::last_block();
+      Core::store();
     } while (next_tile());
-    if constexpr (Traits::kStagedOut) {
-      if (lane_ == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>{});  // shared memory is read until then
-    }
+    Core::drain();
   }
 
  private:
-  // The same in all lanes, which the compiler cannot see in loaded values: descriptors and loop counts that follow from
-  // them then stay in uniform registers, a tenth of the inner loop.
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
-  // One arrival per warp: its own reads are over, the others speak for themselves.
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(barrier);
-  }
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (kC.ordered) named_barrier_sync(static_cast<int>(NamedBarrier::kOrder) + group_, 2 * kWarpgroup);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (kC.ordered) {
-      const int next = group_ + 1 == Traits::kGroups ? 0 : group_ + 1;
-      named_barrier_arrive(static_cast<int>(NamedBarrier::kOrder) + next, 2 * kWarpgroup);
-    }
-  }
-
   // The next tile that has keys; those without are answered on the way. False: no more tiles.
   __device__ __forceinline__ bool next_tile() {
     for (;; ++tile_count_) {
@@ -102,43 +43,32 @@ class Consumer {
       range_.n_min = uniform(range_.n_min);
       range_.n_max = uniform(range_.n_max);
       if (range_.blocks() > 0) break;
-      store_empty();
+      Core::store_empty();
     }
     ++tile_count_;
     return true;
   }
 
-  // Keys [low, high) of the thread's two rows, relative to the thread's first column.
   __device__ __forceinline__ void row_limits() {
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
-    const int column = 2 * (lane_ % 4);
+    Core::set_limits(range_.off, range_.len_k);
     if constexpr (kC.masked) {
+      const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
       const int right = args_.window_right, left = args_.window_left;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int diagonal = first_row + warp_ * 16 + lane_ / 4 + 8 * r + range_.off;
-        high_[r] = (right >= 0 ? min(range_.len_k, diagonal + right + 1) : range_.len_k) - column;
-        low_[r] = (left >= 0 ? diagonal - left : 0) - column;
-      }
       free_end_ = uniform(right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max);
       free_begin_ = uniform(left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0);
-    } else {
-      high_[0] = high_[1] = range_.len_k - column;
     }
   }
 
   // S of a tile's first block, the last in the sequence. The row limits are computed under it.
   __device__ __forceinline__ void first_block() {
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
-    wait_full(shared_.k_full, kv_count_);
-    wgmma_fence();
-    issue_scores(kv_count_);
+    first_scores(v_count_);
     row_limits();
     wgmma_wait<0>();
     pin(scores_);
-    release_scores(kv_count_, range_.n_max - 1);
+    release_scores(v_count_, range_.blocks() == 1);
     first_softmax();
-    begin_out();
+    begin_out(range_.len_k - (range_.n_max - 1) * kN);
   }
 
   __device__ __forceinline__ void middle_blocks() {
@@ -147,388 +77,28 @@ class Consumer {
       // Masked at the diagonal, not in the middle, masked again at a window's left side: one body for both ends,
       // because with three loops the compiler loses track of what is uniform.
       for (int stop = max(range_.n_min, free_end_);; stop = range_.n_min) {
-        for (; n >= stop; --n) step<MaskSides::kBoth>(n);
+        for (; n >= stop; --n) Core::template step<MaskSides::kBoth>(n, v_count_ + 1, n == range_.n_min);
         if (stop == range_.n_min) break;
-        for (; n >= max(range_.n_min, free_begin_); --n) step<MaskSides::kNone>(n);
+        for (; n >= max(range_.n_min, free_begin_); --n)
+          Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
       }
     } else {
-      for (; n >= range_.n_min; --n) step<MaskSides::kNone>(n);
+      for (; n >= range_.n_min; --n) Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
     }
-  }
-
-  __device__ __forceinline__ void last_block() {
-    if constexpr (kC.rescale_early) rescale_out();
-    wgmma_fence();
-    issue_out(kv_count_);
-    wgmma_wait<0>();
-    pin(out_);
-    release(&shared_.v_empty[kv_count_ % kStages]);
-    ++kv_count_;
-  }
-
-  // S of block n beside O += P V of block n + 1, then the softmax of block n. Its first part runs under the PV: up to
-  // the exponentials of kEarly column groups. The rest waits for P and O to be free, so that packing P and rescaling O
-  // fill the issue slots that the exponentials leave.
-  template <MaskSides kMask>
-  __device__ __forceinline__ void step(int n) {
-    issue_both();
-    release_scores(kv_count_ + 1, n);
-    begin_softmax<false, kMask>(n);
-    pin(scores_);
-    // V of the next product. The wait stands here because it ends the basic block: ptxas moves the wait for PV up to
-    // the start of its block, and the work above would follow PV instead of running under it.
-    wait_full(shared_.v_full, kv_count_ + 1);
-    wgmma_wait<0>();
-    pin(out_);
-    release(&shared_.v_empty[kv_count_ % kStages]);
-    finish_softmax<false>();
-    ++kv_count_;
-  }
-
-  // S with the next K, then O += P V with the present V; returns when S is there.
-  __device__ __forceinline__ void issue_both() {
-    wait_full(shared_.k_full, kv_count_ + 1);
-    take_turn();
-    wgmma_fence();
-    issue_scores(kv_count_ + 1);
-    if constexpr (kC.rescale_early) {
-      rescale_out();
-      wgmma_fence();
-    }
-    issue_out(kv_count_);
-    pass_turn();
-    wgmma_wait<1>();
-    pin(scores_);
-  }
-
-  __device__ __forceinline__ void release_scores(uint32_t count, int n) {
-    release(&shared_.k_empty[count % kStages]);
-    if (n == range_.n_min) release(&shared_.q_empty[group_]);
   }
 
   __device__ __forceinline__ void first_softmax() {
     const int n = range_.n_max - 1;
     if constexpr (kC.masked) {
-      begin_softmax<true, MaskSides::kBoth>(n);
+      Core::template begin_softmax<true, MaskSides::kBoth>(n);
     } else if ((n + 1) * kN > range_.len_k) {
-      begin_softmax<true, MaskSides::kEnd>(n);
+      Core::template begin_softmax<true, MaskSides::kEnd>(n);
     } else {
-      begin_softmax<true, MaskSides::kNone>(n);
+      Core::template begin_softmax<true, MaskSides::kNone>(n);
     }
   }
 
-  // P of the first block is in registers; O starts from zero. Zeroes and accumulation, not wgmma's discard flag: a
-  // run-time flag leaves O undefined on one path, and ptxas then finds no fixed registers for it and serialises every
-  // product.
-  __device__ __forceinline__ void begin_out() {
-    finish_softmax<true>();
-    const int tail = range_.n_max * kN - range_.len_k;
-    wait_full(shared_.v_full, kv_count_);
-    if (args_.zero_v_tail && tail > 0) zero_v_tail(kN - tail);
-#pragma unroll
-    for (int j = 0; j < Traits::kDv / 2; ++j) out_[j] = 0;
-  }
-
-  __device__ __forceinline__ void wait_full(uint64_t* barriers, uint32_t count) {
-    mbarrier_wait(&barriers[count % kStages], count / kStages & 1);
-  }
-
-  __device__ __forceinline__ void issue_scores(uint32_t count) {
-    constexpr int kWidth = Traits::kWidth, kPerChunk = Traits::kChunk / 16;
-    const uint64_t q = Descriptor<kWidth>::k_major(shared_address(shared_.q[group_]));
-    const uint64_t k = Descriptor<kWidth>::k_major(shared_address(shared_.k[count % kStages]));
-#pragma unroll
-    for (int i = 0; i < Traits::kD / 16; ++i) {
-      const int chunk = i / kPerChunk, inside = i % kPerChunk * 32;
-      Wgmma<T, kN>::template ss<0>(scores_, q + (chunk * kGroupRows * kWidth + inside) / 16,
-                                   k + (chunk * kN * kWidth + inside) / 16, i > 0);
-    }
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void issue_out(uint32_t count) {
-    constexpr int kWidth = Traits::kWidthV;
-    const uint64_t v = Descriptor<kWidth>::mn_major(shared_address(shared_.v[count % kStages]), kN * kWidth);
-#pragma unroll
-    for (int i = 0; i < kN / 16; ++i) {
-      Wgmma<T, Traits::kDv>::template rs<1>(out_, probabilities_[4 * i], probabilities_[4 * i + 1],
-                                            probabilities_[4 * i + 2], probabilities_[4 * i + 3], v + i * kWidth, 1);
-    }
-    wgmma_commit();
-  }
-
-  // Row maxima, the shift and the rescaling factor that follow from them, and the first exponentials.
-  template <bool kFirst, MaskSides kMask>
-  __device__ __forceinline__ void begin_softmax(int n) {
-    if constexpr (kC.softcap) {
-      // tanh(x) = 1 - 2 / (1 + exp(2x)): exact to the last bits where tanh.approx has an error of 2^-11.
-#pragma unroll
-      for (int i = 0; i < kN / 2; ++i) {
-        scores_[i] = fmaf(-2.f, reciprocal_approx(1.f + exp2_approx(scores_[i] * args_.softcap_log2)), 1.f);
-      }
-    }
-    if constexpr (kMask != MaskSides::kNone) mask<kMask>(n);
-    // Both rows in step and two partial results each: a single chain of maxima or sums would be the longest latency
-    // between S and P.
-    float top[4] = {scores_[0], scores_[2], scores_[1], scores_[3]};
-#pragma unroll
-    for (int j = 1; j < kColumns; ++j) {
-      top[0] = fmaxf(top[0], scores_[4 * j]);
-      top[1] = fmaxf(top[1], scores_[4 * j + 2]);
-      top[2] = fmaxf(top[2], scores_[4 * j + 1]);
-      top[3] = fmaxf(top[3], scores_[4 * j + 3]);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = fmaxf(top[r], top[r + 2]);
-      if constexpr (!kFirst) top[r] = fmaxf(top[r], row_max_[r]);
-    }
-#pragma unroll
-    for (int step = 1; step <= 2; ++step) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], step));
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // A row with no visible key so far: its exponentials must be 0, not exp2(-inf + inf).
-      shift_[r] = kMask != MaskSides::kNone && top[r] == -INFINITY ? 0.f : top[r] * args_.scale_log2;
-      rescale_[r] = kFirst ? 0.f : exp2_approx(fmaf(row_max_[r], args_.scale_log2, -shift_[r]));
-      row_max_[r] = top[r];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum_[i] = 0;
-#pragma unroll
-    for (int j = 0; j < kEarly; ++j) exponentiate(j);
-  }
-
-  // The other exponentials, P, the row sums (the thread's own part of them) and O at the new maximum.
-  template <bool kFirst>
-  __device__ __forceinline__ void finish_softmax() {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (j >= kEarly) exponentiate(j);
-      pack_column(j);
-      if constexpr (!kFirst && !kC.rescale_early) {
-        constexpr int kOut = Traits::kDv / 2;
-#pragma unroll
-        for (int i = j * kOut / kColumns; i < (j + 1) * kOut / kColumns; ++i) out_[i] *= rescale_[i / 2 % 2];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float total = sum_[2 * r] + sum_[2 * r + 1];
-      row_sum_[r] = kFirst ? total : fmaf(row_sum_[r], rescale_[r], total);
-    }
-  }
-
-  __device__ __forceinline__ void exponentiate(int j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& s = scores_[4 * j + i];
-      s = exp2_approx(fmaf(s, args_.scale_log2, -shift_[i / 2]));
-      sum_[i] += s;
-    }
-  }
-
-  template <MaskSides kMask>
-  __device__ __forceinline__ void mask(int n) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int high = high_[r] - n * kN;
-#pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          if (8 * j + c >= high) scores_[4 * j + 2 * r + c] = -INFINITY;
-        }
-      }
-      if constexpr (kMask == MaskSides::kBoth) {
-        if (args_.window_left >= 0) {
-          const int low = low_[r] - n * kN;
-#pragma unroll
-          for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              if (8 * j + c < low) scores_[4 * j + 2 * r + c] = -INFINITY;
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // The accumulator layout of S is the layout of wgmma's A operand in registers, two adjacent column groups per step.
-  __device__ __forceinline__ void pack_column(int j) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      probabilities_[2 * j + r] =
-          pack_pair(scores_[4 * j + 2 * r], scores_[4 * j + 2 * r + 1], static_cast<const T*>(nullptr));
-    }
-  }
-  __device__ __forceinline__ void rescale_out() {
-#pragma unroll
-    for (int j = 0; j < Traits::kDv / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[4 * j + i] *= rescale_[i / 2];
-    }
-  }
-
-  // 0 * NaN is NaN: keys beyond the sequence have weight 0, but their V must be finite.
-  __device__ __forceinline__ void zero_v_tail(int valid) {
-    constexpr int kWidth = Traits::kWidthV;
-    const int lines = kN - valid, words = lines * (kWidth / 16);
-    uint8_t* v = shared_.v[kv_count_ % kStages];
-    for (int i = warp_ * 32 + lane_; i < words * Traits::kChunksV; i += kWarpgroup) {
-      const int chunk = i / words, word = i - chunk * words;
-      *reinterpret_cast<uint4*>(v + (chunk * kN + valid) * kWidth + word * 16) = make_uint4(0, 0, 0, 0);
-    }
-    ptx::fence_proxy_async(ptx::space_shared);
-    named_barrier_sync(static_cast<int>(NamedBarrier::kTailZeroed) + group_, kWarpgroup);
-  }
-
-  // Normalises and writes O and LSE.
-  __device__ __forceinline__ void store() {
-    const AttnParams& p = args_.p;
-    const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = row_sum_[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const float top = row_max_[r] * args_.scale_log2;
-      const float shared_top = fmaxf(top, sink);
-      const bool empty = shared_top == -INFINITY;
-      const float weight = empty ? 0.f : exp2_approx(top - shared_top);
-      const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
-      factor[r] = __fdividef(weight, total);
-      const int row = first_row + lane_ / 4 + 8 * r;
-      if (p.lse.data != nullptr && row < range_.len_q && lane_ % 4 == 0) {
-        static_cast<float*>(p.lse.data)[tile_.batch * p.lse.stride_b + (range_.q_start + row) * p.lse.stride_s +
-                                        tile_.head * p.lse.stride_h] =
-            empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
-      }
-    }
-    if constexpr (Traits::kStagedOut) {
-      // A box that reached into the next packed sequence would overwrite its rows.
-      if (uniform(p.cu_seqlens_q == nullptr || first_row + 16 <= range_.len_q)) {
-        store_box(first_row, factor);
-      } else {
-        store_rows(first_row, factor);
-      }
-    } else {
-      store_rows(first_row, factor);
-    }
-  }
-
-  // The warp's 16 rows through shared memory in one box per column chunk. Reading it back is left to the copy engine;
-  // the next tile's rows wait for that.
-  __device__ __forceinline__ void store_box(int first_row, const float (&factor)[2]) {
-    constexpr int kWidth = Traits::kWidthV, kUnits = kWidth / 16;
-    if (lane_ == 0) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>{});
-    __syncwarp();
-    uint8_t* const box = shared_.out[group_][warp_];
-    // Lane l addresses row l % 8 of matrix l / 8: two row halves of a column group, then those of the next.
-    const int row = lane_ % 16, column = lane_ / 16;
-    const uint32_t base = shared_address(box) + row * kWidth;
-    const int swizzle = kWidth == 128 ? row % 8 : row / 2 % 4;
-#pragma unroll
-    for (int j = 0; j < Traits::kDv / 8; j += 2) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (j + i / 2) + 2 * (i % 2);
-        w[i] = pack_pair(out_[at] * factor[i % 2], out_[at + 1] * factor[i % 2], static_cast<const T*>(nullptr));
-      }
-      const int unit = (j % kUnits + column) ^ swizzle;
-      store_matrices(base + j / kUnits * 16 * kWidth + unit * 16, w);
-    }
-    ptx::fence_proxy_async(ptx::space_shared);
-    __syncwarp();
-    if (lane_ == 0) {
-      const int batch = args_.p.cu_seqlens_q != nullptr ? 0 : tile_.batch;
-#pragma unroll
-      for (int c = 0; c < Traits::kChunksV; ++c) {
-        tma_store_4d(&args_.o_map, box + c * 16 * kWidth, c * Traits::kChunkV, range_.q_start + first_row, tile_.head,
-                     batch);
-      }
-      ptx::cp_async_bulk_commit_group();
-    }
-  }
-
-  // From registers: after a quad transposition every lane stores 16 adjacent bytes. All transpositions of a row come
-  // before the first branch, so that their shuffles overlap.
-  __device__ __forceinline__ void store_rows(int first_row, const float (&factor)[2]) {
-    const AttnParams& p = args_.p;
-    const int t = lane_ % 4;
-    T* const o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h + 8 * t;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      constexpr int kWide = Traits::kDv / 32;
-      uint32_t w[kWide][4];
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 4 * (4 * j + i) + 2 * r;
-          w[j][i] = pack_pair(out_[at] * factor[r], out_[at + 1] * factor[r], static_cast<const T*>(nullptr));
-        }
-        transpose_quad(w[j], t);
-      }
-      const int row = first_row + lane_ / 4 + 8 * r;
-      if (row >= range_.len_q) continue;
-      T* const o_row = o + (range_.q_start + row) * p.o.stride_s;
-      const int room = static_cast<int>(p.d_v) - 8 * t;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-        if (32 * j + 8 <= room)
-          *reinterpret_cast<uint4*>(o_row + 32 * j) = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
-      }
-      if (p.d_v % 8 == 0) continue;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-        if (32 * j >= room || 32 * j + 8 <= room) continue;
-        const T* elements = reinterpret_cast<const T*>(w[j]);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (32 * j + i < room) o_row[32 * j + i] = elements[i];
-        }
-      }
-    }
-  }
-
-  // A tile without keys: O = 0, LSE that of the sink alone.
-  __device__ __forceinline__ void store_empty() {
-    const AttnParams& p = args_.p;
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
-    const int rows = min(16, range_.len_q - first_row);
-    T* o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h;
-    for (int i = 0; i < rows; ++i) {
-      const int64_t position = range_.q_start + first_row + i;
-      if (8 * lane_ < p.d_v)
-        *reinterpret_cast<uint4*>(o + position * p.o.stride_s + 8 * lane_) = make_uint4(0, 0, 0, 0);
-      if (p.lse.data != nullptr && lane_ == 0) {
-        static_cast<float*>(
-            p.lse.data)[tile_.batch * p.lse.stride_b + position * p.lse.stride_s + tile_.head * p.lse.stride_h] =
-            p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] : -INFINITY;
-      }
-    }
-  }
-
-  const ForwardArgs& args_;
-  typename Traits::Shared& shared_;
-  const int group_, warp_, lane_;
-  Tile tile_;
-  TileRange range_;
-  uint32_t tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
-  int high_[2], low_[2];
   int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
-  float row_max_[2], row_sum_[2], rescale_[2];
-  float shift_[2], sum_[4];  // of the block in work
-  float scores_[kN / 2];
-  uint32_t probabilities_[kN / 4];
-  float out_[Traits::kDv / 2];
 };
 
 }  // namespace adaattn::cuda::sm90

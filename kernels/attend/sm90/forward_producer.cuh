@@ -36,21 +36,7 @@ class Producer {
     scheduler.finish();
   }
 
- private:
-  // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
-  // interleave S = Q K(n) with O += P V(n + 1).
-  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range) {
-    const int head_kv = tile.head / args_.group_size;
-    const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
-    load_k(range, range.n_max - 1, head_kv, tile.batch);
-    load_q(tile, range, batch_q);
-    for (int n = range.n_max - 2; n >= range.n_min; --n) {
-      load_k(range, n, head_kv, tile.batch);
-      load_v(range, n + 1, head_kv, tile.batch);
-    }
-    load_v(range, range.n_min, head_kv, tile.batch);
-  }
-
+ protected:
   __device__ __forceinline__ void load_q(const Tile& tile, const TileRange& range, int batch) {
     const int parity = q_count_++ & 1;
 #pragma unroll
@@ -66,28 +52,30 @@ class Producer {
     }
   }
 
-  __device__ __forceinline__ void load_k(const TileRange& range, int n, int head, int batch) {
+  // One block of K from `map`, first column `column`, into the next stage. announce: runs before the block's barrier is
+  // armed, so that what it writes is seen with the block.
+  template <class Announce>
+  __device__ __forceinline__ void load_k(const CUtensorMap& map, int column, int row, int head, int batch,
+                                         const Announce& announce) {
     const int stage = k_count_ % kStages, parity = k_count_ / kStages & 1;
     mbarrier_wait(&shared_.k_empty[stage], parity ^ 1);
+    announce(stage);
     mbarrier_arrive_expect_tx(&shared_.k_full[stage], Traits::kKBytes);
 #pragma unroll
     for (int c = 0; c < Traits::kChunks; ++c) {
-      tma_load_4d(shared_.k[stage] + c * Traits::kN * Traits::kWidth, &args_.k_map, &shared_.k_full[stage], keep_,
-                  c * Traits::kChunk, range.k_start + n * Traits::kN, head * args_.k_head_step,
-                  batch * args_.k_batch_step);
+      tma_load_4d(shared_.k[stage] + c * Traits::kN * Traits::kWidth, &map, &shared_.k_full[stage], keep_,
+                  column + c * Traits::kChunk, row, head, batch);
     }
     ++k_count_;
   }
-
-  __device__ __forceinline__ void load_v(const TileRange& range, int n, int head, int batch) {
+  __device__ __forceinline__ void load_v(const CUtensorMap& map, int row, int head, int batch) {
     const int stage = v_count_ % kStages, parity = v_count_ / kStages & 1;
     mbarrier_wait(&shared_.v_empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared_.v_full[stage], Traits::kVBytes);
 #pragma unroll
     for (int c = 0; c < Traits::kChunksV; ++c) {
-      tma_load_4d(shared_.v[stage] + c * Traits::kN * Traits::kWidthV, &args_.v_map, &shared_.v_full[stage], keep_,
-                  c * Traits::kChunkV, range.k_start + n * Traits::kN, head * args_.v_head_step,
-                  batch * args_.v_batch_step);
+      tma_load_4d(shared_.v[stage] + c * Traits::kN * Traits::kWidthV, &map, &shared_.v_full[stage], keep_,
+                  c * Traits::kChunkV, row, head, batch);
     }
     ++v_count_;
   }
@@ -96,6 +84,29 @@ class Producer {
   typename Traits::Shared& shared_;
   uint64_t keep_, stream_;
   uint32_t q_count_ = 0, k_count_ = 0, v_count_ = 0;
+
+ private:
+  // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
+  // interleave S = Q K(n) with O += P V(n + 1).
+  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range) {
+    const int head_kv = tile.head / args_.group_size;
+    const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
+    load_k(range, range.n_max - 1, head_kv, tile.batch);
+    load_q(tile, range, batch_q);
+    for (int n = range.n_max - 2; n >= range.n_min; --n) {
+      load_k(range, n, head_kv, tile.batch);
+      load_v(range, n + 1, head_kv, tile.batch);
+    }
+    load_v(range, range.n_min, head_kv, tile.batch);
+  }
+
+  __device__ __forceinline__ void load_k(const TileRange& range, int n, int head, int batch) {
+    load_k(args_.k_map, 0, range.k_start + n * Traits::kN, head * args_.k_head_step, batch * args_.k_batch_step,
+           [](int) {});
+  }
+  __device__ __forceinline__ void load_v(const TileRange& range, int n, int head, int batch) {
+    load_v(args_.v_map, range.k_start + n * Traits::kN, head * args_.v_head_step, batch * args_.v_batch_step);
+  }
 };
 
 }  // namespace adaattn::cuda::sm90

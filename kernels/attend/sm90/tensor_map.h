@@ -1,0 +1,21 @@
+// Tensor maps: what TMA needs to know about an operand.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "core/attn_params.h"
+
+namespace adaattn::cuda::sm90 {
+
+struct Extents {
+  int64_t dim, tokens, heads, batch;
+};
+
+// A [batch, token, head, dim] operand as TMA's (dim, token, head, batch), in boxes of box_rows tokens by one swizzle
+// width. A dimension of stride 0 gets extent 1: its coordinate stays 0. Throws Error, naming the operand, where the
+// driver refuses it.
+CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name);
+
+}  // namespace adaattn::cuda::sm90

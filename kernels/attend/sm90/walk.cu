@@ -1,0 +1,83 @@
+#include <algorithm>
+
+#include "attend/sm90/forward_launch.h"
+#include "attend/sm90/tensor_map.h"
+#include "attend/sm90/walk.h"
+#include "attend/sm90/walk_kernel.cuh"
+#include "runtime.h"
+
+namespace adaattn::cuda::sm90 {
+namespace {
+
+struct WalkInstance {
+  ForwardConfig config;
+  int shared_bytes;
+  const void* kernel;
+};
+
+template <int kRank>
+constexpr WalkInstance instance() {
+  using Traits = WalkTraits<__nv_bfloat16, WalkPolicy<kRank>>;
+  return {Traits::kC, static_cast<int>(sizeof(typename Traits::Shared)),
+          reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, WalkPolicy<kRank>>)};
+}
+
+// By rank class; decide::rank_of_class.
+const WalkInstance kInstances[decide::kRankClasses] = {instance<kWalkDim>(), instance<96>(), instance<64>(),
+                                                       instance<32>()};
+
+// [batch, heads, rows, columns] without gaps.
+Operand dense(const __nv_bfloat16* data, int64_t heads, int64_t rows, int64_t columns) {
+  return {const_cast<__nv_bfloat16*>(data), heads * rows * columns, columns, rows * columns, Dtype::kBF16};
+}
+
+}  // namespace
+
+void prepare_walk() {
+  for (const WalkInstance& x : kInstances)
+    check(cudaFuncSetAttribute(x.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, x.shared_bytes), "walk");
+}
+
+cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
+  const WalkInstance& instance = kInstances[call.rank_class];
+  const TableShape& shape = call.tables.shape;
+  const int rank = instance.config.d_v;
+  const bool low_rank = call.rank_class != 0;
+  ForwardConfig exact = instance.config;
+  exact.d_v = kWalkDim;
+  WalkArgs args{};
+  args.forward = common_args(exact, call.p);
+  args.tables = call.tables;
+  const int64_t items = int64_t{shape.batch} * shape.heads_q * shape.wave_tiles;
+  args.work = call.tables.work + call.rank_class * items;
+  args.work_count = call.tables.work_count + call.rank_class;
+  args.far_field = call.far_field;
+  args.far_share = call.far_share;
+  args.forward.counters = call.counters;
+
+  // Columns beyond the class's rank are there, and never loaded: a box ends before them.
+  const int width = rank % 64 == 0 ? 128 : 64;
+  const auto map = [&](const __nv_bfloat16* data, int64_t rows, int64_t stride, int64_t columns, int box_width,
+                       const char* name) {
+    return make_map(dense(data, shape.heads_kv, rows, stride), {columns, rows, shape.heads_kv, shape.batch}, box_width,
+                    128, name);
+  };
+  if (low_rank) {
+    args.forward.v_map = map(call.tables.v_low, shape.key_rows(), shape.max_rank, rank, width, "v_low");
+    args.forward.v_head_step = args.forward.v_batch_step = 1;
+    args.forward.zero_v_tail = false;  // zeros already
+    args.basis_map = map(call.tables.basis, kWalkDim, shape.max_rank, rank, width, "basis");
+  }
+  if (call.far_field) {
+    args.group_k_map = map(call.tables.group_k, shape.key_groups(), 2 * kWalkDim, 2 * kWalkDim, 128, "group_k");
+    args.group_v_map =
+        low_rank ? map(call.tables.group_v_low, shape.key_groups(), shape.max_rank, rank, width, "group_v_low")
+                 : map(call.tables.group_v, shape.key_groups(), kWalkDim, kWalkDim, width, "group_v");
+  }
+  const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, items));
+  void* arguments[] = {&args};
+  return cudaLaunchKernel(instance.kernel, dim3(grid), dim3(128 * (instance.config.groups + 1)), arguments,
+                          instance.shared_bytes, stream);
+}
+
+}  // namespace adaattn::cuda::sm90

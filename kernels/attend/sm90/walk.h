@@ -1,0 +1,33 @@
+// Attention over the key tiles that a mask keeps, with the others as centroids: one launch per rank class.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "adaptive/tables.h"
+#include "core/attn_params.h"
+
+namespace adaattn::cuda::sm90 {
+
+// Each warp of a query tile leaves the sum over its rows of the share that the far field has in them.
+constexpr int kWalkShares = 8;
+
+struct WalkCall {
+  AttnParams
+      p;  // bf16, d_qk 128, d_v 128; 16-byte aligned rows, windows cut to 2^30, scale > 0; no softcap, bias, ALiBi
+  AdaptiveTables tables;         // of these tensors
+  int32_t rank_class = 0;        // whose work list is computed
+  bool far_field = false;        // centroids of the tiles that are not kept
+  float* far_share = nullptr;    // [batch, heads_q, wave_tiles, kWalkShares]; null: not wanted. Zeros where none is.
+  uint32_t* counters = nullptr;  // [2], zero before and after a launch
+  int32_t multiprocessors = 0;
+};
+
+// Once per device, before the first launch.
+void prepare_walk();
+
+// Capture-safe. Returns at once where the work list is empty. Throws Error where the driver refuses a tensor.
+cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream);
+
+}  // namespace adaattn::cuda::sm90

@@ -1,0 +1,24 @@
+// What a mask-walking kernel is launched with.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "adaptive/tables.h"
+#include "attend/sm90/forward_args.h"
+
+namespace adaattn::cuda::sm90 {
+
+struct WalkArgs {
+  ForwardArgs forward;  // v_map: V, or V in the basis
+  CUtensorMap group_k_map, group_v_map;
+  CUtensorMap basis_map;  // of a class of lower rank
+  AdaptiveTables tables;
+  const uint32_t* work;  // the class's items
+  const uint32_t* work_count;
+  bool far_field;
+  float* far_share;  // [items][kWalkShares], null: not wanted
+};
+
+}  // namespace adaattn::cuda::sm90

@@ -1,0 +1,143 @@
+// The producer warp of the mask-walking kernels: draws query tiles from the work list and loads the key tiles whose
+// bits are set, then the centroids of the others.
+#pragma once
+
+#include "attend/sm90/forward_producer.cuh"
+#include "attend/sm90/walk_traits.cuh"
+
+namespace adaattn::cuda::sm90 {
+
+template <class Traits>
+class WalkProducer : Producer<Traits> {
+  using Loads = Producer<Traits>;
+  using Loads::args_, Loads::shared_, Loads::keep_;
+
+ public:
+  __device__ __forceinline__ WalkProducer(const WalkArgs& args, typename Traits::Shared& shared)
+      : Loads(args.forward, shared), walk_(args), tables_(args.tables) {}
+
+  __device__ __forceinline__ void run() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const uint32_t count = *walk_.work_count;
+    uint32_t number = blockIdx.x;
+    for (int i = 0;; ++i) {
+      const WalkTile walk = decode(number, count);
+      if (lane == 0) {
+        const int slot = i % 2;
+        mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
+        shared_.walk[slot] = walk;
+        mbarrier_arrive(&shared_.tile_full[slot]);
+      }
+      __syncwarp();
+      if (walk.tile.m_block < 0) break;
+      // The next number's latency passes while this tile is loaded.
+      uint32_t next = 0;
+      if (lane == 0) next = atomicAdd(args_.counters, 1u) + gridDim.x;
+      if (lane == 0 && walk.begin < walk.end) load_tile(walk);
+      __syncwarp();
+      number = __shfl_sync(~0u, next, 0);
+    }
+    // The last CTA to finish leaves the counters as it found them.
+    if (lane == 0 && atomicAdd(args_.counters + 1, 1u) == gridDim.x - 1) {
+      args_.counters[0] = 0;
+      args_.counters[1] = 0;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ WalkTile decode(uint32_t number, uint32_t count) const {
+    WalkTile walk;
+    if (number >= count) return walk;
+    const TableShape& shape = tables_.shape;
+    walk.item = static_cast<int>(walk_.work[number]);
+    const int row = walk.item / shape.wave_tiles;
+    walk.tile.m_block = walk.item - row * shape.wave_tiles + tables_.first_tile;
+    walk.tile.batch = row / shape.heads_q;
+    walk.tile.head = row - walk.tile.batch * shape.heads_q;
+    walk.kept = tables_.kept[walk.item];
+    const decide::TileRow range = tables_.tile_range[int64_t{row} * shape.query_tiles + walk.tile.m_block];
+    walk.begin = range.begin;
+    walk.end = range.end;
+    // Narrow windows leave no tile that every row sees whole.
+    walk.full_begin = max(range.full_begin, range.begin);
+    walk.full_end = min(range.full_end, range.end);
+    if (walk.full_begin >= walk.full_end) walk.full_begin = walk.full_end = range.begin;
+    return walk;
+  }
+
+  // Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
+  __device__ __forceinline__ void load_tile(const WalkTile& walk) {
+    const int head_kv = walk.tile.head / args_.group_size, batch = walk.tile.batch;
+    const TileRange range = read_sequence(args_, batch);
+    const uint64_t* mask = tables_.mask + int64_t{walk.item} * tables_.shape.mask_words;
+    const int head_k = head_kv * args_.k_head_step, batch_k = batch * args_.k_batch_step;
+    const int head_v = head_kv * args_.v_head_step, batch_v = batch * args_.v_batch_step;
+    const int v_start = Traits::kLowRank ? 0 : range.k_start;  // V in the basis is not packed
+    int before = -1;
+    for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
+      for (uint64_t bits = mask[word]; bits != 0;) {
+        const int n = 63 - __clzll(static_cast<long long>(bits));
+        bits ^= uint64_t{1} << n;
+        const int tile = word * 64 + n;
+        Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
+        if (before < 0) {
+          Loads::load_q(walk.tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
+        } else {
+          Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
+        }
+        before = tile;
+      }
+    }
+    int block = 0;
+    FarBlock far;
+    if (walk_.far_field && walk.kept < walk.end - walk.begin) {
+      block = walk.full_begin / kFarTiles;
+      far.skipped = skipped_from(walk, mask, block);
+    }
+    bool first = true;
+    while (far.skipped != 0) {
+      int next = block + 1;
+      const uint32_t next_skipped = skipped_from(walk, mask, next);
+      far.last = next_skipped == 0;
+      Loads::load_k(walk_.group_k_map, 0, block * Traits::kN, head_kv, batch, [&](int s) { shared_.far[s] = far; });
+      if (first) Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
+      if (!first) Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
+      Loads::load_k(walk_.group_k_map, kWalkDim, block * Traits::kN, head_kv, batch, [](int) {});
+      first = false;
+      before = block;
+      block = next;
+      far.skipped = next_skipped;
+    }
+    if (first) Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
+    if (!first) Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
+    if constexpr (Traits::kLowRank) load_basis(head_kv, batch);
+  }
+
+  // The skipped tiles of the first block of centroids from `block` on that has any; 0: none is left.
+  __device__ __forceinline__ uint32_t skipped_from(const WalkTile& walk, const uint64_t* mask, int& block) const {
+    for (; block * kFarTiles < walk.full_end; ++block) {
+      const int first = block * kFarTiles;
+      uint32_t bits = ~static_cast<uint32_t>(mask[block / 2] >> block % 2 * 32);
+      if (walk.full_begin > first) bits &= ~0u << (walk.full_begin - first);
+      if (walk.full_end < first + kFarTiles) bits &= ~(~0u << (walk.full_end - first));
+      if (bits != 0) return bits;
+    }
+    return 0;
+  }
+
+  __device__ __forceinline__ void load_basis(int head_kv, int batch) {
+    mbarrier_wait(&shared_.basis_empty, (basis_count_++ & 1) ^ 1);
+    mbarrier_arrive_expect_tx(&shared_.basis_full, Traits::kBasisBytes);
+#pragma unroll
+    for (int c = 0; c < Traits::kChunksV; ++c) {
+      tma_load_4d(shared_.basis + c * kWalkDim * Traits::kWidthV, &walk_.basis_map, &shared_.basis_full, keep_,
+                  c * Traits::kChunkV, 0, head_kv, batch);
+    }
+  }
+
+  const WalkArgs& walk_;
+  const AdaptiveTables& tables_;
+  uint32_t basis_count_ = 0;
+};
+
+}  // namespace adaattn::cuda::sm90

@@ -1,0 +1,132 @@
+// Random problems for the mask-walking kernels: tensors, masks and tables on the host and the device, and their oracle.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "adaptive/tables.h"
+#include "attend/sm90/walk.h"
+#include "gpu/device.h"
+#include "support/random.h"
+
+namespace adaattn::test {
+
+// A host array and its copy on the device.
+template <typename T>
+class Mirror {
+ public:
+  explicit Mirror(size_t count) : host(count), device_(count * sizeof(T)) {}
+  T* upload() const {
+    require(cudaMemcpy(device_.data(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return data();
+  }
+  void download() { require(cudaMemcpy(host.data(), device_.data(), host.size() * sizeof(T), cudaMemcpyDeviceToHost)); }
+  T* data() const { return static_cast<T*>(device_.data()); }
+  std::vector<T> host;
+
+ private:
+  DeviceMemory device_;
+};
+
+using Bf16 = __nv_bfloat16;
+
+struct WalkShape {
+  const char* name = "";
+  int64_t batch = 1, heads_q = 2, heads_kv = 1, seqlen_q = 256, seqlen_k = 256;
+  int64_t window_left = -1, window_right = -1;
+  std::vector<int32_t> lens_q = {}, lens_k = {};  // packed sequences, or (only lens_k) seqused_k
+  double kept = 0.5;                              // chance of a tile that may be skipped
+  bool far_field = false;
+  int max_rank = 96;
+  std::vector<int> classes = {0};          // of the KV heads, in turn
+  int64_t first_tile = 0, wave_tiles = 0;  // 0: all
+};
+
+class WalkProblem {
+ public:
+  static constexpr int64_t kD = 128;
+
+  WalkProblem(const WalkShape& shape, uint64_t seed) : s(shape), random_(seed) {
+    packed_ = !s.lens_q.empty();
+    lay_out();
+    fill();
+    decide_masks();
+    upload();
+  }
+
+  // Launches every class; the arrays of results are downloaded.
+  void run() {
+    cuda::sm90::prepare_walk();
+    cudaDeviceProp properties{};
+    require(cudaGetDeviceProperties(&properties, 0));
+    cuda::sm90::WalkCall call;
+    call.p = params;
+    call.tables = tables;
+    call.far_field = s.far_field;
+    call.far_share = far_share->data();
+    call.counters = counters->data();
+    call.multiprocessors = properties.multiProcessorCount;
+    for (int c = 0; c < decide::kRankClasses; ++c) {
+      call.rank_class = c;
+      require(cuda::sm90::launch_walk(call, nullptr));
+    }
+    require(cudaDeviceSynchronize());
+    o->download();
+    lse->download();
+    far_share->download();
+    counters->download();
+  }
+
+  struct Row {
+    std::vector<double> o;
+    double lse = 0, far = 0;
+  };
+  Row oracle(int64_t b, int64_t h, int64_t i) const;
+
+  int64_t items_of_head() const { return tables.shape.wave_tiles; }
+  int64_t len_q(int64_t b) const { return sequence_of(host_params, b).len_q; }
+  int64_t q_row(int64_t b, int64_t h, int64_t i) const {
+    const int64_t token = packed_ ? sequence_of(host_params, b).q_start + i : b * s.seqlen_q + i;
+    return token * s.heads_q + h;
+  }
+  int64_t k_row(int64_t b, int64_t h, int64_t j) const {
+    const int64_t token = packed_ ? sequence_of(host_params, b).k_start + j : b * s.seqlen_k + j;
+    return token * s.heads_kv + h;
+  }
+  int64_t item(int64_t b, int64_t h, int64_t tile) const {
+    return (b * s.heads_q + h) * tables.shape.wave_tiles + tile - tables.first_tile;
+  }
+  int class_of(int64_t b, int64_t head_kv) const {
+    return s.classes[static_cast<size_t>(b * s.heads_kv + head_kv) % s.classes.size()];
+  }
+
+  WalkShape s;
+  AttnParams params, host_params;
+  cuda::AdaptiveTables tables;
+  std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low;
+  std::unique_ptr<Mirror<float>> lse, v_mean, far_share;
+  std::unique_ptr<Mirror<uint64_t>> mask;
+  std::unique_ptr<Mirror<int32_t>> kept, starts_q, starts_k;
+  std::unique_ptr<Mirror<uint32_t>> work, work_count, counters;
+  std::unique_ptr<Mirror<decide::TileRow>> range;
+
+ private:
+  void lay_out();
+  void fill();
+  void decide_masks();
+  void upload();
+  decide::TileRow visible_tiles(const Sequence& seq, int64_t tile) const;
+  double at(const Mirror<Bf16>& x, int64_t index) const { return __bfloat162float(x.host[static_cast<size_t>(index)]); }
+  void set(Mirror<Bf16>& x, int64_t index, double value) const {
+    x.host[static_cast<size_t>(index)] = __float2bfloat16(static_cast<float>(value));
+  }
+  Random random_;
+  bool packed_ = false;
+};
+
+}  // namespace adaattn::test

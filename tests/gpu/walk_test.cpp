@@ -1,0 +1,232 @@
+// The mask-walking kernels against a float64 oracle that walks the same masks and centroids.
+#include <cstring>
+#include <ostream>
+
+#include "attend/plan.h"
+#include "gpu/walk_problem.h"
+
+namespace adaattn::test {
+
+void PrintTo(const WalkShape& s, std::ostream* out) { *out << s.name; }
+
+namespace {
+
+class HopperOnly : public OnTheDevice {
+ protected:
+  void SetUp() override {
+    OnTheDevice::SetUp();
+    if (IsSkipped()) return;
+    cudaDeviceProp properties{};
+    require(cudaGetDeviceProperties(&properties, 0));
+    if (properties.major != 9) GTEST_SKIP() << "compute capability 9.0 only";
+  }
+};
+
+class MaskWalk : public HopperOnly, public testing::WithParamInterface<WalkShape> {};
+
+// bf16 rounding of the weights, of O and, in a basis, of O before the product with it: relative to a row.
+constexpr double kRowTolerance = 2e-2, kTolerance = 4e-3;
+
+void expect_oracle(WalkProblem& x) {
+  const WalkShape& s = x.s;
+  double error = 0, norm = 0;
+  int64_t rows = 0;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads_q; ++h) {
+      double far = 0, far_written = 0;
+      for (int64_t i = 0; i < x.len_q(b); ++i) {
+        const int64_t tile = i / decide::kTileQ, at = x.q_row(b, h, i);
+        if (tile < s.first_tile || tile >= s.first_tile + x.items_of_head()) {
+          ASSERT_TRUE(std::isnan(x.lse->host[at])) << "a query tile outside the wave was written";
+          continue;
+        }
+        const WalkProblem::Row want = x.oracle(b, h, i);
+        double row_error = 0, row_norm = 0;
+        for (int64_t c = 0; c < WalkProblem::kD; ++c) {
+          const double got = __bfloat162float(x.o->host[at * WalkProblem::kD + c]);
+          row_error += (got - want.o[c]) * (got - want.o[c]);
+          row_norm += want.o[c] * want.o[c];
+        }
+        ASSERT_LE(std::sqrt(row_error), kRowTolerance * std::sqrt(row_norm)) << "b " << b << " h " << h << " i " << i;
+        if (std::isinf(want.lse)) {
+          ASSERT_EQ(x.lse->host[at], -INFINITY) << i;
+        } else {
+          ASSERT_NEAR(x.lse->host[at], want.lse, 2e-3) << "b " << b << " h " << h << " i " << i;
+        }
+        error += row_error;
+        norm += row_norm;
+        far += want.far;
+        ++rows;
+      }
+      for (int64_t tile = s.first_tile; tile * decide::kTileQ < x.len_q(b) && tile < s.first_tile + x.items_of_head();
+           ++tile)
+        for (int w = 0; w < cuda::sm90::kWalkShares; ++w)
+          far_written += x.far_share->host[x.item(b, h, tile) * cuda::sm90::kWalkShares + w];
+      EXPECT_NEAR(far_written, far, 1e-2 * far + 1e-3) << "share of the far field, b " << b << " h " << h;
+    }
+  EXPECT_GT(rows, 0);
+  EXPECT_LE(std::sqrt(error), kTolerance * std::sqrt(norm));
+  EXPECT_EQ(x.counters->host, (std::vector<uint32_t>{0, 0}));
+}
+
+TEST_P(MaskWalk, AgreesWithTheOracleThatWalksTheSameTiles) {
+  for (const int rank_class : {0, 1, 2, 3}) {
+    for (const bool far_field : {false, true}) {
+      WalkShape s = GetParam();
+      if (rank_class != 0) s.classes = {rank_class};
+      s.far_field = far_field;
+      SCOPED_TRACE(testing::Message() << "class " << rank_class << (far_field ? ", far field" : ""));
+      WalkProblem x(s, run_seed());
+      x.run();
+      ASSERT_NO_FATAL_FAILURE(expect_oracle(x));
+    }
+  }
+}
+
+std::vector<WalkShape> walk_shapes() {
+  return {
+      {.name = "OneTile", .seqlen_q = 128, .seqlen_k = 128},
+      {.name = "OneRowOneKey", .seqlen_q = 1, .seqlen_k = 1, .window_right = 0},
+      {.name = "CausalHalf",
+       .batch = 2,
+       .heads_q = 6,
+       .heads_kv = 2,
+       .seqlen_q = 640,
+       .seqlen_k = 640,
+       .window_right = 0},
+      {.name = "CausalForcedTilesOnly", .heads_q = 3, .seqlen_q = 900, .seqlen_k = 900, .window_right = 0, .kept = 0},
+      {.name = "CausalRaggedShorterQueries", .heads_q = 2, .seqlen_q = 300, .seqlen_k = 777, .window_right = 0},
+      {.name = "CausalMoreQueriesThanKeys", .heads_q = 2, .seqlen_q = 500, .seqlen_k = 200, .window_right = 0},
+      {.name = "FullRagged", .heads_q = 4, .heads_kv = 2, .seqlen_q = 333, .seqlen_k = 1111, .kept = 0.3},
+      {.name = "Window",
+       .heads_q = 2,
+       .seqlen_q = 1500,
+       .seqlen_k = 1500,
+       .window_left = 700,
+       .window_right = 0,
+       .kept = 0.4},
+      {.name = "NarrowWindow", .heads_q = 2, .seqlen_q = 700, .seqlen_k = 700, .window_left = 60, .window_right = 20},
+      {.name = "WordsAndBlocksOfCentroids", .heads_q = 2, .seqlen_q = 130, .seqlen_k = 17000, .kept = 0.1},
+      {.name = "UsedKeys",
+       .batch = 3,
+       .heads_q = 2,
+       .seqlen_q = 260,
+       .seqlen_k = 600,
+       .window_right = 0,
+       .lens_k = {600, 401, 0}},
+      {.name = "Packed",
+       .batch = 4,
+       .heads_q = 2,
+       .seqlen_q = 700,
+       .seqlen_k = 700,
+       .window_right = 0,
+       .lens_q = {300, 0, 700, 129},
+       .lens_k = {300, 50, 700, 333}},
+  };
+}
+INSTANTIATE_TEST_SUITE_P(Table, MaskWalk, testing::ValuesIn(walk_shapes()),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+class MaskWalks : public HopperOnly {};
+
+TEST_F(MaskWalks, ClassesOfDifferentRanksShareACall) {
+  WalkProblem x({.name = "Mixed",
+                 .batch = 2,
+                 .heads_q = 8,
+                 .heads_kv = 4,
+                 .seqlen_q = 513,
+                 .seqlen_k = 513,
+                 .window_right = 0,
+                 .kept = 0.3,
+                 .far_field = true,
+                 .classes = {0, 3, 1, 2, 0}},
+                run_seed());
+  x.run();
+  expect_oracle(x);
+}
+
+TEST_F(MaskWalks, AWaveOfQueryTilesLeavesTheOthersAlone) {
+  for (const int rank_class : {0, 2}) {
+    WalkProblem x({.name = "Wave",
+                   .heads_q = 2,
+                   .seqlen_q = 1000,
+                   .seqlen_k = 1000,
+                   .window_right = 0,
+                   .kept = 0.3,
+                   .far_field = true,
+                   .max_rank = 64,
+                   .classes = {rank_class},
+                   .first_tile = 3,
+                   .wave_tiles = 2},
+                  run_seed());
+    x.run();
+    expect_oracle(x);
+  }
+}
+
+TEST_F(MaskWalks, AllTilesKeptIsTheExactKernelBitForBit) {
+  const cuda::AttendKernel* exact = nullptr;
+  for (const cuda::AttendKernel* row : cuda::attend_kernels())
+    if (std::string(row->name) == "sm90_forward_bf16_d128_masked") exact = row;
+  ASSERT_NE(exact, nullptr);
+  cuda::prepare_kernel(*exact);
+  WalkProblem x({.name = "All",
+                 .batch = 2,
+                 .heads_q = 12,
+                 .heads_kv = 4,
+                 .seqlen_q = 1200,
+                 .seqlen_k = 1333,
+                 .window_right = 0,
+                 .kept = 1,
+                 .far_field = true},
+                run_seed());
+  for (int round = 0; round < 20; ++round) {
+    x.o->upload();
+    x.lse->upload();
+    x.run();
+    const std::vector<Bf16> walked = x.o->host;
+    const std::vector<float> walked_lse = x.lse->host;
+    cuda::AttendArgs args;
+    args.p = x.params;
+    args.m_tiles = x.tables.shape.query_tiles;
+    args.heads = x.tables.shape.heads_q;
+    args.group = x.tables.shape.group;
+    args.section = 8;
+    args.causal_order = true;
+    args.scheduler = x.counters->data();
+    args.multiprocessors = 132;
+    require(exact->launch(args, nullptr));
+    x.o->download();
+    x.lse->download();
+    const auto bits = [](const Bf16& a, const Bf16& b) { return __bfloat16_as_ushort(a) == __bfloat16_as_ushort(b); };
+    ASSERT_TRUE(std::equal(walked.begin(), walked.end(), x.o->host.begin(), bits)) << "round " << round;
+    ASSERT_EQ(walked_lse, x.lse->host);
+  }
+}
+
+TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
+  for (const int rank_class : {0, 1, 3}) {
+    WalkProblem x({.name = "Repeat",
+                   .batch = 2,
+                   .heads_q = 12,
+                   .heads_kv = 4,
+                   .seqlen_q = 1200,
+                   .seqlen_k = 1200,
+                   .window_right = 0,
+                   .kept = 0.3,
+                   .far_field = true,
+                   .classes = {rank_class}},
+                  run_seed());
+    x.run();
+    const std::vector<float> first = x.lse->host;
+    const std::vector<Bf16> first_o = x.o->host;
+    for (int round = 0; round < 30; ++round) {
+      x.run();
+      ASSERT_EQ(first, x.lse->host) << round;
+      ASSERT_EQ(std::memcmp(first_o.data(), x.o->host.data(), first_o.size() * sizeof(Bf16)), 0) << round;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::test
