@@ -1,6 +1,8 @@
 // One instruction set's kernels: compiled once per set, with that set's flags and ADAATTN_UNIT_*.
+#if !defined(ADAATTN_UNIT_AMX)
 #include "cpu_fallback/isa/decode-inl.h"
-#if defined(ADAATTN_UNIT_BF16)
+#endif
+#if defined(ADAATTN_UNIT_AMX) || defined(ADAATTN_UNIT_AVX512BF16)
 #include "cpu_fallback/isa/prefill_bf16-inl.h"
 #else
 #include "cpu_fallback/isa/prefill-inl.h"
@@ -21,6 +23,35 @@ void map(const float* x, float* y, int64_t n) {
 
 void map_exp2(const float* x, float* y, int64_t n) { map<exp2>(x, y, n); }
 void map_tanh(const float* x, float* y, int64_t n) { map<tanh>(x, y, n); }
+
+#if defined(ADAATTN_UNIT_BF16)
+void prefill_any(const PrefillArgs& args) {
+  if (args.row_entropy == nullptr && takes_bf16(args)) {
+    prefill_bf16(args);
+  } else {
+#if defined(ADAATTN_UNIT_AMX)
+    kAvx512Kernels.prefill(args);
+#else
+    prefill(args);
+#endif
+  }
+}
+#endif
+
+#if defined(ADAATTN_UNIT_AMX)
+// Whatever has no tile products is the work of the AVX-512 unit, whose panels are wider.
+size_t scratch_of_both(int64_t d_qk, int64_t d_v, int64_t tiles) {
+  const size_t own = prefill_scratch(d_qk, d_v, tiles), other = kAvx512Kernels.prefill_scratch(d_qk, d_v, tiles);
+  return own > other ? own : other;
+}
+
+size_t decode_scratch(int64_t d_qk, int64_t d_v) { return kAvx512Kernels.decode_scratch(d_qk, d_v); }
+void decode(const DecodeArgs& args) { kAvx512Kernels.decode(args); }
+void combine(const CombineArgs& args) { kAvx512Kernels.combine(args); }
+#define ADAATTN_PREFILL_SCRATCH scratch_of_both
+#else
+#define ADAATTN_PREFILL_SCRATCH prefill_scratch
+#endif
 
 }  // namespace
 
@@ -56,7 +87,7 @@ const KernelTable ADAATTN_TABLE = {
     .prefill = prefill,
 #endif
     .decode_name = "decode_f32_" ADAATTN_ISA,
-    .prefill_scratch = prefill_scratch,
+    .prefill_scratch = ADAATTN_PREFILL_SCRATCH,
     .decode_scratch = decode_scratch,
     .decode = decode,
     .combine = combine,

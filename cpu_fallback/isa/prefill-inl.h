@@ -53,12 +53,12 @@ constexpr int64_t kStagingFloats = 16 * 512;
 #else
 constexpr int64_t kStagingFloats = 0;
 #endif
-static_assert(kStagingFloats <= kKeyBlock * kPanel);
+constexpr int64_t kScoreFloats = kKeyBlock * kPanel > kStagingFloats ? kKeyBlock* kPanel : kStagingFloats;
 
 struct PrefillScratch {
   Panel* panels;
   float *k, *v, *s, *row, *alpha, *block_max;
-  uint8_t* unusual;  // keys of the block whose V holds NaN or infinity
+  uint16_t* unusual;  // keys of the block whose V holds NaN or infinity
 };
 
 HWY_INLINE void lay_out(Arena& arena, Panel& p, int64_t d_qk, int64_t d_v) {
@@ -77,11 +77,11 @@ HWY_INLINE void lay_out(Arena& arena, PrefillScratch& x, int64_t d_qk, int64_t d
   x.panels = arena.take<Panel>(panels);
   x.k = arena.take<float>(kKeyBlock * packed_stride(d_qk));
   x.v = arena.take<float>(kKeyBlock * packed_stride(d_v));
-  x.s = arena.take<float>(kKeyBlock * kPanel);  // also the staging area of transpositions
+  x.s = arena.take<float>(kScoreFloats);  // also the staging area of transpositions
   x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
   x.alpha = arena.take<float>(kPanel);
   x.block_max = arena.take<float>(kPanel);
-  x.unusual = arena.take<uint8_t>(kKeyBlock);
+  x.unusual = arena.take<uint16_t>(2 * kKeyBlock);
   for (int64_t i = 0; i < panels; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
@@ -169,12 +169,11 @@ HWY_INLINE int64_t pack_block(const PrefillArgs& args, PrefillScratch& x, int64_
     if (args.row_entropy != nullptr) continue;
     if (!widen_row(key_address(args.v, first + j), args.v.dtype, x.v + j * v_stride, d_v, 1.0f)) {
       memset(x.v + j * v_stride, 0, static_cast<size_t>(d_v) * sizeof(float));
-      x.unusual[unusual++] = static_cast<uint8_t>(j);
+      x.unusual[unusual++] = static_cast<uint16_t>(j);
     }
   }
   return unusual;
 }
-static_assert(kKeyBlock <= 256);
 
 // Softcap, ALiBi and bias, in this order, on the scores of keys [first, first + keys).
 HWY_NOINLINE void apply_score_terms(const PrefillArgs& args, const ScoreRule& rule, const Panel& p, float* s,

@@ -1,8 +1,8 @@
-// Prefill with bf16 products (see products-inl.h). The panels, masks and the online softmax are those of the f32
-// kernel; weights are rounded to bf16 pairs in place of the scores they come from.
+// Prefill with bf16 products (see products-inl.h). Panels and masks are those of the f32 kernel. Weights are rounded to
+// bf16 pairs; a row's reference follows its maximum with some slack, so that O^T is hardly ever rescaled.
 #pragma once
 
-#include "cpu_fallback/isa/products-inl.h"
+#include "cpu_fallback/isa/softmax_bf16-inl.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -17,16 +17,17 @@ HWY_INLINE bool takes_bf16(const PrefillArgs& args) {
 
 // n elements of a row as bf16, zeros up to `padded`. Returns false if some element is NaN or infinite.
 HWY_INLINE bool narrow_row(const void* from, Dtype dtype, uint16_t* to, int64_t n, int64_t padded) {
-  if (dtype == Dtype::kBF16) {
-    memcpy(to, from, static_cast<size_t>(n) * sizeof(uint16_t));
-  } else {
-    store_row(static_cast<const float*>(from), to, Dtype::kBF16, n);
-  }
-  memset(to + n, 0, static_cast<size_t>(padded - n) * sizeof(uint16_t));
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 special = 0;
-  for (int64_t i = 0; i < padded; i += 32)
-    special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(to + i), exponent), exponent);
+  if (dtype == Dtype::kF32) store_row(static_cast<const float*>(from), to, Dtype::kBF16, n);
+  const void* source = dtype == Dtype::kF32 ? to : from;
+  for (int64_t i = 0; i < padded; i += 32) {
+    const int64_t count = n - i < 32 ? n - i : 32;
+    const __mmask32 used = static_cast<__mmask32>((uint64_t{1} << (count > 0 ? count : 0)) - 1);
+    const __m512i x = _mm512_maskz_loadu_epi16(used, static_cast<const uint16_t*>(source) + i);
+    special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+    _mm512_storeu_si512(to + i, x);
+  }
   return special == 0;
 }
 
@@ -57,11 +58,11 @@ HWY_INLINE void fill_query_words(const PrefillArgs& args, PrefillScratch& x, Pan
 // K as rows of bf16, V as tiles; keys [first, first + keys), zeros up to the next multiple of 32. V rows that hold NaN
 // or infinity are handled as in pack_block().
 HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x, int64_t first, int64_t keys,
-                                     int64_t d_qk, int64_t d_v, int64_t k_stride) {
+                                     int64_t d_qk, int64_t d_v) {
   uint16_t* k = reinterpret_cast<uint16_t*>(x.k);
   uint32_t* vt = reinterpret_cast<uint32_t*>(x.v);
   uint16_t* staging = reinterpret_cast<uint16_t*>(x.s);  // [32 keys][d_v]
-  static_assert(kTileKeys * 512 / 2 <= kKeyBlock * kPanel);
+  static_assert(kTileKeys * 512 / 2 <= kScoreFloats);
   const auto copy = [&](const KeyOperand& operand, int64_t key, int64_t n, uint16_t* to, int64_t padded) {
     const void* from = key_address(operand, key);
     if (operand.dtype == Dtype::kF32) {
@@ -76,14 +77,14 @@ HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x,
       const int64_t j = tile * kTileKeys + i;
       uint16_t* v_row = staging + i * d_v;
       if (j >= keys) {
-        memset(k + j * k_stride, 0, static_cast<size_t>(d_qk) * sizeof(uint16_t));
+        memset(k + j * d_qk, 0, static_cast<size_t>(d_qk) * sizeof(uint16_t));
         memset(v_row, 0, static_cast<size_t>(d_v) * sizeof(uint16_t));
         continue;
       }
-      copy(args.k, first + j, args.rows.d_qk, k + j * k_stride, d_qk);
+      copy(args.k, first + j, args.rows.d_qk, k + j * d_qk, d_qk);
       if (!copy(args.v, first + j, args.rows.d_v, v_row, d_v)) {
         memset(v_row, 0, static_cast<size_t>(d_v) * sizeof(uint16_t));
-        x.unusual[unusual++] = static_cast<uint8_t>(j);
+        x.unusual[unusual++] = static_cast<uint16_t>(j);
       }
     }
     for (int64_t c = 0; c < d_v; c += kTileValues) {
@@ -95,104 +96,142 @@ HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x,
         pair[w] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
       }
       transpose16(pair);
-      uint32_t* to = const_cast<uint32_t*>(value_tile(vt, c / kTileValues, tile));
+      uint32_t* to = value_tile(vt, d_v, c / kTileValues, tile);
       ADAATTN_UNROLL for (int r = 0; r < 16; ++r) _mm512_storeu_si512(to + r * 16, pair[r]);
     }
   }
   return unusual;
 }
 
-// Products to scores in units of log2 (before a softcap: of the cap), and the block's maximum.
-HWY_NOINLINE void scale_block(float* s, int64_t keys, float factor, float* block_max) {
-  const F32 f = hn::Set(kF32, factor);
-  F32 max[kPanelVectors];
-  ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) max[v] = hn::Set(kF32, -infinity());
-  for (int64_t j = 0; j < keys; ++j) {
-    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
-      float* at = s + j * kPanel + v * kLanes;
-      const F32 x = hn::Mul(hn::Load(kF32, at), f);
-      max[v] = hn::Max(x, max[v]);
-      hn::Store(x, kF32, at);
+// Brings the keys of the next block into second-level cache, some at a time: the rows of one head may lie far apart,
+// where the processor does not look ahead.
+struct KeyPrefetch {
+  const PrefillArgs& args;
+  int64_t key, end, step;
+
+  HWY_INLINE void run() {
+    const int64_t last = key + step < end ? key + step : end;
+    for (; key < last; ++key) {
+      touch(args.k, args.rows.d_qk);
+      touch(args.v, args.rows.d_v);
     }
   }
-  ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) hn::Store(max[v], kF32, block_max + v * kLanes);
-}
 
-// Two rows of weights as one row of words, the first in the low halves.
-HWY_INLINE __m512i pair_weights(F32 low, F32 high) {
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.raw, low.raw));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
-}
+  HWY_INLINE void touch(const KeyOperand& operand, int64_t d) const {
+    const char* row = key_address(operand, key);
+    for (int64_t at = 0; at < d * element_bytes(operand.dtype); at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+  }
+};
 
-// weigh_block() of the f32 kernel with the weights leaving as words [keys / 2][kPanel]; keys is even. Word row t lies
-// where score row t was, which has been read by then. O^T is rescaled here, unless no maximum moved.
-template <bool kEntropy>
-HWY_NOINLINE void weigh_pairs(Panel& p, float* s, int64_t keys, const float* block_max, int64_t d_v) {
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const int64_t at = v * kLanes;
-    const F32 none = hn::Set(kF32, -infinity()), zero = hn::Zero(kF32);
-    const F32 old_max = hn::Load(kF32, p.max + at);
-    const F32 max = hn::Max(hn::Load(kF32, block_max + at), old_max);
-    const F32 reference = hn::IfThenElse(hn::Eq(max, none), zero, max);
-    const F32 alpha = exp2(hn::Sub(old_max, reference));
-    F32 sum0 = zero, sum1 = zero, entropy = zero;
-    for (int64_t j = 0; j < keys; j += 2) {
-      float* sj = s + j * kPanel + at;
-      const F32 x0 = hn::Sub(hn::Load(kF32, sj), reference), x1 = hn::Sub(hn::Load(kF32, sj + kPanel), reference);
-      const F32 w0 = exp2(x0), w1 = exp2(x1);
-      sum0 = hn::Add(sum0, w0);
-      sum1 = hn::Add(sum1, w1);
-      if (kEntropy) {
-        entropy = hn::Add(entropy, hn::IfThenElse(hn::Eq(w0, zero), zero, hn::Mul(w0, x0)));
-        entropy = hn::Add(entropy, hn::IfThenElse(hn::Eq(w1, zero), zero, hn::Mul(w1, x1)));
+// A block of packed keys, as one panel walks it.
+struct BlockWalk {
+  const PrefillArgs& args;
+  const ScoreRule& rule;
+  PrefillScratch& x;
+  Panel& p;
+  int64_t d_qk, d_v;    // padded
+  int64_t block_first;  // key of the first packed row
+  int64_t unusual;      // rows of V in x.unusual
+  KeyPrefetch& prefetch;
+  TileProduct scores = {}, values = {};
+  int64_t batch = 0;    // first key of the weights that wait for the product with V
+  int64_t waiting = 0;  // their number
+  int64_t buffer = 0;   // of the weights
+
+  HWY_INLINE float* score_buffer(int64_t i) { return x.s + (kProductsOverlap ? i % 2 * kScoreKeys * kPanel : 0); }
+
+  HWY_INLINE uint32_t* weights() {
+    uint32_t* base = reinterpret_cast<uint32_t*>(x.s);
+    // In place of the scores, unless those of the next keys are under way.
+    return kProductsOverlap ? base + 2 * kScoreKeys * kPanel + buffer * kValueKeys / 2 * kPanel : base;
+  }
+
+  HWY_INLINE void start_scores(int64_t key, int64_t keys, int64_t i) {
+    scores.start_scores(reinterpret_cast<const uint16_t*>(x.k) + (key - block_first) * d_qk, d_qk, keys,
+                        reinterpret_cast<const uint32_t*>(p.qt), d_qk, score_buffer(i));
+  }
+
+  // Weighs the V rows that hold NaN or infinity, as add_unusual() of the f32 kernel does.
+  HWY_NOINLINE void add_unusual() {
+    const uint16_t* w = reinterpret_cast<const uint16_t*>(weights());
+    for (int64_t u = 0; u < unusual; ++u) {
+      const int64_t key = block_first + x.unusual[u], j = key - batch;
+      if (j < 0 || j >= waiting) continue;
+      widen_row(key_address(args.v, key), args.v.dtype, x.row, args.rows.d_v, 1.0f);
+      for (int64_t lane = 0; lane < p.rows; ++lane) {
+        const float weight = to_float(Brain{w[(j / 2 * kPanel + lane) * 2 + j % 2]});
+        if (weight == 0) continue;
+        for (int64_t i = 0; i < args.rows.d_v; ++i) p.ot[i * kPanel + lane] += weight * x.row[i];
       }
-      _mm512_store_si512(s + j / 2 * kPanel + at, pair_weights(w0, w1));
-    }
-    const F32 old_sum = hn::Load(kF32, p.sum + at);
-    hn::Store(max, kF32, p.max + at);
-    hn::Store(hn::MulAdd(old_sum, alpha, hn::Add(sum0, sum1)), kF32, p.sum + at);
-    if (kEntropy) {
-      const F32 shift = hn::IfThenElse(hn::Eq(old_max, none), zero, hn::Sub(old_max, reference));
-      const F32 moved = hn::MulAdd(shift, old_sum, hn::Load(kF32, p.entropy_sum + at));
-      hn::Store(hn::MulAdd(moved, alpha, entropy), kF32, p.entropy_sum + at);
-    }
-    if (hn::AllTrue(kF32, hn::Eq(max, old_max))) continue;
-    for (int64_t i = 0; i < d_v; ++i) {
-      float* o = p.ot + i * kPanel + at;
-      hn::Store(hn::Mul(hn::Load(kF32, o), alpha), kF32, o);
     }
   }
-}
 
-// add_unusual() of the f32 kernel, weights read from their words.
-HWY_NOINLINE void add_unusual_bf16(const PrefillArgs& args, PrefillScratch& x, Panel& p, int64_t block_first,
-                                   int64_t unusual, int64_t first, int64_t last) {
-  const uint16_t* weights = reinterpret_cast<const uint16_t*>(x.s);
-  for (int64_t u = 0; u < unusual; ++u) {
-    const int64_t key = block_first + x.unusual[u], j = key - first;
-    if (key < first || key >= last) continue;
-    widen_row(key_address(args.v, key), args.v.dtype, x.row, args.rows.d_v, 1.0f);
-    for (int64_t lane = 0; lane < p.rows; ++lane) {
-      const float w = to_float(Brain{weights[(j / 2 * kPanel + lane) * 2 + j % 2]});
-      if (w == 0) continue;
-      for (int64_t i = 0; i < args.rows.d_v; ++i) p.ot[i * kPanel + lane] += w * x.row[i];
-    }
+  HWY_INLINE void start_values() {
+    values.finish();
+    if (waiting == 0) return;
+    if (unusual > 0) add_unusual();
+    values.start_values(reinterpret_cast<uint32_t*>(x.v), (batch - block_first) / kTileKeys, d_v, weights(), waiting,
+                        p.ot);
+    buffer ^= 1;
+    batch += waiting;
+    waiting = 0;
   }
-}
+
+  // Keys [begin, end); begin is a multiple of 32, and rows are packed up to the next multiple of it.
+  template <bool kEntropy>
+  HWY_INLINE void run(int64_t begin, int64_t end) {
+    const bool plain = !rule.special && rule.query_factor > 0;
+    const float factor = plain ? rule.query_factor : 1.0f;
+    // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
+    const auto group_end = [&](int64_t key) {
+      const int64_t next = (key / kScoreKeys + 1) * kScoreKeys;
+      return next < round_up(end, kTileKeys) ? next : round_up(end, kTileKeys);
+    };
+    batch = begin;
+    start_scores(begin, group_end(begin) - begin, 0);
+    scores.finish();
+    for (int64_t key = begin, i = 0; key < end; ++i) {
+      const int64_t next = group_end(key), keys = next - key;
+      float* s = score_buffer(i);
+      prefetch.run();
+      if (!plain) scale_scores(s, keys, rule.query_factor);
+      if (rule.special) apply_score_terms(args, rule, p, s, key, (next < end ? next : end) - key);
+      if (rule.special || key < p.all_first || next > p.all_last) {
+        mask_block(p, s, key, keys, x.block_max);
+      } else {
+        block_maximum(s, keys, x.block_max);
+      }
+      if (reference_moves(p, x.block_max, factor)) {
+        start_values();
+        values.finish();
+        move_reference(p, x.block_max, factor, args.rows.d_v);
+      }
+      if (kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
+      // Whole blocks of O^T, so that the scores find the tiles free again.
+      const int64_t blocks = values.left / values.steps, groups = (kValueKeys - waiting) / kScoreKeys;
+      Interleave products(scores, values, (blocks + groups - 1) / groups * values.steps, keys / 2);
+      weigh_pairs<kEntropy>(p, s, keys, factor, weights() + waiting / 2 * kPanel, products);
+      scores.finish();
+      waiting += keys;
+      if (waiting == kValueKeys || !kProductsOverlap || next >= end) start_values();
+      if (!kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
+      key = next;
+    }
+    values.finish();
+  }
+};
 
 void prefill_bf16(const PrefillArgs& args) {
   const RowOperands& rows = args.rows;
   const ScoreRule rule = score_rule(rows);
   const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
   const int64_t d_qk = round_up(rows.d_qk, 32), d_v = round_up(rows.d_v, 32);
-  // In 16-bit elements; within the floats that the f32 kernel would take.
-  const int64_t k_stride = d_qk + 32;
   Arena arena{args.scratch};
   PrefillScratch x;
   lay_out(arena, x, rows.d_qk, rows.d_v, panels);
+  // The floats of the f32 kernel's block hold twice as many keys.
+  constexpr int64_t kBlockKeys = 2 * kKeyBlock;
+  static_assert(kBlockKeys % kScoreKeys == 0);
   [[maybe_unused]] const TileScope scope;
 
   int64_t first = INT32_MAX, last = 0;
@@ -205,42 +244,28 @@ void prefill_bf16(const PrefillArgs& args) {
     last = p.last > last ? p.last : last;
   }
 
-  for (int64_t block = first / kKeyBlock * kKeyBlock; block < last; block += kKeyBlock) {
+  for (int64_t block = first / kBlockKeys * kBlockKeys; block < last; block += kBlockKeys) {
     // Tiles of keys are anchored at key 0, like blocks.
     const int64_t block_first = block > first ? block : first / kTileKeys * kTileKeys;
-    const int64_t block_last = block + kKeyBlock < last ? block + kKeyBlock : last;
-    const int64_t unusual = pack_block_bf16(args, x, block_first, block_last - block_first, d_qk, d_v, k_stride);
+    const int64_t block_last = block + kBlockKeys < last ? block + kBlockKeys : last;
+    const int64_t unusual = pack_block_bf16(args, x, block_first, block_last - block_first, d_qk, d_v);
+    const int64_t groups = panels * (kBlockKeys / kScoreKeys);
+    const int64_t to_come = last - block_last < kBlockKeys ? last - block_last : kBlockKeys;
+    KeyPrefetch prefetch{args, block_last, block_last + to_come, (to_come + groups - 1) / groups};
     for (int64_t i = 0; i < panels; ++i) {
       Panel& p = x.panels[i];
       if (p.first >= block_last || p.last <= block_first || p.first >= p.last) continue;
       const int64_t begin = p.first > block_first ? p.first / kTileKeys * kTileKeys : block_first;
       const int64_t end = p.last < block_last ? p.last : block_last;
-      const int64_t keys = round_up(end - begin, kTileKeys), skip = begin - block_first;
-      multiply_scores(reinterpret_cast<const uint16_t*>(x.k) + skip * k_stride, k_stride, keys,
-                      reinterpret_cast<const uint32_t*>(p.qt), d_qk, x.s);
-      scale_block(x.s, keys, rule.query_factor, x.block_max);
-      if (rule.special) apply_score_terms(args, rule, p, x.s, begin, end - begin);
-      if (rule.special || begin < p.all_first || begin + keys > p.all_last)
-        mask_block(p, x.s, begin, keys, x.block_max);
+      BlockWalk walk{args, rule, x, p, d_qk, d_v, block_first, unusual, prefetch};
       if (rows.entropy.data != nullptr) {
-        weigh_pairs<true>(p, x.s, keys, x.block_max, rows.d_v);
+        walk.run<true>(begin, end);
       } else {
-        weigh_pairs<false>(p, x.s, keys, x.block_max, rows.d_v);
+        walk.run<false>(begin, end);
       }
-      multiply_values(reinterpret_cast<const uint32_t*>(x.v), skip / kTileKeys, d_v,
-                      reinterpret_cast<const uint32_t*>(x.s), keys, p.ot);
-      if (unusual > 0) add_unusual_bf16(args, x, p, block_first, unusual, begin, end);
     }
   }
   for (int64_t i = 0; i < panels; ++i) finish_panel(args, x, x.panels[i]);
-}
-
-void prefill_any(const PrefillArgs& args) {
-  if (args.row_entropy == nullptr && takes_bf16(args)) {
-    prefill_bf16(args);
-  } else {
-    prefill(args);
-  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The two bf16 matrix products of prefill, on AMX tiles or on vdpbf16ps, over the same operands:
-//   S^T [keys][kPanel] = K Q^T       K: rows of bf16; Q^T: words [d / 2][kPanel], each a pair of neighbouring
-//   dimensions O^T [d_v][kPanel] += V^T P^T     V^T: tiles of 16 rows x 32 keys, see value_tile(); P^T: words [keys /
+//   S^T [keys][kPanel] = K Q^T         K: rows of bf16; Q^T: words [d / 2][kPanel], each a pair of neighbouring
+//   dimensions O^T [d_v][kPanel] += V^T P^T       V^T: tiles of 16 rows x 32 keys, see value_tile(); P^T: words [keys /
 //   2][kPanel]
 // keys, d and d_v are multiples of 32 here; the packing pads with zeros.
 #pragma once
@@ -11,14 +11,21 @@ namespace adaattn::cpu {
 namespace {
 
 constexpr int64_t kTileKeys = 32, kTileValues = 16, kTileWords = kTileValues * kTileKeys / 2;
-static_assert(kKeyBlock % kTileKeys == 0 && kPanel == 64);
+static_assert(kKeyBlock % kTileKeys == 0);
 
 // The tile of rows [16 row, 16 row + 16) and keys [32 key, 32 key + 32): 16 rows of 16 words.
-HWY_INLINE const uint32_t* value_tile(const uint32_t* vt, int64_t row, int64_t key) {
-  return vt + (row * (kKeyBlock / kTileKeys) + key) * kTileWords;
+HWY_INLINE uint32_t* value_tile(uint32_t* vt, int64_t d_v, int64_t row, int64_t key) {
+  return vt + (key * (d_v / kTileValues) + row) * kTileWords;
 }
 
+// A product on its way. start() names the operands, which stay untouched until finish().
 #if defined(ADAATTN_UNIT_AMX)
+
+// Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
+constexpr int64_t kScoreKeys = 32, kValueKeys = 64;
+// Tile and vector instructions overlap where they lie within one reorder window: the scores of the keys to come and
+// the product with V of those before are computed in steps between the exponentials.
+constexpr bool kProductsOverlap = true;
 
 // Layout of the operand of LDTILECFG: Intel SDM volume 2.
 struct alignas(64) TileConfig {
@@ -45,69 +52,112 @@ struct TileScope {
 // The compiler does not know that a tile load reads memory.
 HWY_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// Accumulators 0..3 are two by two tiles; 4 and 5 hold rows of the left operand, 6 and 7 columns of the right one.
-HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
-                                  float* s) {
-  constexpr int64_t kBytes = kPanel * 4;
-  const int64_t k_bytes = k_stride * 2;
-  finish_stores();
-  for (int64_t j = 0; j < keys; j += 32) {
-    for (int64_t column = 0; column < kPanel; column += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t t = 0; t < d; t += 32) {
-        _tile_loadd(4, k + j * k_stride + t, k_bytes);
-        _tile_loadd(6, q + t / 2 * kPanel + column, kBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, q + t / 2 * kPanel + column + 16, kBytes);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, k + (j + 16) * k_stride + t, k_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      float* c = s + j * kPanel + column;
-      _tile_stored(0, c, kBytes);
-      _tile_stored(1, c + 16, kBytes);
-      _tile_stored(2, c + 16 * kPanel, kBytes);
-      _tile_stored(3, c + 16 * kPanel + 16, kBytes);
-    }
-  }
-  finish_stores();
-}
+static_assert(kPanel == 32);
 
-HWY_NOINLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d, const uint32_t* p, int64_t keys,
-                                  float* ot) {
-  constexpr int64_t kBytes = kPanel * 4;
-  finish_stores();
-  for (int64_t row = 0; row < d; row += 32) {
-    for (int64_t column = 0; column < kPanel; column += 32) {
-      float* c = ot + row * kPanel + column;
-      _tile_loadd(0, c, kBytes);
-      _tile_loadd(1, c + 16, kBytes);
-      _tile_loadd(2, c + 16 * kPanel, kBytes);
-      _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
-      for (int64_t t = 0; t < keys / kTileKeys; ++t) {
-        _tile_loadd(4, value_tile(vt, row / 16, first_tile + t), 64);
-        _tile_loadd(6, p + t * 16 * kPanel + column, kBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, p + t * 16 * kPanel + column + 16, kBytes);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, value_tile(vt, row / 16 + 1, first_tile + t), 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+// C [rows][kPanel] = A B or C += A B, 32 rows at a time, 32 terms of the sum per step. Tiles 0 to 3 are
+// the accumulators, 4 and 5 hold rows of A, 6 and 7 columns of B. Two products may take turns where both have come to
+// the end of a block of C.
+struct TileProduct {
+  const char *a = nullptr, *b = nullptr;
+  float* c = nullptr;
+  int64_t a_row = 0, a_tile = 0, a_step = 0;  // bytes between rows, tiles of 16 rows, and steps
+  int64_t steps = 1;                          // per block
+  int64_t left = 0;                           // steps, in all
+  int64_t at = 0;
+  bool accumulate = false;
+
+  HWY_INLINE void start_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                               float* s) {
+    a_row = k_stride * 2;
+    a_tile = 16 * a_row;
+    a_step = 64;
+    start(k, q, s, keys, d, false);
+  }
+
+  HWY_INLINE void start_values(uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+                               float* ot) {
+    a_row = 64;
+    a_tile = kTileWords * 4;
+    a_step = d_v / kTileValues * a_tile;
+    start(value_tile(vt, d_v, 0, first_tile), p, ot, d_v, keys, true);
+  }
+
+  HWY_INLINE void finish() {
+    while (left > 0) step();
+    finish_stores();
+  }
+
+  HWY_INLINE void step() {
+    constexpr int64_t kBytes = kPanel * 4;
+    if (at == 0) {
+      if (accumulate) {
+        _tile_loadd(0, c, kBytes);
+        _tile_loadd(1, c + 16, kBytes);
+        _tile_loadd(2, c + 16 * kPanel, kBytes);
+        _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
       }
-      _tile_stored(0, c, kBytes);
-      _tile_stored(1, c + 16, kBytes);
-      _tile_stored(2, c + 16 * kPanel, kBytes);
-      _tile_stored(3, c + 16 * kPanel + 16, kBytes);
+    }
+    const char *ta = a + at * a_step, *tb = b + at * (16 * kBytes);
+    _tile_loadd(4, ta, a_row);
+    _tile_loadd(6, tb, kBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, tb + 64, kBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, ta + a_tile, a_row);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    --left;
+    if (++at < steps) return;
+    _tile_stored(0, c, kBytes);
+    _tile_stored(1, c + 16, kBytes);
+    _tile_stored(2, c + 16 * kPanel, kBytes);
+    _tile_stored(3, c + 16 * kPanel + 16, kBytes);
+    at = 0;
+    c += 32 * kPanel;
+    a += 2 * a_tile;
+  }
+
+ private:
+  HWY_INLINE void start(const void* a_from, const void* b_from, float* to, int64_t rows, int64_t terms, bool add) {
+    finish_stores();
+    a = static_cast<const char*>(a_from);
+    b = static_cast<const char*>(b_from);
+    c = to;
+    steps = terms / 32;
+    left = rows / 32 * steps;
+    at = 0;
+    accumulate = add;
+  }
+};
+
+// Spreads the scores, then `values_steps` of the product with V, over `ticks` calls of tick().
+struct Interleave {
+  TileProduct &scores, &values;
+  int64_t ticks, total, credit = 0;
+
+  HWY_INLINE Interleave(TileProduct& scores_of_next, TileProduct& values_of_last, int64_t values_steps, int64_t n)
+      : scores(scores_of_next), values(values_of_last), ticks(n), total(scores_of_next.left + values_steps) {}
+
+  HWY_INLINE void tick() {
+    for (credit += total; credit >= ticks; credit -= ticks) {
+      if (scores.left > 0) {
+        scores.step();
+      } else {
+        values.step();
+      }
     }
   }
-  finish_stores();
-}
+};
 
 #else
+
+constexpr int64_t kScoreKeys = kKeyBlock, kValueKeys = kKeyBlock;
+constexpr bool kProductsOverlap = false;
 
 struct TileScope {};
 
@@ -139,31 +189,16 @@ HWY_NOINLINE void score_pairs(const uint32_t* k, int64_t k_stride, const uint32_
   }
 }
 
-HWY_INLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
-                                float* s) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(k);
-  const int64_t stride = k_stride / 2;
-  for (int64_t j = 0; j < keys;) {
-    if (next_rows(keys - j) == 6) {
-      score_pairs<6>(words + j * stride, stride, q, d / 2, s + j * kPanel);
-      j += 6;
-    } else {
-      score_pairs<2>(words + j * stride, stride, q, d / 2, s + j * kPanel);
-      j += 2;
-    }
-  }
-}
-
 template <int kRows>
-HWY_NOINLINE void value_pairs(const uint32_t* vt, int64_t row, int64_t first_tile, const uint32_t* p, int64_t keys,
-                              float* ot) {
+HWY_NOINLINE void value_pairs(uint32_t* vt, int64_t row, int64_t first_tile, int64_t d_v, const uint32_t* p,
+                              int64_t keys, float* ot) {
   __m512 acc[kRows][kPanelVectors];
   float* c = ot + row * kPanel;
   ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_load_ps(c + r * kPanel + v * kLanes);
   }
   for (int64_t t = 0; t < keys / kTileKeys; ++t) {
-    const uint32_t* tile = value_tile(vt, row / kTileValues, first_tile + t) + row % kTileValues * (kTileKeys / 2);
+    const uint32_t* tile = value_tile(vt, d_v, row / kTileValues, first_tile + t) + row % kTileValues * (kTileKeys / 2);
     multiply_pairs<kRows>(tile, kTileKeys / 2, p + t * (kTileKeys / 2) * kPanel, kTileKeys / 2, acc);
   }
   ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -171,16 +206,45 @@ HWY_NOINLINE void value_pairs(const uint32_t* vt, int64_t row, int64_t first_til
   }
 }
 
-HWY_INLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d, const uint32_t* p, int64_t keys,
-                                float* ot) {
-  for (int64_t row = 0; row < d; row += kTileValues) {
-    value_pairs<6>(vt, row, first_tile, p, keys, ot);
-    value_pairs<6>(vt, row + 6, first_tile, p, keys, ot);
-    value_pairs<4>(vt, row + 12, first_tile, p, keys, ot);
+// At once: there is no second unit to leave the products to.
+struct TileProduct {
+  static constexpr int64_t left = 0, steps = 1;
+
+  HWY_INLINE void start_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                               float* s) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(k);
+    const int64_t stride = k_stride / 2;
+    for (int64_t j = 0; j < keys;) {
+      if (next_rows(keys - j) == 6) {
+        score_pairs<6>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+        j += 6;
+      } else {
+        score_pairs<2>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+        j += 2;
+      }
+    }
   }
-}
+
+  HWY_INLINE void start_values(uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+                               float* ot) {
+    for (int64_t row = 0; row < d_v; row += kTileValues) {
+      value_pairs<6>(vt, row, first_tile, d_v, p, keys, ot);
+      value_pairs<6>(vt, row + 6, first_tile, d_v, p, keys, ot);
+      value_pairs<4>(vt, row + 12, first_tile, d_v, p, keys, ot);
+    }
+  }
+
+  HWY_INLINE void finish() {}
+};
+
+struct Interleave {
+  HWY_INLINE Interleave(TileProduct&, TileProduct&, int64_t, int64_t) {}
+  HWY_INLINE void tick() {}
+};
 
 #endif
+
+static_assert(kValueKeys % kScoreKeys == 0 && kScoreKeys % kTileKeys == 0);
 
 }  // namespace
 }  // namespace adaattn::cpu
