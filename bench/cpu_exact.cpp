@@ -41,21 +41,25 @@ void prefill(Report& report, const NamedDtype& dtype, const Shape& shape, int th
   AttentionCall call(context.handle, shape, dtype.dtype);
   Row row;
   row.name = name;
-  row.time = measure([&] { call.run(); });
-  row.rate = call.flops() / row.time.us * 1e-3;
   row.unit = "GFLOP/s";
-  row.error = call.sampled_error();
   Shape full = shape;
   full.mask = ADAATTN_MASK_NONE;
   const Row* own_full = report.find("fwd/" + shape_name(full, dtype.name) + suffix(threads));
-  const Row* own_f32 = report.find("fwd/" + shape_name(shape, "f32") + suffix(threads));
-  if (shape.mask != ADAATTN_MASK_NONE && own_full != nullptr) {
+  if (dtype.dtype != ADAATTN_DTYPE_F32) {
+    AttentionCall f32(context.handle, shape, ADAATTN_DTYPE_F32);
+    const TimingPair times = measure_pair([&] { call.run(); }, [&] { f32.run(); });
+    row.time = times.ours;
+    row.peer = "own-f32";
+    row.peer_us = times.peer.us;
+  } else {
+    row.time = measure([&] { call.run(); });
+  }
+  row.rate = call.flops() / row.time.us * 1e-3;
+  row.error = call.sampled_error();
+  if (row.peer.empty() && shape.mask != ADAATTN_MASK_NONE && own_full != nullptr) {
     row.peer = "own-full";
     row.peer_us = own_full->time.us;
-  } else if (dtype.dtype != ADAATTN_DTYPE_F32 && own_f32 != nullptr) {
-    row.peer = "own-f32";
-    row.peer_us = own_f32->time.us;
-  } else {
+  } else if (row.peer.empty()) {
     row.peer = "fma-f32-peak";
     row.peer_us = call.flops() / report.ceiling("fma_f32_gflops" + std::string(threads == 1 ? "_1t" : "_2t")) * 1e-3;
   }

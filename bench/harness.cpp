@@ -12,21 +12,42 @@
 
 namespace adaattn::bench {
 
-Timing measure(const std::function<void()>& call, double seconds) {
-  using Clock = std::chrono::steady_clock;
-  constexpr size_t kMinRuns = 7;
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr size_t kMinRuns = 7;
+
+double microseconds(const std::function<void()>& call) {
+  const auto start = Clock::now();
   call();
-  std::vector<double> us;
-  double total = 0;
-  while (us.size() < kMinRuns || total < seconds * 1e6) {
-    const auto start = Clock::now();
-    call();
-    us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
-    total += us.back();
-  }
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
+
+Timing summary(std::vector<double> us) {
   std::sort(us.begin(), us.end());
   const double median = us[us.size() / 2];
   return {median, (us.back() - us.front()) / median};
+}
+
+}  // namespace
+
+Timing measure(const std::function<void()>& call, double seconds) {
+  call();
+  std::vector<double> us;
+  for (double total = 0; us.size() < kMinRuns || total < seconds * 1e6; total += us.back())
+    us.push_back(microseconds(call));
+  return summary(us);
+}
+
+TimingPair measure_pair(const std::function<void()>& ours, const std::function<void()>& peer, double seconds) {
+  ours();
+  peer();
+  std::vector<double> us, peer_us;
+  for (double total = 0; us.size() < kMinRuns || total < seconds * 1e6; total += us.back() + peer_us.back()) {
+    us.push_back(microseconds(ours));
+    peer_us.push_back(microseconds(peer));
+  }
+  return {summary(us), summary(peer_us)};
 }
 
 void Report::add_ceiling(const std::string& name, double value) {

@@ -17,6 +17,12 @@ struct Timing {
 // Host time of `call` after one warm-up: at least 7 runs and `seconds` in all.
 Timing measure(const std::function<void()>& call, double seconds = 0.4);
 
+// Two calls measured in turns, so that what slows the machine down for a while slows down both.
+struct TimingPair {
+  Timing ours, peer;
+};
+TimingPair measure_pair(const std::function<void()>& ours, const std::function<void()>& peer, double seconds = 1.2);
+
 struct Row {
   std::string name;  // direction/dtype/d<qk>/mask/b<batch>h<heads>kv<heads>/s<keys>[q<queries>]...
   Timing time;

@@ -22,7 +22,7 @@ HWY_INLINE uint32_t* value_tile(uint32_t* vt, int64_t d_v, int64_t row, int64_t 
 #if defined(ADAATTN_UNIT_AMX)
 
 // Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
-constexpr int64_t kScoreKeys = 32, kValueKeys = 64;
+constexpr int64_t kScoreKeys = 32, kValueKeys = 128;
 // Tile and vector instructions overlap where they lie within one reorder window: the scores of the keys to come and
 // the product with V of those before are computed in steps between the exponentials.
 constexpr bool kProductsOverlap = true;
