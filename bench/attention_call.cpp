@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <stdexcept>
 
@@ -11,10 +12,11 @@
 namespace adaattn::bench {
 namespace {
 
-std::vector<char> random_tensor(int64_t elements, adaattn_dtype_t dtype, uint64_t seed) {
-  std::vector<char> data(static_cast<size_t>(elements * reference::size_of(dtype)));
+std::vector<char> random_tensor(size_t bytes, adaattn_dtype_t dtype, uint64_t seed) {
+  std::vector<char> data(bytes);
   std::mt19937_64 engine(seed);
   std::normal_distribution<double> normal;
+  const int64_t elements = static_cast<int64_t>(bytes) / reference::size_of(dtype);
   for (int64_t i = 0; i < elements; ++i) reference::store(data.data(), dtype, i, normal(engine));
   return data;
 }
@@ -28,7 +30,7 @@ void check(adaattn_status_t status) {
   throw std::runtime_error(std::string(adaattn_status_name(status)) + ": " + text);
 }
 
-AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype)
+AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math)
     : shape_(shape), dtype_(dtype) {
   adaattn_attn_desc_t desc;
   check(adaattn_attn_desc_init(&desc, sizeof desc));
@@ -39,26 +41,38 @@ AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, ada
   desc.heads_kv = shape.heads_kv;
   desc.head_dim_qk = shape.head_dim;
   desc.dtype_q = dtype;
-  desc.layout_q = desc.layout_kv = ADAATTN_LAYOUT_BSHD;
+  desc.math = math;
   desc.mask = shape.mask;
   check(adaattn_plan_create(context, &desc, nullptr, &plan_));
-
   check(adaattn_io_init(&io_, sizeof io_));
-  const auto tensor = [&](adaattn_tensor_t* t, std::vector<char>& data, int64_t seqlen, int64_t heads, uint64_t seed) {
-    const int64_t dims[4] = {shape.batch, seqlen, heads, shape.head_dim};
-    data = random_tensor(dims[0] * dims[1] * dims[2] * dims[3], dtype, seed);
-    check(adaattn_tensor_init(t, data.data(), dtype, ADAATTN_DEVICE_CPU, 0, 4, dims, nullptr));
-  };
-  tensor(&io_.q, q_, shape.seqlen_q, shape.heads_q, 1);
-  tensor(&io_.k, k_, shape.seqlen_k, shape.heads_kv, 2);
-  tensor(&io_.v, v_, shape.seqlen_k, shape.heads_kv, 3);
-  tensor(&io_.o, o_, shape.seqlen_q, shape.heads_q, 4);
-  size_t bytes = 0;
-  check(adaattn_plan_workspace_size(plan_, &bytes));
-  workspace_.resize(bytes);
 }
 
-AttentionCall::~AttentionCall() { adaattn_plan_destroy(plan_); }
+size_t AttentionCall::query_bytes() const {
+  return static_cast<size_t>(shape_.batch * shape_.seqlen_q * shape_.heads_q * shape_.head_dim *
+                             reference::size_of(dtype_));
+}
+
+size_t AttentionCall::key_bytes() const {
+  return static_cast<size_t>(shape_.batch * shape_.seqlen_k * shape_.heads_kv * shape_.head_dim *
+                             reference::size_of(dtype_));
+}
+
+size_t AttentionCall::workspace_bytes() const {
+  size_t bytes = 0;
+  check(adaattn_plan_workspace_size(plan_, &bytes));
+  return bytes;
+}
+
+void AttentionCall::place(void* q, void* k, void* v, void* o, adaattn_device_t device) {
+  const auto tensor = [&](adaattn_tensor_t* t, void* data, int64_t seqlen, int64_t heads) {
+    const int64_t dims[4] = {shape_.batch, seqlen, heads, shape_.head_dim};
+    check(adaattn_tensor_init(t, data, dtype_, device, 0, 4, dims, nullptr));
+  };
+  tensor(&io_.q, q, shape_.seqlen_q, shape_.heads_q);
+  tensor(&io_.k, k, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.v, v, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.o, o, shape_.seqlen_q, shape_.heads_q);
+}
 
 double AttentionCall::flops() const {
   double pairs = static_cast<double>(shape_.seqlen_q) * static_cast<double>(shape_.seqlen_k);
@@ -69,31 +83,38 @@ double AttentionCall::flops() const {
   return 4.0 * static_cast<double>(shape_.batch * shape_.heads_q * shape_.head_dim) * pairs;
 }
 
-double AttentionCall::kv_bytes() const { return static_cast<double>(k_.size() + v_.size()); }
+double AttentionCall::kv_bytes() const { return 2.0 * static_cast<double>(key_bytes()); }
 
 double AttentionCall::sampled_error() const {
   constexpr int64_t kRows = 4;
-  double wrong = 0, all = 0;
   const int64_t d = shape_.head_dim, group = shape_.heads_q / shape_.heads_kv;
+  // `count` rows of one head from `first` on.
+  const auto rows_of = [&](const adaattn_tensor_t& t, int64_t b, int64_t h, int64_t first, int64_t count) {
+    const auto size = static_cast<size_t>(reference::size_of(dtype_)), row_bytes = static_cast<size_t>(d) * size;
+    std::vector<char> raw(static_cast<size_t>(count) * row_bytes);
+    const auto from = static_cast<size_t>(b * t.stride[0] + first * t.stride[1] + h * t.stride[2]) * size;
+    fetch(raw.data(), static_cast<const char*>(t.data) + from, row_bytes, static_cast<size_t>(t.stride[1]) * size,
+          static_cast<size_t>(count));
+    reference::Matrix m(count, d);
+    for (int64_t i = 0; i < count * d; ++i) m.data[static_cast<size_t>(i)] = reference::load(raw.data(), dtype_, i);
+    return m;
+  };
+  double wrong = 0, all = 0;
   for (int64_t sample = 0; sample < kRows; ++sample) {
     const int64_t b = sample % shape_.batch, h = sample * 5 % shape_.heads_q;
     const int64_t i = std::min((2 * sample + 1) * shape_.seqlen_q / (2 * kRows), shape_.seqlen_q - 1);
     reference::Head head;
-    head.q = reference::Matrix(1, d);
-    head.k = head.v = reference::Matrix(shape_.seqlen_k, d);
-    for (int64_t c = 0; c < d; ++c) head.q(0, c) = reference::at(io_.q, b, i, h, c);
-    for (int64_t j = 0; j < shape_.seqlen_k; ++j)
-      for (int64_t c = 0; c < d; ++c) {
-        head.k(j, c) = reference::at(io_.k, b, j, h / group, c);
-        head.v(j, c) = reference::at(io_.v, b, j, h / group, c);
-      }
+    head.q = rows_of(io_.q, b, h, i, 1);
+    head.k = rows_of(io_.k, b, h / group, 0, shape_.seqlen_k);
+    head.v = rows_of(io_.v, b, h / group, 0, shape_.seqlen_k);
     head.scale = 1 / std::sqrt(static_cast<double>(d));
     head.causal = shape_.mask != ADAATTN_MASK_NONE;
     head.off = i + shape_.seqlen_k - shape_.seqlen_q;
+    const reference::Matrix o = rows_of(io_.o, b, h, i, 1);
     const reference::HeadResult expected = reference::attend(head);
     for (int64_t c = 0; c < d; ++c) {
-      const double o = reference::at(io_.o, b, i, h, c), e = expected.o(0, c);
-      wrong += (o - e) * (o - e);
+      const double e = expected.o(0, c);
+      wrong += (o(0, c) - e) * (o(0, c) - e);
       all += e * e;
     }
   }
@@ -105,6 +126,20 @@ std::string AttentionCall::kernel() const {
   info.struct_size = sizeof info;
   check(adaattn_plan_get_info(plan_, &info));
   return info.kernel;
+}
+
+CpuCall::CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype)
+    : AttentionCall(context, shape, dtype, ADAATTN_MATH_EXACT),
+      q_(random_tensor(query_bytes(), dtype, 1)),
+      k_(random_tensor(key_bytes(), dtype, 2)),
+      v_(random_tensor(key_bytes(), dtype, 3)),
+      o_(query_bytes()),
+      workspace_(workspace_bytes()) {
+  place(q_.data(), k_.data(), v_.data(), o_.data(), ADAATTN_DEVICE_CPU);
+}
+
+void CpuCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {
+  for (size_t row = 0; row < rows; ++row) std::memcpy(to + row * row_bytes, from + row * pitch, row_bytes);
 }
 
 }  // namespace adaattn::bench

@@ -12,23 +12,44 @@ namespace adaattn::bench {
 // Throws with the library's text.
 void check(adaattn_status_t status);
 
+// Plan and operands of a call, wherever they lie. q, k, v and o are contiguous [batch, seqlen, heads, head_dim].
 class AttentionCall {
  public:
-  AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype);
-  ~AttentionCall();
+  virtual ~AttentionCall() { adaattn_plan_destroy(plan_); }
   AttentionCall(const AttentionCall&) = delete;
   AttentionCall& operator=(const AttentionCall&) = delete;
-  void run() { check(adaattn_plan_execute(plan_, &io_, workspace_.data(), workspace_.size(), nullptr)); }
   double flops() const;          // of the scores a dense kernel owes
   double kv_bytes() const;       // K and V together
   double sampled_error() const;  // ||o - oracle|| / ||oracle|| over some rows of some heads
   std::string kernel() const;
+
+ protected:
+  AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math);
+  size_t query_bytes() const;  // of q, and of o
+  size_t key_bytes() const;    // of k, and of v
+  size_t workspace_bytes() const;
+  void place(void* q, void* k, void* v, void* o, adaattn_device_t device);
+  void execute(void* workspace, size_t bytes, adaattn_stream_t stream) {
+    check(adaattn_plan_execute(plan_, &io_, workspace, bytes, stream));
+  }
+  // Copies rows that are `pitch` bytes apart to host memory without gaps.
+  virtual void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const = 0;
 
  private:
   Shape shape_;
   adaattn_dtype_t dtype_;
   adaattn_plan_t* plan_ = nullptr;
   adaattn_io_t io_;
+};
+
+class CpuCall final : public AttentionCall {
+ public:
+  CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype);
+  void run() { execute(workspace_.data(), workspace_.size(), nullptr); }
+
+ private:
+  void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const override;
+
   std::vector<char> q_, k_, v_, o_, workspace_;
 };
 

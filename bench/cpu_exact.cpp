@@ -38,7 +38,7 @@ void prefill(Report& report, const NamedDtype& dtype, const Shape& shape, int th
   const std::string name = "fwd/" + shape_name(shape, dtype.name) + suffix(threads);
   if (!report.wants(name)) return;
   const Context context(threads, isa);
-  AttentionCall call(context.handle, shape, dtype.dtype);
+  CpuCall call(context.handle, shape, dtype.dtype);
   Row row;
   row.name = name;
   row.unit = "GFLOP/s";
@@ -70,7 +70,7 @@ void decode(Report& report, const NamedDtype& dtype, const Shape& shape, int thr
   const std::string name = "decode/" + shape_name(shape, dtype.name) + suffix(threads);
   if (!report.wants(name)) return;
   const Context context(threads, ADAATTN_ISA_AUTO);
-  AttentionCall call(context.handle, shape, dtype.dtype);
+  CpuCall call(context.handle, shape, dtype.dtype);
   Row row;
   row.name = name;
   row.time = measure([&] { call.run(); });

@@ -81,7 +81,7 @@ void entropy(Report& report, const Shape& shape, int threads) {
   const std::string tail = shape_name(shape, "f32") + suffix(threads);
   if (!report.wants("entropy-exact/" + tail) && !report.wants("entropy-sampled/" + tail)) return;
   const Context context(threads);
-  AttentionCall attention(context.handle, shape, ADAATTN_DTYPE_F32);
+  CpuCall attention(context.handle, shape, ADAATTN_DTYPE_F32);
   const Timing attention_time = measure([&] { attention.run(); });
 
   FloatTensor q({shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim});

@@ -1,13 +1,12 @@
-// One attention call on a CUDA device, timed by events, and its distance from the oracle.
+// Attention calls on a CUDA device, timed by events.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <string>
+#include <functional>
 
-#include "adaattn/adaattn.h"
+#include "attention_call.h"
 #include "harness.h"
-#include "shapes.h"
 
 namespace adaattn::bench {
 
@@ -33,26 +32,15 @@ class CudaBuffer {
 // cold: the L2 cache is overwritten before each run.
 Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold);
 
-class CudaCall {
+class CudaCall final : public AttentionCall {
  public:
   CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math);
-  ~CudaCall();
-  CudaCall(const CudaCall&) = delete;
-  CudaCall& operator=(const CudaCall&) = delete;
-  void run(cudaStream_t stream);
-  double flops() const;
-  double kv_bytes() const { return static_cast<double>(k_.bytes() + v_.bytes()); }
-  double sampled_error() const;  // ||o - oracle|| / ||oracle|| over some rows of some heads
-  std::string kernel() const;
+  void run(cudaStream_t stream) { execute(workspace_.data(), workspace_.bytes(), stream); }
 
  private:
-  Shape shape_;
-  adaattn_dtype_t dtype_;
-  CudaBuffer q_, k_, v_, o_;
-  adaattn_plan_t* plan_ = nullptr;
-  adaattn_io_t io_;
-  size_t workspace_bytes_ = 0;
-  void* workspace_ = nullptr;
+  void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const override;
+
+  CudaBuffer q_, k_, v_, o_, workspace_;
 };
 
 }  // namespace adaattn::bench

@@ -64,8 +64,9 @@ class Compute {
   // -ln p(targets[r]) for each row of x, in host memory.
   virtual void losses(std::span<const int32_t> targets, const float* x, double* losses) = 0;
 
-  // Does what a device does at the first step of so many rows only, so that the step can be timed.
-  virtual void warm_up(int64_t rows) = 0;
+  // Does what only the first step of so many rows, or the first up to so many positions, would do, so that steps can be
+  // timed.
+  virtual void warm_up(int64_t rows, int64_t positions) = 0;
 
   // The device's time between each start and stop, summed; asking for it waits for the device.
   virtual void start_clock() = 0;

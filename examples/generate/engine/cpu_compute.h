@@ -24,7 +24,7 @@ class CpuCompute : public Compute {
   void finish_layer(int64_t layer, const Step& step, const void* attention, float* x) override;
   void logits(int64_t rows, const float* x, float* logits) override;
   void losses(std::span<const int32_t> targets, const float* x, double* losses) override;
-  void warm_up(int64_t) override {}
+  void warm_up(int64_t /*rows*/, int64_t positions) override { rope_.grow(positions); }
   void start_clock() override { started_ = std::chrono::steady_clock::now(); }
   void stop_clock() override { clocked_ += std::chrono::steady_clock::now() - started_; }
   double clock_seconds() override { return clocked_.count(); }

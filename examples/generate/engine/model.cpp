@@ -41,7 +41,7 @@ adaattn_plan_info_t Model::attention_info(const Step& step, int64_t capacity) {
 }
 
 void Model::prepare(const Step& step, int64_t capacity) {
-  compute_->warm_up(step.rows());
+  compute_->warm_up(step.rows(), capacity);
   attention_.prepare(step, capacity);
 }
 

@@ -135,7 +135,8 @@ class CudaCompute : public Compute {
   }
 
   // cuBLAS loads its kernels one by one when a shape first needs them, and so does CUDA with those of this program.
-  void warm_up(int64_t rows) override {
+  void warm_up(int64_t rows, int64_t positions) override {
+    grow_rope_table(positions);
     const size_t q_bytes = static_cast<size_t>(rows * config_.q_size()) * dtype_size(dtype_);
     const size_t kv_bytes = static_cast<size_t>(rows * config_.kv_size()) * dtype_size(dtype_);
     const Buffer x = allocate(static_cast<size_t>(rows * config_.hidden_size) * sizeof(float)), q = allocate(q_bytes);
