@@ -16,29 +16,32 @@ double row_work(int64_t tiles, int64_t group, int64_t width) {
 
 struct HeadWork {
   int64_t kept = 0, probed_in = 0;
-  double far_mass = 0, flops = 0;
+  double dropped_mass = 0;  // summed over rows
+  double flops = 0;
 };
 
 // What attend did for one head, over its query tiles.
 HeadWork count_work(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t rank) {
   const UnitShape& s = call.shape;
   const decide::Options& o = call.problem.adaptive;
-  const int rank_class = unit.heads[member].choice.rank_class;
+  const decide::HeadChoice& choice = unit.heads[member].choice;
   HeadWork work;
   for (int64_t t = 0; t * decide::kTileQ < unit.seq.len_q; ++t) {
     const int64_t index = member * s.query_tiles + t;
     const AdaptiveTileResult& result = unit.results[index];
-    const decide::TileRow& row = unit.tile_levels[index].row;
+    const decide::TileLevels& levels = unit.tile_levels[index];
     const int64_t rows = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - t * decide::kTileQ);
-    const int64_t skipped = row.end - row.begin - result.kept;
+    const int64_t skipped = levels.row.end - levels.row.begin - result.kept;
     work.kept += result.kept;
     work.probed_in += result.probed_in;
-    work.far_mass += result.far_mass;
+    // Without the far field, what decide thought of the tiles: attend never looks at them.
+    work.dropped_mass +=
+        o.far_field ? result.far_mass : static_cast<double>(rows) * levels.dropped[choice.level] / 65536.0;
     double per_row = row_work(result.kept, 1, s.d_qk + rank);
     if (o.far_field) per_row += row_work(skipped, decide::kGroupK, 2 * s.d_qk + 1 + rank);
     if (o.probe != decide::Probe::kOff)
       per_row += row_work(skipped + result.probed_in, 1, unit.keys.probe_rank > 0 ? unit.keys.probe_rank + 1 : s.d_qk);
-    if (rank_class != 0) per_row += static_cast<double>(s.d_v * rank);
+    if (choice.rank_class != 0) per_row += static_cast<double>(s.d_v * rank);
     work.flops += 2 * static_cast<double>(rows) * per_row;
   }
   return work;
@@ -99,7 +102,7 @@ void Statistics::add_head(const AdaptiveCall& call, const Unit& unit, int64_t me
   record.head = head_index;
   record.entropy = head.entropy;
   record.kept_tiles = head.tiles > 0 ? static_cast<double>(work.kept) / static_cast<double>(head.tiles) : 1;
-  record.dropped_mass = unit.seq.len_q > 0 ? work.far_mass / static_cast<double>(unit.seq.len_q) : 0;
+  record.dropped_mass = unit.seq.len_q > 0 ? work.dropped_mass / static_cast<double>(unit.seq.len_q) : 0;
   record.predicted_error = head.choice.predicted_error;
   record.measured_error = std::numeric_limits<double>::quiet_NaN();
   record.rank_v = rank;

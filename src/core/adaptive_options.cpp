@@ -1,6 +1,8 @@
 #include "core/adaptive_options.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/error.h"
 #include "decide/tile_mass.h"
@@ -47,6 +49,12 @@ Options policy_defaults(Policy policy) {
       break;
   }
   return o;
+}
+
+// Positive values stay positive and finite.
+float narrow(double value) {
+  using Limits = std::numeric_limits<float>;
+  return static_cast<float>(std::clamp<double>(value, Limits::min(), Limits::max()));
 }
 
 double fraction(double value, const char* field, double otherwise) {
@@ -114,16 +122,16 @@ Options resolve_options(const adaattn_adaptive_desc_t& d, const Problem& problem
   if (policy != Policy::kCustom) refuse_custom_fields(d);
 
   Options o = policy_defaults(policy);
-  if (d.tolerance > 0) o.tolerance = static_cast<float>(d.tolerance);
+  if (d.tolerance > 0) o.tolerance = narrow(d.tolerance);
   if (d.tile_mass != 0) o.min_level = decide::level_for_mass(fraction(d.tile_mass, "tile_mass", 0));
   if (d.probe != ADAATTN_PROBE_DEFAULT) o.probe = static_cast<Probe>(d.probe - ADAATTN_PROBE_OFF);
   o.probe_rank = static_cast<int>(
       count(d.probe_rank, problem.d_qk, "probe_rank", o.probe_rank < problem.d_qk ? o.probe_rank : problem.d_qk));
-  o.needle_share = static_cast<float>(fraction(d.needle_share, "needle_share", o.needle_share));
+  o.needle_share = narrow(fraction(d.needle_share, "needle_share", o.needle_share));
   o.far_field = is_on(d.far_field, "far_field", o.far_field);
   if (d.rank_mode != ADAATTN_RANK_DEFAULT) o.rank_mode = static_cast<RankMode>(d.rank_mode - ADAATTN_RANK_OFF);
-  o.rank_ratio = static_cast<float>(fraction(d.rank_ratio, "rank_ratio", o.rank_ratio));
-  o.rank_threshold = static_cast<float>(fraction(d.rank_threshold, "rank_threshold", o.rank_threshold));
+  o.rank_ratio = narrow(fraction(d.rank_ratio, "rank_ratio", o.rank_ratio));
+  o.rank_threshold = narrow(fraction(d.rank_threshold, "rank_threshold", o.rank_threshold));
   o.min_rank =
       static_cast<int>(count(d.min_rank, problem.d_v, "min_rank", o.min_rank < problem.d_v ? o.min_rank : problem.d_v));
 

@@ -75,6 +75,17 @@ std::vector<Feature> features() {
            }),
       with("UnequalHeadDims", [](AttentionCase& c) { c.d_v = 96; }),
       with("OddHeadDim", [](AttentionCase& c) { c.d_qk = 72; }),
+      with("HeadDimBelowAVector", [](AttentionCase& c) { c.d_qk = 5; }),
+      with("HeadDimOne",
+           [](AttentionCase& c) {
+             c.d_qk = 1;
+             c.mask = ADAATTN_MASK_CAUSAL;
+           }),
+      with("NarrowKeysAndWideValues",
+           [](AttentionCase& c) {
+             c.d_qk = 12;
+             c.d_v = 160;
+           }),
       with(
           "OneQuery", [](AttentionCase& c) { c.seqlen_q = 1; }, true),
       with(

@@ -105,6 +105,38 @@ TEST(AdaptiveOptionsStruct, ShorterOneTakesTheDefaults) {
   EXPECT_TRUE(succeeded(adaattn_check_support(context.get(), &data.desc, &adaptive, nullptr, 0)));
 }
 
+// Every length that a version of the header may have: fields behind it take their defaults, whatever lies there.
+TEST(AdaptiveOptionsStruct, EveryShorterVersionIsReadUpToItsSize) {
+  const Context context;
+  const AttentionData data({.name = "Small", .seqlen_q = 600, .seqlen_k = 600, .d_qk = 64}, uniform_dtypes()[0],
+                           run_seed(), 0);
+  adaattn_adaptive_desc_t good = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+  for (size_t size = offsetof(adaattn_adaptive_desc_t, tolerance); size <= sizeof good; size += 8) {
+    std::vector<unsigned char> bytes(sizeof good, 0x5a);
+    good.struct_size = size;
+    std::memcpy(bytes.data(), &good, size);
+    const auto* desc = reinterpret_cast<const adaattn_adaptive_desc_t*>(bytes.data());
+    EXPECT_TRUE(succeeded(adaattn_check_support(context.get(), &data.desc, desc, nullptr, 0))) << size;
+  }
+  good.struct_size = sizeof good - 4;
+  EXPECT_EQ(adaattn_check_support(context.get(), &data.desc, &good, nullptr, 0), ADAATTN_ERROR_STRUCT_SIZE);
+}
+
+TEST(AdaptiveOptionsStruct, LongerOneIsAcceptedWhileItsTailIsZero) {
+  const Context context;
+  const AttentionData data({.name = "Small", .seqlen_q = 600, .seqlen_k = 600, .d_qk = 64}, uniform_dtypes()[0],
+                           run_seed(), 0);
+  struct {
+    adaattn_adaptive_desc_t known;
+    uint64_t later[3];
+  } newer = {adaptive_desc(ADAATTN_POLICY_BALANCED), {}};
+  newer.known.struct_size = sizeof newer;
+  EXPECT_TRUE(succeeded(adaattn_check_support(context.get(), &data.desc, &newer.known, nullptr, 0)));
+  newer.later[2] = 1;
+  EXPECT_EQ(adaattn_check_support(context.get(), &data.desc, &newer.known, nullptr, 0), ADAATTN_ERROR_STRUCT_SIZE);
+  EXPECT_NE(last_error().find("adaptive has a field at byte"), std::string::npos) << last_error();
+}
+
 TEST(AdaptiveOptionsStruct, ExactPolicyIsTheExactPlan) {
   const Context context;
   AttentionData data({.name = "Small", .seqlen_q = 600, .seqlen_k = 600, .d_qk = 64}, uniform_dtypes()[0], run_seed(),

@@ -84,6 +84,7 @@ class FakeBackend final : public Backend {
 
   PlanInfo select(const Problem& problem) const override {
     if (state_->on_select) state_->on_select();
+    state_->problem = problem;
     return {};
   }
   std::unique_ptr<AttentionPlan> make_plan(const Problem& problem) override {

@@ -11,6 +11,7 @@ namespace adaattn::test {
 
 struct FakeState {
   // What the calls so far left behind.
+  Problem problem;  // of the last selection
   AttnParams attention;
   MergeParams merge;
   EntropyParams entropy;

@@ -57,6 +57,7 @@ void expect_init_of_every_version(adaattn_status_t (*init)(T*, size_t)) {
 
 TEST(Structs, InitServesEveryVersionOfConfig) { expect_init_of_every_version(adaattn_config_init); }
 TEST(Structs, InitServesEveryVersionOfAttnDesc) { expect_init_of_every_version(adaattn_attn_desc_init); }
+TEST(Structs, InitServesEveryVersionOfAdaptiveDesc) { expect_init_of_every_version(adaattn_adaptive_desc_init); }
 TEST(Structs, InitServesEveryVersionOfIo) { expect_init_of_every_version(adaattn_io_init); }
 TEST(Structs, InitServesEveryVersionOfEntropyDesc) { expect_init_of_every_version(adaattn_entropy_desc_init); }
 TEST(Structs, InitServesEveryVersionOfLowRankDesc) { expect_init_of_every_version(adaattn_low_rank_desc_init); }

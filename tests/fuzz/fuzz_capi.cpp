@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "capi/call.h"
 #include "capi/context.h"
 #include "capi/fake_backend.h"
+#include "decide/tile_mass.h"
 
 namespace adaattn::test {
 namespace {
@@ -168,21 +170,53 @@ Harness& harness() {
   return *instance;
 }
 
+// Options as every back-end may rely on them; the negations refuse NaN.
+void expect_sound(const Problem& problem) {
+  const decide::Options& o = problem.adaptive;
+  if (o.policy == decide::Policy::kExact) return;
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; };
+  const auto fraction = [](float x) { return x > 0 && x <= 1; };
+  if (!(o.tolerance > 0 && o.tolerance <= std::numeric_limits<float>::max())) defect("option", "tolerance");
+  if (!within(o.min_level, 0, decide::kDenseLevel)) defect("option", "min_level");
+  if (!within(static_cast<int>(o.probe), 0, 2)) defect("option", "probe");
+  if (!within(o.probe_rank, 1, problem.d_qk)) defect("option", "probe_rank");
+  if (!fraction(o.needle_share)) defect("option", "needle_share");
+  if (!within(static_cast<int>(o.rank_mode), 0, 2)) defect("option", "rank_mode");
+  if (!fraction(o.rank_ratio)) defect("option", "rank_ratio");
+  if (!fraction(o.rank_threshold)) defect("option", "rank_threshold");
+  if (!within(o.min_rank, 1, problem.d_v)) defect("option", "min_rank");
+  if (o.min_precision > o.max_precision) defect("option", "min_precision");
+  if (!within(o.verify_rows, 0, 4096)) defect("option", "verify_rows");
+  if ((o.feedback || o.recompute) && o.verify_rows == 0) defect("option", "feedback");
+}
+
+// form: of the call to start from; those above the layouts bring an adaptive descriptor.
 void fuzz_attention(Input& in, bool through_plan) {
   Harness& h = harness();
-  Call call(static_cast<Form>(in.byte() % 5));
-  Block desc(call.desc), io(call.io);
-  patch_all(in, {&desc, &io});
+  const uint8_t form = in.byte() % 10;
+  Call call(static_cast<Form>(form % 5));
+  adaattn_adaptive_desc_t allowed;
+  adaattn_adaptive_desc_init(&allowed, sizeof allowed);
+  allowed.policy = ADAATTN_POLICY_CUSTOM;
+  Block desc(call.desc), io(call.io), adaptive(allowed);
+  const bool is_adaptive = form >= 5;
+  if (is_adaptive) {
+    patch_all(in, {&adaptive, &desc, &adaptive, &io});
+  } else {
+    patch_all(in, {&desc, &io});
+  }
   const auto* d = desc.versioned<adaattn_attn_desc_t>();
   const auto* x = io.versioned<adaattn_io_t>();
+  const auto* a = is_adaptive ? adaptive.versioned<adaattn_adaptive_desc_t>() : nullptr;
+  if (adaattn_check_support(h.context, d, a, nullptr, 0) == ADAATTN_SUCCESS) expect_sound(h.state->problem);
   adaattn_status_t status;
   if (through_plan) {
     adaattn_plan_t* plan = nullptr;
-    if (adaattn_plan_create(h.context, d, nullptr, &plan) != ADAATTN_SUCCESS) return;
+    if (adaattn_plan_create(h.context, d, a, &plan) != ADAATTN_SUCCESS) return;
     status = adaattn_plan_execute(plan, x, nullptr, 0, nullptr);
     adaattn_plan_destroy(plan);
   } else {
-    status = adaattn_attention(h.context, d, nullptr, x, nullptr);
+    status = adaattn_attention(h.context, d, a, x, nullptr);
   }
   if (status == ADAATTN_SUCCESS) expect_inside(h.state->attention, whole(x));
 }
