@@ -18,7 +18,7 @@ struct TileEnergy {
   float between_groups;                  // ||mean of the 32 - v_mean||^2
   float between_tiles;                   // rows * ||mean of the tile - v_mean||^2
   float captured[decide::kRankClasses];  // ||v_low||^2 over the columns of each rank class; [0] unused
-  int32_t finite;
+  int32_t k_finite, v_finite;
 };
 
 struct UnitStats {

@@ -72,18 +72,27 @@ __device__ __forceinline__ void estimate_tiles(const float* query_terms, int que
     queries[c * kTiles + r] = r < query_tiles ? query_terms[i] : 0.0f;
   }
   const int column = thread % kTileChunk, first = thread / kTileChunk * kEach;
+  constexpr int kLoads = kTileChunk * kSlice / kThreads;
   for (int chunk = begin; chunk < end; chunk += kTileChunk) {
-    float sum[kEach] = {};
-    for (int k = 0; k < width; k += kSlice) {
-      const int depth = min(kSlice, width - k);
-      __syncthreads();
-      for (int i = thread; i < kTileChunk * kSlice; i += kThreads) {
-        const int t = i / kSlice, c = i % kSlice;
-        if (c < depth)
-          slice[c * (kTileChunk + 1) + t] =
-              chunk + t < end ? key_terms[static_cast<int64_t>(chunk + t) * width + k + c] : 0.0f;
+    float next[kLoads];
+    const auto fetch = [&](int k) {
+#pragma unroll
+      for (int e = 0; e < kLoads; ++e) {
+        const int t = (thread + e * kThreads) / kSlice, c = k + thread % kSlice;
+        next[e] = chunk + t < end && c < width ? key_terms[static_cast<int64_t>(chunk + t) * width + c] : 0.0f;
       }
+    };
+    float sum[kEach] = {};
+    fetch(0);
+    for (int k = 0; k < width; k += kSlice) {
       __syncthreads();
+#pragma unroll
+      for (int e = 0; e < kLoads; ++e)
+        slice[thread % kSlice * (kTileChunk + 1) + (thread + e * kThreads) / kSlice] = next[e];
+      __syncthreads();
+      if (k + kSlice < width) fetch(k + kSlice);
+      const int depth = min(kSlice, width - k);
+#pragma unroll 8
       for (int c = 0; c < depth; ++c) {
         const float key = slice[c * (kTileChunk + 1) + column];
         const float* q = queries + (k + c) * kTiles + first;
@@ -147,26 +156,35 @@ __device__ __forceinline__ void measure_levels(const float* estimate, uint32_t* 
   entropy += 7.0f;  // log2 of the keys of a tile
   const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
   levels->entropy = uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
-  for (int level = 0; level < kLevels; ++level) {
-    uint32_t x = 0;
-    if (level < kDenseLevel) {
-      const uint64_t wanted = (total * level_mass(level) + 65535u) >> 16;
-      for (int bit = 22; bit >= 0; --bit) {
-        const uint32_t candidate = x | (1u << bit);
-        uint64_t sum = 0;
-        for (int b = lane; b < tiles; b += 32) sum += mass[b] >= candidate ? mass[b] : 0;
-        if (warp_sum(sum) >= wanted) x = candidate;
-      }
+  // A lane has a level, and every other lane half of the tiles.
+  const int level = min(lane / 2, kDenseLevel), parity = lane % 2;
+  const auto pair_sum = [](uint64_t x) { return x + __shfl_xor_sync(kAll, static_cast<unsigned long long>(x), 1); };
+  const uint64_t wanted = (total * level_mass(level) + 65535u) >> 16;
+  uint32_t x = 0;
+  for (int bit = 22; bit >= 0; --bit) {
+    const uint32_t candidate = x | (1u << bit);
+    uint64_t sum = 0;
+#pragma unroll 4
+    for (int b = parity; b < tiles; b += 2) {
+      const uint32_t m = mass[b];
+      sum += m >= candidate ? m : 0;
     }
-    uint64_t kept = 0, dropped = 0;
-    for (int b = lane; b < tiles; b += 32) {
-      const bool keep = mass[b] >= x || is_forced(row, row.begin + b);
-      kept += keep ? 1 : 0;
-      dropped += keep ? 0 : mass[b];
-    }
-    levels->threshold[level] = x;
-    levels->kept[level] = static_cast<uint32_t>(warp_sum(kept));
-    levels->dropped[level] = static_cast<uint32_t>((warp_sum(dropped) << 16) / total);
+    if (pair_sum(sum) >= wanted) x = candidate;
+  }
+  if (level == kDenseLevel) x = 0;
+  uint64_t kept = 0, dropped = 0;
+  for (int b = parity; b < tiles; b += 2) {
+    const bool keep = mass[b] >= x || is_forced(row, row.begin + b);
+    kept += keep ? 1 : 0;
+    dropped += keep ? 0 : mass[b];
+  }
+  kept = pair_sum(kept);
+  dropped = pair_sum(dropped);
+#pragma unroll
+  for (int i = 0; i < kLevels; ++i) {
+    levels->threshold[i] = __shfl_sync(kAll, x, 2 * i);
+    levels->kept[i] = __shfl_sync(kAll, static_cast<uint32_t>(kept), 2 * i);
+    levels->dropped[i] = __shfl_sync(kAll, static_cast<uint32_t>((dropped << 16) / total), 2 * i);
   }
 }
 
@@ -295,7 +313,7 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
       groups += e.between_groups;
       tiles += e.between_tiles;
       captured += e.captured[rank_class];
-      finite = finite && e.finite != 0;
+      finite = finite && e.k_finite != 0 && e.v_finite != 0;
     }
     within = warp_sum_in_order(within);
     groups = warp_sum_in_order(groups);
@@ -338,7 +356,7 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
     const float multiplier = (feedback != nullptr ? feedback[member] : none).multiplier[rank];
     bool found = false;
     float error = 0, cost = 0;
-    if (taken) {
+    if (taken && (level == kDenseLevel || is_selective(levels, level))) {
       error = level_error(options, stats.errors, levels, level, rank, multiplier);
       found = !(error > options.tolerance) || (level == kDenseLevel && rank == 0);
       cost = level_cost(options, args.costs, levels, level, rank);

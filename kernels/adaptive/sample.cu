@@ -33,7 +33,7 @@ __device__ void gather(const TokenRows<T>& rows, const Sampling& sampling, int p
   const int thread = static_cast<int>(threadIdx.x), c = thread % pairs, first = thread / pairs;
   double2 sum{0, 0};
   if (first < lanes) {
-#pragma unroll 4
+#pragma unroll 8
     for (int i = first; i < kPartRows; i += lanes) {
       const int64_t sample = part * kPartRows + i;
       float2 x{0, 0};
@@ -63,7 +63,10 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(const __grid_constant_
   const Sequence seq = sequence_of(args.p, b);
   const Sampling sampling = sampling_of(seq.len_k);
   double* sums = args.tables.sample_sums + (int64_t{unit} * kSampleParts + part) * (s.d_qk + s.d_v);
-  gather(key_rows<T>(args.p, args.p.k, seq, b, head), sampling, part, s.d_qk, nullptr, sums);
+  if (blockIdx.z == 0) {
+    gather(key_rows<T>(args.p, args.p.k, seq, b, head), sampling, part, s.d_qk, nullptr, sums);
+    return;
+  }
   float* copy = s.max_rank > 0 ? args.tables.sample + int64_t{unit} * kSampleRows * s.d_v : nullptr;
   gather(key_rows<T>(args.p, args.p.v, seq, b, head), sampling, part, s.d_v, copy, sums + s.d_qk);
 }
@@ -111,7 +114,8 @@ __global__ __launch_bounds__(kThreads) void basis_kernel(const __grid_constant__
     const int c = i / s.max_rank, j = i % s.max_rank;
     out[i] = __double2bfloat16(finite ? basis[j * s.d_v + c] : 0.0);
   }
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x >= 32) return;
+  const int lane = threadIdx.x;
   const double* values = args.tables.values + int64_t{unit} * columns;
   const double cap = static_cast<double>(o.rank_ratio) * s.d_v;
   int chosen = 0;
@@ -119,13 +123,15 @@ __global__ __launch_bounds__(kThreads) void basis_kernel(const __grid_constant__
     const int rank = decide::rank_of_class(rank_class);
     if (rank > s.max_rank || rank < o.min_rank) continue;
     double kept = 0;
-    for (int i = 0; i < rank; ++i) kept += values[i];
+    for (int i = lane; i < rank; i += 32) kept += values[i];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, step);
     const bool enough = o.rank_mode == decide::RankMode::kFixed ? rank >= cap : kept >= o.rank_threshold * trace;
     if (!enough) continue;
     if (!(o.rank_mode == decide::RankMode::kEnergy && rank > cap)) chosen = rank_class;
     break;
   }
-  args.tables.units[unit].rank_class = chosen;
+  if (lane == 0) args.tables.units[unit].rank_class = chosen;
 }
 
 }  // namespace
@@ -134,7 +140,7 @@ void sample(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
   const auto units = static_cast<unsigned>(args.p.batch * s.heads_kv);
   const auto gather = args.p.k.dtype == Dtype::kBF16 ? gather_kernel<__nv_bfloat16> : gather_kernel<__half>;
-  check(launch_grid(gather, dim3(units, kSampleParts), kThreads, 0, stream, args), "analyze");
+  check(launch_grid(gather, dim3(units, kSampleParts, 2), kThreads, 0, stream, args), "analyze");
   if (s.max_rank == 0) {
     check(launch_grid(center_kernel, dim3(units), kThreads, 0, stream, args, static_cast<double*>(nullptr), 0),
           "analyze");

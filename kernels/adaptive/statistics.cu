@@ -20,7 +20,7 @@ constexpr float kHalfLn2 = 0.34657359027997264f;
 struct Shared {
   float mean[kGroups][kMaxDim], variance[kGroups][kMaxDim];
   float part[kWarps][96];
-  double sums[kWarps][3 + decide::kRankClasses];
+  double sums[kWarps][2 + decide::kRankClasses];
 };
 
 // 32 rows of two columns, the rows from `count` on 0.
@@ -238,66 +238,104 @@ __device__ __forceinline__ void project(const AnalyzeArgs& args, Shared& shared,
   }
 }
 
-template <typename T, int kRank>
+// A tile of one unit, with its rows.
+struct KeyTile {
+  int unit, tile, rows, b, head;
+  Sequence seq;
+  __device__ KeyTile(const AnalyzeArgs& args, int index) {
+    const TableShape& s = args.shape;
+    tile = index % s.key_tiles;
+    unit = index / s.key_tiles;
+    b = unit / s.heads_kv;
+    head = unit % s.heads_kv;
+    seq = sequence_of(args.p, b);
+    rows = static_cast<int>(min(static_cast<int64_t>(kRows), seq.len_k - int64_t{tile} * kRows));
+  }
+};
+
+// Sums over the CTA in a fixed order; the first thread has them.
+template <int kCount>
+__device__ __forceinline__ void block_sum(Shared& shared, const float (&x)[kCount], double (&total)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const double sum = warp_sum(x[i]);
+    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32][i] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    total[i] = 0;
+    for (int w = 0; w < kWarps; ++w) total[i] += shared.sums[w][i];
+  }
+}
+
+template <typename T>
 __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared, int index) {
+  const KeyTile at(args, index);
+  if (at.rows <= 0) return;
+  const TokenRows<T> k = key_rows<T>(args.p, args.p.k, at.seq, at.b, at.head);
+  const float check[1] = {key_moments(args, shared, k, at.unit, at.tile, at.rows)};
+  double total[1];
+  block_sum(shared, check, total);
+  if (threadIdx.x == 0) args.tables.energy[index].k_finite = isfinite(total[0]);
+}
+
+template <typename T, int kRank>
+__device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shared, int index) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   const TableShape& s = args.shape;
-  const int tile = index % s.key_tiles, unit = index / s.key_tiles, b = unit / s.heads_kv, head = unit % s.heads_kv;
-  const Sequence seq = sequence_of(args.p, b);
-  const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), seq.len_k - int64_t{tile} * kRows));
-  if (rows <= 0) return;
+  const KeyTile at(args, index);
+  if (at.rows <= 0) return;
   const int width = (s.d_v + 15) / 16 * 16, ld = width + 8;
   auto* centred = reinterpret_cast<__nv_bfloat16*>(dynamic);
   __nv_bfloat16* basis = centred + kRows * ld;
   if constexpr (kRank > 0) {
-    const auto* from = reinterpret_cast<const uint4*>(args.tables.basis + int64_t{unit} * s.d_v * kRank);
+    const auto* from = args.tables.basis + int64_t{at.unit} * s.d_v * kRank;
     for (int i = threadIdx.x; i < width * (kRank / 8); i += kThreads) {
       const int r = i / (kRank / 8), c = i % (kRank / 8);
-      *reinterpret_cast<uint4*>(basis + r * (kRank + 8) + 8 * c) = r < s.d_v ? from[i] : uint4{0, 0, 0, 0};
+      const uint32_t to = shared_address(basis + r * (kRank + 8) + 8 * c);
+      cp_async16(to, r < s.d_v ? from + 8 * i : from, r < s.d_v ? 16 : 0);
     }
+    cp_async_commit();
     for (int i = threadIdx.x; i < kRows * (width - s.d_v); i += kThreads)
       centred[i / (width - s.d_v) * ld + s.d_v + i % (width - s.d_v)] = __float2bfloat16_rn(0.0f);
   }
-  const float check = key_moments(args, shared, key_rows<T>(args.p, args.p.k, seq, b, head), unit, tile, rows);
-  float sums[3 + decide::kRankClasses] = {};
-  value_moments(args, shared, key_rows<T>(args.p, args.p.v, seq, b, head), unit, tile, rows,
+  float sums[2 + decide::kRankClasses] = {};
+  value_moments(args, shared, key_rows<T>(args.p, args.p.v, at.seq, at.b, at.head), at.unit, at.tile, at.rows,
                 kRank > 0 ? centred : nullptr, ld, &sums[0], &sums[1], &sums[2]);
   if constexpr (kRank > 0) {
+    cp_async_wait<0>();
+    __syncthreads();
     float captured[decide::kRankClasses] = {};
-    project<kRank>(args, shared, centred, ld, basis, width, unit, tile, rows, captured);
+    project<kRank>(args, shared, centred, ld, basis, width, at.unit, at.tile, at.rows, captured);
 #pragma unroll
-    for (int c = 1; c < decide::kRankClasses; ++c) sums[3 + c] = captured[c];
+    for (int c = 1; c < decide::kRankClasses; ++c) sums[2 + c] = captured[c];
   }
-  sums[3] = check;
-  const int warp = threadIdx.x / 32;
-#pragma unroll
-  for (int i = 0; i < 3 + decide::kRankClasses; ++i) {
-    const double sum = warp_sum(sums[i]);
-    if (threadIdx.x % 32 == 0) shared.sums[warp][i] = sum;
-  }
-  __syncthreads();
+  double total[2 + decide::kRankClasses];
+  block_sum(shared, sums, total);
   if (threadIdx.x != 0) return;
-  double total[3 + decide::kRankClasses] = {};
-  for (int w = 0; w < kWarps; ++w)
-    for (int i = 0; i < 3 + decide::kRankClasses; ++i) total[i] += shared.sums[w][i];
-  TileEnergy& out = args.tables.energy[int64_t{unit} * s.key_tiles + tile];
+  TileEnergy& out = args.tables.energy[index];
   out.within = static_cast<float>(total[0]);
   out.between_groups = static_cast<float>(total[1]);
   out.between_tiles = static_cast<float>(total[2]);
   out.captured[0] = 0;
-  for (int c = 1; c < decide::kRankClasses; ++c) out.captured[c] = static_cast<float>(total[3 + c]);
-  out.finite = isfinite(total[0] + total[1] + total[3]);
+#pragma unroll
+  for (int c = 1; c < decide::kRankClasses; ++c) out.captured[c] = static_cast<float>(total[2 + c]);
+  out.v_finite = isfinite(total[0] + total[1]);
 }
 
+// Values first: their tiles take longest.
 template <typename T, int kRank>
-__global__ __launch_bounds__(kThreads) void statistics_kernel(const __grid_constant__ AnalyzeArgs args) {
+__global__ __launch_bounds__(kThreads, 3) void statistics_kernel(const __grid_constant__ AnalyzeArgs args) {
   __shared__ Shared shared;
   const int key_items = static_cast<int>(args.p.batch) * args.shape.heads_kv * args.shape.key_tiles;
   const int item = static_cast<int>(blockIdx.x);
   if (item < key_items)
-    key_tile<T, kRank>(args, shared, item);
+    value_tile<T, kRank>(args, shared, item);
+  else if (item < 2 * key_items)
+    key_tile<T>(args, shared, item - key_items);
   else
-    query_tile<T>(args, shared, item - key_items);
+    query_tile<T>(args, shared, item - 2 * key_items);
 }
 
 template <typename T, int kRank>
@@ -309,8 +347,8 @@ void launch_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&statistics_kernel<T, kRank>),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "analyze");
-  const auto items =
-      static_cast<unsigned>(args.p.batch * (int64_t{s.heads_kv} * s.key_tiles + int64_t{s.heads_q} * s.query_tiles));
+  const auto items = static_cast<unsigned>(
+      args.p.batch * (2 * int64_t{s.heads_kv} * s.key_tiles + int64_t{s.heads_q} * s.query_tiles));
   check(launch_grid(statistics_kernel<T, kRank>, dim3(items), kThreads, static_cast<size_t>(bytes), stream, args),
         "analyze");
 }

@@ -16,7 +16,7 @@ constexpr int kMaxPasses = 6;
 // A basis this far from orthonormal is set right to first order, which squares the distance.
 constexpr double kFirstOrder = 1e-7, kFirstOrderFast = 1e-3;
 constexpr double kOrthonormal = 1e-13, kOrthonormalFast = 1e-6;
-constexpr int kSweeps = 30, kSweepsFast = 3;
+constexpr int kSweeps = 30, kSweepsFast = 2;
 constexpr double kTolerance = 1e-15;
 constexpr float kToleranceFast = 1e-3f;
 
@@ -38,7 +38,7 @@ struct Shared {
   double scale[kMaxColumns], values[kMaxColumns];
   Rotation<double> rotations[kMaxColumns / 2];
   int place[kMaxColumns];
-  uint8_t dead[kMaxTiles];
+  uint16_t marks[kMaxTiles];
   unsigned long long excess;
   int turned;
 };
@@ -64,7 +64,7 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
     products(y, y, w.stride, w.width, tiles, t, w.ldt, &shared.excess);
     __syncthreads();
     const double excess = __longlong_as_double(static_cast<long long>(shared.excess));
-    if (excess <= orthonormal) return;
+    if (pass > 0 && excess <= orthonormal) return;
     if (pass > 0 && excess <= first_order) {
       for (int i = thread; i < columns * 8; i += kThreads) {
         const int r = i / 8, c = r / 8 * 8 + i % 8;
@@ -87,20 +87,25 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
       if (c / 8 <= r / 8) t[r * w.ldt + c] *= shared.scale[r] * shared.scale[c];
     }
     __syncthreads();
-    cholesky(t, w.ldt, tiles, shared.dead);
+    cholesky(t, w.ldt, tiles, shared.marks);
+    if (pass == 0)  // the lengths of the vectors beyond the span of those before them
+      for (int i = thread; i < columns; i += kThreads) {
+        const double inverse = t[i * (w.ldt + 1)] * shared.scale[i];
+        shared.values[i] = inverse > 0 ? 1 / inverse : 0.0;
+      }
     solve(t, w.ldt, tiles, shared.scale, y, w.stride, w.width);
-    unsigned dead = 0;
-    for (int i = 0; i < tiles; ++i) dead |= shared.dead[i];
+    unsigned marks = 0;
+    for (int i = 0; i < tiles; ++i) marks |= shared.marks[i];
     __syncthreads();
-    if (dead != 0) {
+    if ((marks & kDeadMask) != 0) {
       for (int i = thread; i < columns * args.dim; i += kThreads) {
         const int r = i / args.dim, c = i - r * args.dim;
-        if (shared.dead[r / 8] >> r % 8 & 1)
+        if (shared.marks[r / 8] >> r % 8 & 1)
           y[r * w.stride + c] = sketch_entry(args.seed + static_cast<uint64_t>(pass) + 1, static_cast<uint64_t>(matrix),
                                              static_cast<uint64_t>(i));
       }
       __syncthreads();
-    } else if (once) {
+    } else if (once || (args.fast && (marks & kWeak) == 0)) {
       return;
     }
   }
@@ -113,21 +118,24 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
   const int n = args.columns, thread = static_cast<int>(threadIdx.x);
   const double inverse = trace > 0 ? 1 / trace : 0.0;
   Real *small, *turn;
-  int ld_small, ld_turn;
+  int ld_small;
   if constexpr (sizeof(Real) == 8) {
     small = t;
     ld_small = w.ldt;
     turn = spare;
-    ld_turn = n + 1;
   } else {
     small = reinterpret_cast<Real*>(spare);
-    ld_small = ld_turn = n + 1;
+    ld_small = n + 1;
     turn = small + n * ld_small;
   }
+  const int ld_turn = n + 4;
   for (int i = thread; i < n * n; i += kThreads) {
     const int r = i / n, c = i - r * n;
-    if (c <= r) small[r * ld_small + c] = static_cast<Real>(t[r * w.ldt + c] * inverse);
     turn[r * ld_turn + c] = r == c ? Real(1) : Real(0);
+    if (c > r) continue;
+    const auto x = static_cast<Real>(t[r * w.ldt + c] * inverse);
+    small[r * ld_small + c] = x;
+    small[c * ld_small + r] = x;
   }
   jacobi(small, ld_small, turn, ld_turn, n, args.fast ? Real(kToleranceFast) : Real(kTolerance),
          args.fast ? kSweepsFast : kSweeps, reinterpret_cast<Rotation<Real>*>(shared.rotations), &shared.turned);
@@ -177,12 +185,15 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
     for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = nan("");
     return;
   }
-  for (int i = thread; i < columns * w.width; i += kThreads) {
-    const int r = i / w.width, c = i - r * w.width, entry = r * args.dim + c;
-    double x = 0;
-    if (c < args.dim)
-      x = warm ? basis[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
-    b[r * w.stride + c] = x;
+  for (int r = thread / 32; r < columns; r += kWarps) {
+#pragma unroll 4
+    for (int c = thread % 32; c < w.width; c += 32) {
+      const int entry = r * args.dim + c;
+      double x = 0;
+      if (c < args.dim)
+        x = warm ? basis[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
+      b[r * w.stride + c] = x;
+    }
   }
   __syncthreads();
   const int sweeps = warm ? args.warm_sweeps : args.cold_sweeps;
@@ -194,21 +205,15 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
     b = y;
     y = swap;
   }
-  multiply(gram, args.ld, b, y, w.stride, tiles);
-  __syncthreads();
   if (args.fast && warm) {
-    for (int i = thread / 32; i < columns; i += kWarps) {
-      double sum = 0;
-      for (int c = thread % 32; c < args.dim; c += 32) {
-        const double x = b[i * w.stride + c];
-        sum = fma(x, y[i * w.stride + c], sum);
-        basis[i * args.dim + c] = x;
-      }
-      sum = warp_sum(sum);
-      if (thread % 32 == 0) args.values[matrix * columns + i] = sum > 0 ? sum : 0.0;
-    }
+    for (int r = thread / 32; r < columns; r += kWarps)
+#pragma unroll 4
+      for (int c = thread % 32; c < args.dim; c += 32) basis[r * args.dim + c] = b[r * w.stride + c];
+    for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = shared.values[i];
     return;
   }
+  multiply(gram, args.ld, b, y, w.stride, tiles);
+  __syncthreads();
   products(b, y, w.stride, w.width, tiles, t, w.ldt, nullptr);
   __syncthreads();
   if (args.fast)

@@ -19,13 +19,15 @@ struct SubspaceArgs {
   const double* gram = nullptr;  // [batch, ld, ld], 0 beyond dim
   // [batch, columns, dim]: a vector per row, of descending values. Where warm is set it holds the start.
   double* basis = nullptr;
-  double* values = nullptr;  // [batch, columns]: Ritz values, not negative; NaN where gram is not finite
-  double* trace = nullptr;   // [batch], null: not wanted. trace less the values is the exact residual energy
+  // [batch, columns]: Ritz values, not negative; NaN where gram is not finite. Of vectors that were not rotated the
+  // lengths of their images under gram, each beyond the span of those before it.
+  double* values = nullptr;
+  double* trace = nullptr;  // [batch], null: not wanted. trace less the values is the exact residual energy
   // [batch], null: every matrix starts from its seed. Non-zero: basis holds orthonormal rows to start from; set by the
   // kernel to whether the basis is finite.
   int32_t* warm = nullptr;
   int32_t cold_sweeps = 3, warm_sweeps = 1;
-  // Projections for statistics need no more than f32: vectors orthonormal to 1e-6, eigenvectors to 1e-3, warm ones not
+  // Projections for statistics need no more than f32: vectors orthonormal to 1e-6, eigenvectors to 1e-2, warm ones not
   // rotated at all.
   bool fast = false;
   uint64_t seed = 0;

@@ -15,6 +15,10 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxTiles = 24;  // of 8 vectors
 // A vector whose part outside the span of those before it is under this share of its square is taken as dependent.
 constexpr double kDependent = 1e-14;
+// Above this share one pass leaves vectors orthonormal to f32.
+constexpr double kIndependent = 1e-7;
+// What factor_block() reports of its 8 pivots: a bit for each that vanishes, and whether any is small.
+constexpr unsigned kDeadMask = 0xff, kWeak = 0x100;
 
 struct Lane {
   int warp = static_cast<int>(threadIdx.x) / 32;
@@ -111,9 +115,9 @@ __device__ __forceinline__ void products(const double* x, const double* y, int s
   if (l.lane == 0) atomicMax(excess, bits);
 }
 
-// Factors the 8 x 8 block at t and leaves the inverse of its factor there. `dead` gets a bit for each pivot that
-// vanishes; its row and column of the inverse are 0. One warp.
-__device__ __forceinline__ void factor_block(double* t, int ldt, uint8_t* dead) {
+// Factors the 8 x 8 block at t and leaves the inverse of its factor there; where a pivot vanishes, its row and column
+// of the inverse are 0. One warp.
+__device__ __forceinline__ void factor_block(double* t, int ldt, uint16_t* marks) {
   const Lane l;
   double a[8][8], inverse[8];
 #pragma unroll
@@ -125,7 +129,7 @@ __device__ __forceinline__ void factor_block(double* t, int ldt, uint8_t* dead) 
   for (int j = 0; j < 8; ++j) {
     const bool alive = a[j][j] > kDependent;
     inverse[j] = alive ? rsqrt(a[j][j]) : 0.0;
-    mark |= alive ? 0u : 1u << j;
+    mark |= (alive ? 0u : 1u << j) | (a[j][j] > kIndependent ? 0u : kWeak);
 #pragma unroll
     for (int i = j + 1; i < 8; ++i) a[i][j] *= inverse[j];
 #pragma unroll
@@ -148,7 +152,7 @@ __device__ __forceinline__ void factor_block(double* t, int ldt, uint8_t* dead) 
 #pragma unroll
     for (int i = 0; i < 8; ++i) t[i * ldt + c] = x[i];
   }
-  if (l.lane == 0) *dead = static_cast<uint8_t>(mark);
+  if (l.lane == 0) *marks = static_cast<uint16_t>(mark);
   __syncwarp();
 }
 
@@ -167,10 +171,10 @@ __device__ __forceinline__ void update_block(double* t, int ldt, int i, int j, i
 }
 
 // Cholesky factor of t, of which the lower tiles are read: below the diagonal blocks L, in them the inverses of L's.
-// `dead`: a byte of factor_block's for each tile. Ends with a barrier.
-__device__ __forceinline__ void cholesky(double* t, int ldt, int tiles, uint8_t* dead) {
+// `marks`: factor_block's for each tile. Ends with a barrier.
+__device__ __forceinline__ void cholesky(double* t, int ldt, int tiles, uint16_t* marks) {
   const Lane l;
-  if (l.warp == 0) factor_block(t, ldt, dead);
+  if (l.warp == 0) factor_block(t, ldt, marks);
   __syncthreads();
   for (int k = 0; k + 1 < tiles; ++k) {
     for (int i = k + 1 + l.warp; i < tiles; i += kWarps) {
@@ -187,7 +191,7 @@ __device__ __forceinline__ void cholesky(double* t, int ldt, int tiles, uint8_t*
     // The first warp hurries to the next diagonal block, the others bring the rest up to date.
     if (l.warp == 0) {
       update_block(t, ldt, k + 1, k + 1, k);
-      factor_block(t + 8 * (k + 1) * (ldt + 1), ldt, dead + k + 1);
+      factor_block(t + 8 * (k + 1) * (ldt + 1), ldt, marks + k + 1);
     } else {
       const int left = tiles - k - 1;
       for (int item = l.warp; item < left * (left + 1) / 2; item += kWarps - 1) {
@@ -211,6 +215,7 @@ __device__ __forceinline__ void solve(const double* t, int ldt, int tiles, const
       double sum[2][2] = {{factor * out[0], factor * out[1]}, {0, 0}};
       const double* a = t + (8 * k + l.row) * ldt + l.col;
       const double* b = y + l.col * stride + c + l.row;
+#pragma unroll 4
       for (int j = 0; j < 8 * k; j += 8) {
         mma_f64(sum[0], -a[j], b[j * stride]);
         mma_f64(sum[1], -a[j + 4], b[(j + 4) * stride]);
@@ -237,17 +242,40 @@ struct Rotation {
   Real c, s;
 };
 
-// Cyclic Jacobi on the symmetric n x n matrix t, n even, of which the lower triangle is read and left nearly diagonal;
-// the rows of w, the identity before, become its eigenvectors. Pairs of a round are disjoint, and every thread turns
+template <typename Real>
+struct Vector;  // 16 bytes
+template <>
+struct Vector<float> {
+  using Type = float4;
+  __device__ static void turn(Type& x, Type& y, float c, float s) {
+    const Type a = x, b = y;
+    x = {c * a.x - s * b.x, c * a.y - s * b.y, c * a.z - s * b.z, c * a.w - s * b.w};
+    y = {s * a.x + c * b.x, s * a.y + c * b.y, s * a.z + c * b.z, s * a.w + c * b.w};
+  }
+};
+template <>
+struct Vector<double> {
+  using Type = double2;
+  __device__ static void turn(Type& x, Type& y, double c, double s) {
+    const Type a = x, b = y;
+    x = {c * a.x - s * b.x, c * a.y - s * b.y};
+    y = {s * a.x + c * b.x, s * a.y + c * b.y};
+  }
+};
+
+// Cyclic Jacobi on the symmetric n x n matrix t, n a multiple of 8, which is left nearly diagonal; the rows of w, the
+// identity before, become its eigenvectors (ldw a multiple of 4). Pairs of a round are disjoint, and every thread turns
 // 2 x 2 blocks. Off-diagonal elements under `tolerance` of their diagonal ones' geometric mean are left alone; the
 // scale of t is such that its trace is 1.
 template <typename Real>
 __device__ __forceinline__ void jacobi(Real* t, int ldt, Real* w, int ldw, int n, Real tolerance, int sweeps,
                                        Rotation<Real>* rotations, int* turned) {
-  const int half = n / 2, thread = static_cast<int>(threadIdx.x);
+  using Wide = typename Vector<Real>::Type;
+  constexpr int kWide = 16 / sizeof(Real);
   constexpr Real kTiny = sizeof(Real) == 8 ? Real(1e-17) : Real(1e-8);
-  const auto at = [&](int r, int c) -> Real& { return r > c ? t[r * ldt + c] : t[c * ldt + r]; };
-  const int step_i = kThreads / half, step_j = kThreads % half;
+  const int half = n / 2, wide = n / kWide, thread = static_cast<int>(threadIdx.x);
+  const int block_i = thread / half, block_j = thread % half, step_i = kThreads / half, step_j = kThreads % half;
+  const int pair_i = thread / wide, pair_c = thread % wide, pair_step = kThreads / wide, pair_rest = kThreads % wide;
   for (int sweep = 0; sweep < sweeps; ++sweep) {
     __syncthreads();
     if (thread == 0) *turned = 0;
@@ -258,13 +286,13 @@ __device__ __forceinline__ void jacobi(Real* t, int ldt, Real* w, int ldw, int n
         const int ahead = thread + round, behind = n - 1 - thread + round;
         const int p = thread == 0 ? 0 : ahead < n ? ahead : ahead - (n - 1);
         const int q = behind < n ? behind : behind - (n - 1);
-        const Real a = t[p * ldt + p], b = t[q * ldt + q], g = at(p, q);
+        const Real a = t[p * ldt + p], b = t[q * ldt + q], g = t[p * ldt + q];
         Real c = 1, s = 0;
         const Real product = a > 0 && b > 0 ? a * b : Real(0);
         if (g * g > tolerance * tolerance * product && fabs(g) > kTiny) {
           // The angle needs no more than f32: what it misses is turned in the next sweep.
-          const float zeta = static_cast<float>(b - a) / (2.0f * static_cast<float>(g));
-          const float tangent = copysignf(1.0f, zeta) / (fabsf(zeta) + sqrtf(fmaf(zeta, zeta, 1.0f)));
+          const float zeta = __fdividef(static_cast<float>(b - a), 2.0f * static_cast<float>(g));
+          const float tangent = copysignf(__fdividef(1.0f, fabsf(zeta) + sqrtf(fmaf(zeta, zeta, 1.0f))), zeta);
           const Real exact = tangent;
           c = rsqrt(exact * exact + Real(1));
           s = c * exact;
@@ -273,40 +301,33 @@ __device__ __forceinline__ void jacobi(Real* t, int ldt, Real* w, int ldw, int n
         rotations[thread] = {p, q, c, s};
       }
       __syncthreads();
-      for (int i = thread / half, j = thread % half; i < half; i += step_i, j += step_j) {
+      for (int i = block_i, j = block_j; i < half; i += step_i, j += step_j) {
         if (j >= half) {
           j -= half;
           if (++i >= half) break;
         }
-        const Rotation<Real> left = rotations[i];
-        Real *wp = w + left.p * ldw, *wq = w + left.q * ldw;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = j + e * half;
-          const Real x = wp[column], y = wq[column];
-          wp[column] = left.c * x - left.s * y;
-          wq[column] = left.s * x + left.c * y;
-        }
-        if (j > i) continue;
-        const Rotation<Real> right = rotations[j];
-        if (j == i) {
-          Real& diagonal_p = t[left.p * ldt + left.p];
-          Real& diagonal_q = t[left.q * ldt + left.q];
-          Real& g = at(left.p, left.q);
-          const Real cc = left.c * left.c, ss = left.s * left.s, cs = left.c * left.s;
-          const Real a = diagonal_p, b = diagonal_q, off = g;
-          diagonal_p = cc * a - 2 * cs * off + ss * b;
-          diagonal_q = ss * a + 2 * cs * off + cc * b;
-          g = cs * (a - b) + (cc - ss) * off;
-          continue;
-        }
-        Real &pp = at(left.p, right.p), &pq = at(left.p, right.q), &qp = at(left.q, right.p), &qq = at(left.q, right.q);
+        const Rotation<Real> left = rotations[i], right = rotations[j];
+        Real *upper = t + left.p * ldt, *lower = t + left.q * ldt;
+        const Real pp = upper[right.p], pq = upper[right.q], qp = lower[right.p], qq = lower[right.q];
         const Real a = left.c * pp - left.s * qp, b = left.c * pq - left.s * qq;
         const Real c = left.s * pp + left.c * qp, d = left.s * pq + left.c * qq;
-        pp = right.c * a - right.s * b;
-        pq = right.s * a + right.c * b;
-        qp = right.c * c - right.s * d;
-        qq = right.s * c + right.c * d;
+        upper[right.p] = right.c * a - right.s * b;
+        upper[right.q] = right.s * a + right.c * b;
+        lower[right.p] = right.c * c - right.s * d;
+        lower[right.q] = right.s * c + right.c * d;
+      }
+      for (int i = pair_i, c = pair_c; i < half; i += pair_step, c += pair_rest) {
+        if (c >= wide) {
+          c -= wide;
+          if (++i >= half) break;
+        }
+        const Rotation<Real> turn = rotations[i];
+        Wide* upper = reinterpret_cast<Wide*>(w + turn.p * ldw) + c;
+        Wide* lower = reinterpret_cast<Wide*>(w + turn.q * ldw) + c;
+        Wide x = *upper, y = *lower;
+        Vector<Real>::turn(x, y, turn.c, turn.s);
+        *upper = x;
+        *lower = y;
       }
       __syncthreads();
     }
