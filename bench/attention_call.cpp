@@ -43,7 +43,7 @@ AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, ada
   desc.dtype_q = dtype;
   desc.math = math;
   desc.mask = shape.mask;
-  check(adaattn_plan_create(context, &desc, nullptr, &plan_));
+  check(adaattn_plan_create(context, &desc, adaptive, &plan_));
   check(adaattn_io_init(&io_, sizeof io_));
 }
 
@@ -129,7 +129,7 @@ std::string AttentionCall::kernel() const {
 }
 
 CpuCall::CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype)
-    : AttentionCall(context, shape, dtype, ADAATTN_MATH_EXACT),
+    : AttentionCall(context, shape, dtype, ADAATTN_MATH_EXACT, nullptr),
       q_(random_tensor(query_bytes(), dtype, 1)),
       k_(random_tensor(key_bytes(), dtype, 2)),
       v_(random_tensor(key_bytes(), dtype, 3)),

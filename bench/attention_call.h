@@ -24,7 +24,8 @@ class AttentionCall {
   std::string kernel() const;
 
  protected:
-  AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math);
+  AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+                const adaattn_adaptive_desc_t* adaptive);
   size_t query_bytes() const;  // of q, and of o
   size_t key_bytes() const;    // of k, and of v
   size_t workspace_bytes() const;

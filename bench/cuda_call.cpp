@@ -69,8 +69,9 @@ Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool col
   return {median, (us.back() - us.front()) / median};
 }
 
-CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math)
-    : AttentionCall(context, shape, dtype, math),
+CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+                   const adaattn_adaptive_desc_t* adaptive)
+    : AttentionCall(context, shape, dtype, math, adaptive),
       q_(query_bytes(), dtype, 1),
       k_(key_bytes(), dtype, 2),
       v_(key_bytes(), dtype, 3),

@@ -34,7 +34,8 @@ Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool col
 
 class CudaCall final : public AttentionCall {
  public:
-  CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math);
+  CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+           const adaattn_adaptive_desc_t* adaptive = nullptr);
   void run(cudaStream_t stream) { execute(workspace_.data(), workspace_.bytes(), stream); }
 
  private:

@@ -59,7 +59,8 @@ struct Suite {
 
 void run_cpu_exact(Report& report);
 void run_cpu_tools(Report& report);
-void run_cpu_adaptive(Report& report);  // only in builds with the examples
-void run_cuda_exact(Report& report);    // only in builds with CUDA
+void run_cpu_adaptive(Report& report);   // only in builds with the examples
+void run_cuda_adaptive(Report& report);  // these two only in builds with CUDA
+void run_cuda_exact(Report& report);
 
 }  // namespace adaattn::bench

@@ -8,19 +8,19 @@
 int main(int argc, char** argv) {
   using namespace adaattn::bench;
   constexpr Suite kSuites[] = {
-      {"cpu_exact", run_cpu_exact},
-      {"cpu_tools", run_cpu_tools},
+      {"cpu_exact", run_cpu_exact},         {"cpu_tools", run_cpu_tools},
 #ifdef ADAATTN_BENCH_MODEL
       {"cpu_adaptive", run_cpu_adaptive},
 #endif
 #ifdef ADAATTN_WITH_CUDA
-      {"cuda_exact", run_cuda_exact},
+      {"cuda_adaptive", run_cuda_adaptive}, {"cuda_exact", run_cuda_exact},
 #endif
   };
 
   CLI::App app("Benches of libadaattn");
   std::string suite, out, filter;
-  app.add_option("--suite", suite, "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_exact")->required();
+  app.add_option("--suite", suite, "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact")
+      ->required();
   app.add_option("--out", out, "JSON file to write");
   app.add_option("--filter", filter, "run only the rows whose name contains this");
   CLI11_PARSE(app, argc, argv);

@@ -55,6 +55,22 @@ inline const std::vector<Shape>& cuda_prefill_shapes() {
   return shapes;
 }
 
+// 8-bit attention: 16k query tokens at head_dim 128 and 64, then grouped heads.
+inline const std::vector<Shape>& cuda_int8_shapes() {
+  static const std::vector<Shape> shapes = [] {
+    std::vector<Shape> list;
+    for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL}) {
+      for (const int64_t s : {int64_t{2048}, int64_t{4096}, int64_t{8192}, int64_t{16384}})
+        list.push_back({16384 / s, 16, 16, s, s, 128, mask});
+      list.push_back({1, 32, 32, 16384, 16384, 64, mask});
+      list.push_back({2, 32, 8, 8192, 8192, 128, mask});
+      list.push_back({1, 64, 8, 32768, 32768, 128, mask});
+    }
+    return list;
+  }();
+  return shapes;
+}
+
 inline const std::vector<Shape>& cuda_f32_shapes() {
   static const std::vector<Shape> shapes = {{2, 16, 16, 4096, 4096, 64, ADAATTN_MASK_CAUSAL},
                                             {2, 8, 8, 4096, 4096, 128, ADAATTN_MASK_CAUSAL}};

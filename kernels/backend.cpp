@@ -4,6 +4,7 @@
 
 #include <cstdio>
 
+#include "adaptive/plan.h"
 #include "attend/plan.h"
 #include "core/error.h"
 #include "entropy/entropy.h"
@@ -162,9 +163,12 @@ class CudaBackend final : public Backend {
     fail(ADAATTN_ERROR_NOT_SUPPORTED, "option: threads and instruction sets are options of CPU contexts");
   }
 
-  PlanInfo select(const Problem& problem) const override { return cuda::plan_info(problem, traits_); }
+  PlanInfo select(const Problem& problem) const override {
+    return is_adaptive(problem) ? cuda::adaptive_plan_info(problem, traits_) : cuda::plan_info(problem, traits_);
+  }
   std::unique_ptr<AttentionPlan> make_plan(const Problem& problem) override {
-    return cuda::make_plan(problem, traits_, device_id_, records_);
+    return is_adaptive(problem) ? cuda::make_adaptive_plan(problem, traits_, device_id_, records_)
+                                : cuda::make_plan(problem, traits_, device_id_, records_);
   }
 
   void merge(const MergeParams& params, adaattn_stream_t stream) override {
@@ -204,6 +208,8 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  static bool is_adaptive(const Problem& problem) { return problem.adaptive.policy != decide::Policy::kExact; }
+
   int32_t device_id_;
   cuda::DeviceTraits traits_;
   Allocator allocator_;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 
+#include "adaptive/int8_tables.h"
 #include "core/attn_params.h"
 
 namespace adaattn::cuda {
@@ -15,6 +16,7 @@ namespace adaattn::cuda {
 struct PlanRecord {
   unsigned long long query_rows;
   unsigned long long score_pairs;
+  unsigned long long tiles;      // 128 x 128 with a visible pair, times query heads
   unsigned long long violation;  // field << 32 | uint32(value); 0: none
   unsigned long long violation_index;
   // Tile counters of persistent kernels, a pair for each launch in turn: launches of one plan may overlap on different
@@ -47,11 +49,12 @@ struct AttendArgs {
   PlanRecord* record = nullptr;      // null: the host knows the lengths
   uint32_t* scheduler = nullptr;     // this launch's pair of PlanRecord::scheduler
   int32_t multiprocessors = 0;
+  Int8Tables int8;   // K and V of the 8-bit kernels
   RowSample sample;  // the entropy tool's, as is normalized
   bool normalized = false;
 };
 
-enum class Phase : int32_t { kForward, kDecode, kExactF32, kTf32, kEntropy };
+enum class Phase : int32_t { kForward, kDecode, kExactF32, kTf32, kEntropy, kInt8 };
 
 // What a call may need beyond the plain forward pass (windows, causal masks, packed sequences, grouped heads, LSE,
 // sinks and split keys, which every portable kernel has).

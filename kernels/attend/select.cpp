@@ -102,9 +102,6 @@ uint32_t features_of(const Problem& problem) {
 
 void check_problem(const Problem& problem, const DeviceTraits& device) {
   const auto refuse = [](const auto&... arguments) { fail(ADAATTN_ERROR_NOT_SUPPORTED, arguments...); };
-  if (problem.adaptive.policy != decide::Policy::kExact)
-    refuse("adaptive.policy is %d; CUDA contexts compute exact attention only",
-           static_cast<int>(problem.adaptive.policy));
   if (device.compute_capability < 80)
     refuse("device: compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device.compute_capability / 10,
            device.compute_capability % 10);

@@ -4,6 +4,7 @@
 #include "attend/kernel.h"
 #include "common/pairs.h"
 #include "core/sampling.h"
+#include "decide/tile_mass.h"
 
 namespace adaattn::cuda {
 
@@ -105,6 +106,10 @@ static __device__ __noinline__ void report_sequence(const AttendArgs& args, int 
     atomicAdd(&args.record->query_rows, static_cast<unsigned long long>(s.len_q * p.heads_q));
     atomicAdd(&args.record->score_pairs, static_cast<unsigned long long>(visible_pairs(p, s) * p.heads_q));
   }
+  int64_t tiles = 0;
+  for (int64_t q = int64_t{thread} * decide::kTileQ; q < s.len_q; q += int64_t{threads} * decide::kTileQ)
+    tiles += visible_tiles(p, s, q, decide::kTileQ, decide::kTileK);
+  if (tiles > 0) atomicAdd(&args.record->tiles, static_cast<unsigned long long>(tiles * p.heads_q));
   if (p.block_table != nullptr) {
     const int64_t pages = (s.len_k + p.page_size - 1) / p.page_size;
     for (int64_t i = thread; i < pages && bad.field == Field::kNone; i += threads) {

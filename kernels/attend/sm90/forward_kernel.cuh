@@ -7,11 +7,11 @@
 namespace adaattn::cuda::sm90 {
 
 template <class Shared>
-__device__ __forceinline__ void init_barriers(Shared& shared, int groups) {
+__device__ __forceinline__ void init_barriers(Shared& shared, int groups, int stages = kStages) {
   constexpr int kWarps = kWarpgroup / 32;
   for (uint64_t& barrier : shared.q_full) ptx::mbarrier_init(&barrier, 1);
   for (uint64_t& barrier : shared.q_empty) ptx::mbarrier_init(&barrier, kWarps);
-  for (int i = 0; i < kStages; ++i) {
+  for (int i = 0; i < stages; ++i) {
     ptx::mbarrier_init(&shared.k_full[i], 1);
     ptx::mbarrier_init(&shared.v_full[i], 1);
     ptx::mbarrier_init(&shared.k_empty[i], kWarps * groups);

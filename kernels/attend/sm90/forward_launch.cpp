@@ -47,12 +47,12 @@ ForwardArgs common_args(const ForwardConfig& c, const AttnParams& p) {
   return args;
 }
 
-cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& call, cudaStream_t stream) {
+cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
+                         cudaStream_t stream) {
   const ForwardConfig& c = instance.config;
   const AttnParams& p = call.p;
   const int tile_m = 64 * c.groups;
-  ForwardArgs args = common_args(c, p);
-  args.m_blocks = call.m_tiles;
+  forward.m_blocks = call.m_tiles;
   // Packed: every sequence may end in a partial tile.
   const int64_t rows = p.batch * p.heads_q;
   const int64_t tiles = p.cu_seqlens_q != nullptr ? (p.total_q / tile_m + p.batch) * p.heads_q : call.m_tiles * rows;
@@ -60,13 +60,18 @@ cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& ca
     fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_batch: %lld query tiles of %d rows; one launch takes less than 2^30",
          static_cast<long long>(tiles), tile_m);
   }
-  args.num_tiles = static_cast<int32_t>(tiles);
-  args.section_heads = static_cast<int32_t>(std::min<int64_t>(rows, call.section));
+  forward.num_tiles = static_cast<int32_t>(tiles);
+  forward.section_heads = static_cast<int32_t>(std::min<int64_t>(rows, call.section));
   const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, tiles));
-  args.counters = tiles > grid ? call.scheduler : nullptr;  // otherwise every CTA has its one tile
-  void* arguments[] = {&args};
+  forward.counters = tiles > grid ? call.scheduler : nullptr;  // otherwise every CTA has its one tile
+  void* arguments[] = {args};
   return cudaLaunchKernel(instance.kernel, dim3(grid), dim3(128 * (c.groups + 1)), arguments, instance.shared_bytes,
                           stream);
+}
+
+cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& call, cudaStream_t stream) {
+  ForwardArgs args = common_args(instance.config, call.p);
+  return launch_tiles(instance, call, args, &args, stream);
 }
 
 }  // namespace adaattn::cuda::sm90

@@ -11,6 +11,11 @@ namespace adaattn::cuda::sm90 {
 // All that follows from the tensors and the mask: no tiles, no counters.
 ForwardArgs common_args(const ForwardConfig& config, const AttnParams& params);
 
+// The persistent grid over all query tiles. `args` is what the kernel takes, `forward` the part of it that the
+// scheduler reads, filled in here.
+cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
+                         cudaStream_t stream);
+
 // The instance serves the call: 16-byte aligned rows, no bias, ALiBi, paging, entropy or f32 output, scale > 0, and a
 // masked or softcap instance where one is needed. Capture-safe; launches that share args.scheduler must be ordered.
 // Throws Error where the driver refuses a tensor.

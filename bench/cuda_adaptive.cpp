@@ -1,0 +1,118 @@
+// Adaptive attention on a CUDA device against the exact plan in the same run.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "attention_call.h"
+#include "cuda_call.h"
+#include "harness.h"
+#include "shapes.h"
+
+namespace adaattn::bench {
+namespace {
+
+adaattn_adaptive_desc_t every_tile_in_8_bits() {
+  adaattn_adaptive_desc_t desc;
+  check(adaattn_adaptive_desc_init(&desc, sizeof desc));
+  desc.policy = ADAATTN_POLICY_CUSTOM;
+  desc.tile_mass = 1;
+  desc.probe = ADAATTN_PROBE_OFF;
+  desc.rank_mode = ADAATTN_RANK_OFF;
+  desc.min_precision = desc.max_precision = ADAATTN_PRECISION_I8;
+  desc.verify_rows = -1;
+  return desc;
+}
+
+// A call captured as a graph, and the same with nothing but its last kernel.
+class Graph {
+ public:
+  explicit Graph(CudaCall& call) {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    call.run(stream);
+    check(cudaStreamEndCapture(stream, &graph_));
+    check(cudaStreamDestroy(stream));
+    check(cudaGraphInstantiate(&whole_, graph_, 0));
+    check(cudaGraphInstantiate(&last_, graph_, 0));
+    size_t count = 0;
+    check(cudaGraphGetNodes(graph_, nullptr, &count));
+    std::vector<cudaGraphNode_t> nodes(count);
+    check(cudaGraphGetNodes(graph_, nodes.data(), &count));
+    for (cudaGraphNode_t node : nodes) {
+      size_t followers = 0;
+      check(cudaGraphNodeGetDependentNodes(node, nullptr, nullptr, &followers));
+      if (followers > 0) check(cudaGraphNodeSetEnabled(last_, node, 0));
+    }
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(whole_);
+    cudaGraphExecDestroy(last_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  Timing time_whole() const {
+    return measure_on_device([&](cudaStream_t stream) { check(cudaGraphLaunch(whole_, stream)); }, false);
+  }
+  Timing time_last() const {
+    return measure_on_device([&](cudaStream_t stream) { check(cudaGraphLaunch(last_, stream)); }, false);
+  }
+
+ private:
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t whole_ = nullptr, last_ = nullptr;
+};
+
+Timing median(std::vector<Timing> times) {
+  std::sort(times.begin(), times.end(), [](const Timing& a, const Timing& b) { return a.us < b.us; });
+  return times[times.size() / 2];
+}
+
+void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
+  const std::string name = "fwd/" + shape_name(shape, "bf16");
+  if (!report.wants(name)) return;
+  const adaattn_adaptive_desc_t adaptive = every_tile_in_8_bits();
+  CudaCall exact(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT);
+  CudaCall eight(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT, &adaptive);
+  const Graph exact_graph(exact), eight_graph(eight);
+  // In turns: the card's clock follows its power, and that follows what ran before.
+  constexpr int kTurns = 3;
+  std::vector<Timing> exact_times, whole_times, last_times;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    exact_times.push_back(exact_graph.time_whole());
+    whole_times.push_back(eight_graph.time_whole());
+    last_times.push_back(eight_graph.time_last());
+  }
+  Row row;
+  row.peer = exact.kernel();
+  row.peer_us = median(exact_times).us;
+  row.unit = "TFLOP/s";
+  row.error = eight.sampled_error();
+  const auto add = [&](const char* what, const Timing& time) {
+    row.name = name + what;
+    row.time = time;
+    row.rate = eight.flops() / time.us * 1e-6;
+    report.add(row);
+  };
+  add("/int8", median(whole_times));
+  add("/int8/attend", median(last_times));
+}
+
+}  // namespace
+
+void run_cuda_adaptive(Report& report) {
+  adaattn_config_t config;
+  check(adaattn_config_init(&config, sizeof config));
+  config.device = ADAATTN_DEVICE_CUDA;
+  adaattn_context_t* context = nullptr;
+  check(adaattn_create(&config, &context));
+  adaattn_device_info_t info;
+  info.struct_size = sizeof info;
+  check(adaattn_device_info(ADAATTN_DEVICE_CUDA, 0, &info));
+  report.set_device(info.name);
+  for (const Shape& shape : cuda_int8_shapes()) run_case(report, context, shape);
+  check(adaattn_destroy(context));
+}
+
+}  // namespace adaattn::bench

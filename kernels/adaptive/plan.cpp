@@ -1,0 +1,224 @@
+#include "adaptive/plan.h"
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+
+#include "adaptive/int8_tables.h"
+#include "attend/plan.h"
+#include "common/pairs.h"
+#include "core/error.h"
+#include "decide/tile_mass.h"
+#include "runtime.h"
+
+namespace adaattn::cuda {
+namespace {
+
+using decide::Options;
+using decide::Precision;
+
+// Rounding of P and V to e4m3, 2.65e-2 each, for a row that sees one key: more keys average V's part and the
+// normalisation takes P's. Rounding of Q and K (under 1e-2) is not felt beside it.
+constexpr double kInt8RoundError = 0.0375;
+
+bool masked(const Problem& p) { return p.window_left >= 0 || p.window_right >= 0; }
+
+const AttendKernel* find_int8(const Problem& p, uint32_t features) {
+  for (const AttendKernel* kernel : attend_kernels())
+    if (kernel->phase == Phase::kInt8 && kernel->dtype == p.dtype_q && kernel->d_qk == p.d_qk && kernel->d_v == p.d_v &&
+        (features & ~kernel->features) == 0)
+      return kernel;
+  return nullptr;
+}
+
+template <class... Arguments>
+[[noreturn]] void refuse(const char* format, const Arguments&... arguments) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, format, arguments...);
+}
+
+void check_options(const Options& o) {
+  if (o.policy != decide::Policy::kCustom)
+    refuse(
+        "adaptive.policy is %d; CUDA contexts serve ADAATTN_POLICY_EXACT (%d), and ADAATTN_POLICY_CUSTOM (%d) for "
+        "every tile in 8 bits",
+        static_cast<int>(o.policy), ADAATTN_POLICY_EXACT, ADAATTN_POLICY_CUSTOM);
+  if (o.tiles && o.min_level != decide::kDenseLevel)
+    refuse("adaptive.tile_mass: %.3f is kept at least; CUDA contexts compute every tile: set 1",
+           decide::level_mass(o.min_level) / 65536.0);
+  if (o.rank_mode != decide::RankMode::kOff)
+    refuse("adaptive.rank_mode is %d; CUDA contexts do not project V: set ADAATTN_RANK_OFF (%d)",
+           static_cast<int>(o.rank_mode) + ADAATTN_RANK_OFF, ADAATTN_RANK_OFF);
+  if (o.max_precision != Precision::kI8)
+    refuse("adaptive.max_precision is %d; CUDA contexts serve ADAATTN_PRECISION_I8 (%d) for both bounds",
+           static_cast<int>(o.max_precision), ADAATTN_PRECISION_I8);
+  if (o.verify_rows > 0) refuse("adaptive.verify_rows is %d; CUDA contexts do not verify: set -1", o.verify_rows);
+}
+
+void check_shape(const Problem& p, const DeviceTraits& device) {
+  if (device.compute_capability != 90)
+    refuse("adaptive.max_precision is I8: 8-bit attention needs a device of compute capability 9.0, this one has %d.%d",
+           device.compute_capability / 10, device.compute_capability % 10);
+  if (p.dtype_q == Dtype::kF32) refuse("dtype_q: F32; 8-bit attention takes F16 and BF16");
+  if (p.dtype_o != p.dtype_q) refuse("dtype_o: 8-bit attention writes dtype_q");
+  if (p.d_qk != p.d_v || (p.d_qk != 64 && p.d_qk != 128))
+    refuse("head_dim_qk: %lld with head_dim_v %lld; 8-bit attention takes 64 or 128 for both",
+           static_cast<long long>(p.d_qk), static_cast<long long>(p.d_v));
+  if (p.softcap > 0) refuse("softcap: %g; 8-bit attention has none", static_cast<double>(p.softcap));
+  if (!(p.scale > 0)) refuse("scale: %g; 8-bit attention takes scales > 0", static_cast<double>(p.scale));
+  if (p.alibi) refuse("flags: ALIBI; 8-bit attention has no slopes");
+  if (p.bias) refuse("flags: BIAS; 8-bit attention has none");
+  if (p.want_entropy) refuse("outputs: ENTROPY; 8-bit attention does not compute it");
+  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED; 8-bit attention takes BSHD, BHSD and THD");
+}
+
+class Int8Plan final : public AttentionPlan {
+ public:
+  Int8Plan(const Problem& problem, const DeviceTraits& device, int32_t device_id, std::shared_ptr<RecordPool> records)
+      : problem_(problem),
+        device_(device),
+        device_id_(device_id),
+        info_(adaptive_plan_info(problem, device)),
+        kernel_(*find_int8(problem, masked(problem) ? kMasked : kPlain)),
+        records_(std::move(records)) {
+    const DeviceScope scope(device_id_);
+    prepare_kernel(kernel_);
+    record_ = records_->acquire();
+  }
+  ~Int8Plan() override { records_->release(record_); }
+
+  const PlanInfo& info() const override { return info_; }
+
+  void execute(const AttnParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
+    const bool lengths_on_host = params.cu_seqlens_q == nullptr && params.seqused_k == nullptr;
+    if (params.batch > 0 && params.seqlen_q > 0 && params.total_q > 0) {
+      if ((call_features(params) & kUnaligned) != 0)
+        refuse("q, k, v, o: 8-bit attention needs rows that start on 16 bytes");
+      const DeviceScope scope(device_id_);
+      AttendArgs args = make_args(params, problem_, launch_of(params), nullptr);
+      args.scheduler = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
+      args.multiprocessors = device_.multiprocessors;
+      args.int8 = lay_out_int8_tables(args.p, workspace);
+      check(launch_quantize(args.p, args.int8, stream), "quantize");
+      check(kernel_.launch(args, stream), kernel_.name);
+      if (!lengths_on_host) {
+        args.record = record_.device;
+        check(launch_report(args, stream), "report");
+      }
+    }
+    count(params, lengths_on_host);
+  }
+
+  PlanCounters counters(bool wait, bool reset) override {
+    const DeviceScope scope(device_id_);
+    if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
+    const PlanRecord snapshot = records_->read(record_, reset);
+    PlanCounters out = counters_;
+    out.query_rows += snapshot.query_rows;
+    out.score_pairs += snapshot.score_pairs;
+    out.violation.field = static_cast<Field>(snapshot.violation >> 32);
+    out.violation.value = static_cast<int32_t>(snapshot.violation & 0xffffffffu);
+    out.violation.index = static_cast<int64_t>(snapshot.violation_index);
+    AdaptiveCounters& a = out.adaptive;
+    a.tiles += snapshot.tiles;
+    a.tiles_kept = a.tiles;
+    a.flops_done = 2.0 * static_cast<double>(problem_.d_qk + problem_.d_v) * static_cast<double>(out.score_pairs);
+    if (reset) counters_ = {};
+    return out;
+  }
+
+  std::vector<HeadRecord> head_records() override {
+    std::vector<HeadRecord> list;
+    for (int64_t b = 0; b < newest_batch_; ++b)
+      for (int64_t h = 0; h < problem_.heads_q; ++h) {
+        HeadRecord record;
+        record.batch = b;
+        record.head = h;
+        record.predicted_error = kInt8RoundError;
+        record.measured_error = std::numeric_limits<double>::quiet_NaN();
+        record.rank_v = problem_.d_v;
+        record.precision = ADAATTN_PRECISION_I8;
+        record.dense = false;
+        list.push_back(record);
+      }
+    return list;
+  }
+
+ private:
+  Launch launch_of(const AttnParams& p) const {
+    Launch launch;
+    launch.kernel = &kernel_;
+    launch.m_tiles = static_cast<int32_t>((p.seqlen_q + kernel_.tile_q - 1) / kernel_.tile_q);
+    // Heads whose 8-bit keys and values share half of the L2 cache.
+    const int64_t group = p.heads_q / p.heads_kv;
+    const int64_t bytes = std::max<int64_t>(1, p.seqlen_k * (p.d_qk + p.d_v) / group);
+    launch.section = static_cast<int32_t>(
+        std::clamp<int64_t>(device_.l2_bytes / 2 / bytes, std::min<int64_t>(group, 8), int64_t{1} << 16));
+    return launch;
+  }
+
+  void count(const AttnParams& p, bool lengths_on_host) {
+    const int64_t heads = p.batch * p.heads_q;
+    ++counters_.calls;
+    newest_batch_ = p.batch;
+    AdaptiveCounters& a = counters_.adaptive;
+    a.heads += static_cast<uint64_t>(heads);
+    a.heads_i8 += static_cast<uint64_t>(heads);
+    a.rank_v_sum += static_cast<double>(heads * p.d_v);
+    a.predicted_error_sum += static_cast<double>(heads) * kInt8RoundError;
+    if (!lengths_on_host) return;  // the device counts the rest
+    const Sequence s = sequence_of(p, 0);
+    int64_t tiles = 0;
+    for (int64_t q = 0; q < s.len_q; q += decide::kTileQ)
+      tiles += visible_tiles(p, s, q, decide::kTileQ, decide::kTileK);
+    a.tiles += static_cast<uint64_t>(tiles * heads);
+    counters_.query_rows += static_cast<uint64_t>(s.len_q * heads);
+    counters_.score_pairs += static_cast<uint64_t>(visible_pairs(p, s) * heads);
+  }
+
+  Problem problem_;
+  DeviceTraits device_;
+  int32_t device_id_;
+  PlanInfo info_;
+  const AttendKernel& kernel_;
+  std::shared_ptr<RecordPool> records_;
+  RecordSlot record_;
+  PlanCounters counters_;
+  uint64_t launches_ = 0;
+  int64_t newest_batch_ = 0;
+};
+
+}  // namespace
+
+PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) {
+  check_options(problem.adaptive);
+  check_shape(problem, device);
+  Problem exact = problem;
+  exact.adaptive = {};
+  check_problem(exact, device);
+  const AttendKernel* kernel = find_int8(problem, masked(problem) ? kMasked : kPlain);
+  if (kernel == nullptr || static_cast<int64_t>(kernel->shared_bytes) > device.shared_bytes)
+    refuse("adaptive.max_precision is I8: this build has no 8-bit kernel for head_dim %lld",
+           static_cast<long long>(problem.d_qk));
+  PlanInfo info;
+  info.kernel = kernel->name;
+  info.isa = "sm_90a";
+  info.tile_q = kernel->tile_q;
+  info.tile_k = kernel->tile_k;
+  info.capture_safe = true;
+  info.deterministic = true;
+  info.exact = false;
+  info.workspace_bytes =
+      int8_tables_bytes(problem.max_batch, problem.heads_kv, problem.max_seqlen_k, problem.d_qk, problem.d_v);
+  const uint64_t limit = problem.adaptive.max_workspace_bytes;
+  if (limit != 0 && info.workspace_bytes > limit)
+    refuse("adaptive.max_workspace_bytes is %llu; K and V of this problem in 8 bits take %zu",
+           static_cast<unsigned long long>(limit), info.workspace_bytes);
+  return info;
+}
+
+std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
+                                                  std::shared_ptr<RecordPool> records) {
+  return std::make_unique<Int8Plan>(problem, device, device_id, std::move(records));
+}
+
+}  // namespace adaattn::cuda

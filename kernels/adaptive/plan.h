@@ -1,0 +1,18 @@
+// The back-end's half of an adaptive plan on CUDA. Served so far: every tile in 8 bits (CUSTOM with tile_mass 1, V not
+// projected, both precisions I8, nothing verified), on compute capability 9.0. Everything else is refused by name.
+#pragma once
+
+#include <memory>
+
+#include "attend/select.h"
+#include "backend.h"
+#include "records.h"
+
+namespace adaattn::cuda {
+
+PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device);
+
+std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
+                                                  std::shared_ptr<RecordPool> records);
+
+}  // namespace adaattn::cuda
