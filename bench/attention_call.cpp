@@ -30,7 +30,8 @@ void check(adaattn_status_t status) {
   throw std::runtime_error(std::string(adaattn_status_name(status)) + ": " + text);
 }
 
-AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math)
+AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+                             const adaattn_adaptive_desc_t* adaptive)
     : shape_(shape), dtype_(dtype) {
   adaattn_attn_desc_t desc;
   check(adaattn_attn_desc_init(&desc, sizeof desc));
