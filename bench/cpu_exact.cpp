@@ -46,7 +46,7 @@ void prefill(Report& report, const NamedDtype& dtype, const Shape& shape, int th
   full.mask = ADAATTN_MASK_NONE;
   const Row* own_full = report.find("fwd/" + shape_name(full, dtype.name) + suffix(threads));
   if (dtype.dtype != ADAATTN_DTYPE_F32) {
-    AttentionCall f32(context.handle, shape, ADAATTN_DTYPE_F32);
+    CpuCall f32(context.handle, shape, ADAATTN_DTYPE_F32);
     const TimingPair times = measure_pair([&] { call.run(); }, [&] { f32.run(); });
     row.time = times.ours;
     row.peer = "own-f32";
