@@ -25,8 +25,8 @@ SubspaceParams subspace_params(int64_t dim, int64_t rank, uint64_t seed, const W
   s.seed = seed;
   s.sweeps = start.warm ? kWarmSweeps : kColdSweeps;
   s.warm = start.warm ? start.vectors.data() : nullptr;
-  // The columns of a warm basis come out ordered.
-  s.rayleigh_ritz = !start.warm;
+  // Rotated even when warm: one sweep leaves the columns near the last rank in an order of the previous call's, and a
+  // prefix of them is what a rank class takes.
   return s;
 }
 

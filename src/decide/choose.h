@@ -96,7 +96,7 @@ ADAATTN_HD inline float level_error(const Options& o, const GroupErrors& e, cons
 // Whether a level keeps markedly fewer tiles than its share of the mass. Where all masses are alike (random input) the
 // estimates do not say which tiles matter, and a choice among them would follow noise.
 ADAATTN_HD inline bool is_selective(const HeadLevels& h, int level) {
-  return 10 * (h.kept[level] << 16) < 9 * h.tiles * level_mass(level);
+  return 100 * (h.kept[level] << 16) < 95 * h.tiles * level_mass(level);
 }
 
 // The cheapest mass level of one head at a rank that stays within the tolerance; false if there is none. The exact
