@@ -1,4 +1,4 @@
-// Gram matrices of tall matrices, and their eigen-decomposition by one CTA per matrix.
+// Gram matrices of tall matrices and of sets of vectors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,20 +19,19 @@ struct TallView {
 
 TallView tall_view(const MatrixBatch& a);
 
-// Parts that the rows of each matrix are split into, so that the partial sums fill the device.
-int64_t gram_splits(const TallView& a);
+// Float64 vectors, one per row of `length` adjacent elements [batch, count, length], seen as the columns of a matrix.
+struct VectorView {
+  const double* data;
+  int64_t rows, cols, stride_row, stride_col, batch;  // rows: length, cols: count
+  VectorView(const double* vectors, int64_t count, int64_t length, int64_t matrices)
+      : data(vectors), rows(length), cols(count), stride_row(1), stride_col(length), batch(matrices) {}
+  ADAATTN_HD const double* matrix(int64_t i) const { return data + i * rows * cols; }
+};
 
 // A^T A of every matrix, [batch, ld, ld] with ld = subspace_ld(cols), 0 beyond cols; it lies in the workspace.
 size_t gram_bytes(const TallView& a);
+size_t gram_bytes(const VectorView& v);
 double* gram_of(const TallView& a, void* workspace, cudaStream_t stream);
-
-// Whole eigen-decompositions of Gram matrices of at most kMaxGramDim, which are overwritten.
-struct Eigen {
-  double* vectors;  // [batch, n, n], one per row in the order of rotation
-  double* values;   // [batch, n], descending
-  int* order;       // [batch, n]: row of vectors that belongs to the j-th value
-};
-size_t eigen_bytes(int64_t n, int64_t batch);
-Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, cudaStream_t stream);
+double* gram_of(const VectorView& v, void* workspace, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

@@ -4,9 +4,12 @@
 #include "attend/launch.h"
 #include "core/error.h"
 #include "core/sampling.h"
+#include "lowrank/eigen.h"
 #include "lowrank/gram.cuh"
+#include "lowrank/left.cuh"
 #include "lowrank/lowrank.h"
 #include "lowrank/product.cuh"
+#include "lowrank/range.h"
 #include "lowrank/subspace.h"
 #include "runtime.h"
 
@@ -20,20 +23,6 @@ constexpr double kNullShare = 1e-8;
 constexpr double kSmallShare = 1e-4;
 // Eigenvalues below this share times the dimension are rounding noise.
 constexpr double kEigenNoise = 2.3e-16;
-
-struct LeftArgs {
-  int64_t rows, cols, rank;
-  int64_t blocks;         // product_blocks()
-  const double* squares;  // [batch, blocks, rank]
-  double* norms;          // [batch, rank]
-  // Right vector j of matrix i: right + (i * right_vectors + (order != null ? order[i * right_vectors + j] : j)) *
-  // cols.
-  const double* right;
-  const int* order;
-  int64_t right_vectors;
-  MatrixBatch left, right_out, values;  // of the sides of the tall view; data null: not wanted
-  uint64_t seed;
-};
 
 __device__ __forceinline__ float& element(const MatrixBatch& m, int64_t matrix, int64_t r, int64_t c) {
   return static_cast<float*>(m.data)[m.offset(matrix) + r * m.stride_row + c * m.stride_col];
@@ -142,10 +131,18 @@ __global__ __launch_bounds__(kThreads) void rank_kernel(int64_t n, const double*
   static_cast<int32_t*>(ranks.data)[ranks.offset(matrix)] = rank;
 }
 
-void check_dim(int64_t rows, int64_t cols, const char* tool) {
-  if (std::min(rows, cols) > kMaxGramDim)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s: a is %lld x %lld; the CUDA back-end takes min(rows, cols) up to %lld", tool,
-         static_cast<long long>(rows), static_cast<long long>(cols), static_cast<long long>(kMaxGramDim));
+// Whether a is decomposed through the Gram matrix of its smaller side; refuses what neither way takes.
+bool by_gram(const LowRankParams& p) {
+  const int64_t small = std::min(p.a.rows, p.a.cols), columns = subspace_columns(p.rank, p.oversampling);
+  if (small <= kMaxGramDim) return true;
+  const bool pays = subspace_pays(small, columns);
+  if (!pays && small <= kMaxEigenDim) return true;
+  if (pays && columns <= kMaxEigenDim) return false;
+  fail(ADAATTN_ERROR_NOT_SUPPORTED,
+       "desc.rank is %lld with desc.oversampling %lld, for matrices of %lld x %lld; accepted on CUDA devices: %lld in "
+       "all, and less than three quarters of the smaller side",
+       static_cast<long long>(p.rank), static_cast<long long>(p.oversampling), static_cast<long long>(p.a.rows),
+       static_cast<long long>(p.a.cols), static_cast<long long>(kMaxEigenDim));
 }
 
 int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -175,15 +172,24 @@ struct Layout {
 
 }  // namespace
 
+void finish_left(const LeftArgs& w, int64_t matrices, cudaStream_t stream) {
+  const auto batch = static_cast<unsigned>(matrices);
+  check(launch_grid(values_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
+  if (w.left.data == nullptr) return;
+  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(w.rows * w.rank / (4 * kThreads), 1, 1024));
+  check(launch_grid(scale_kernel, dim3(batch, blocks), kThreads, 0, stream, w), "low_rank");
+  check(launch_grid(repair_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
+}
+
 size_t low_rank_workspace(const LowRankParams& params) {
-  check_dim(params.a.rows, params.a.cols, "low_rank");
-  return static_cast<size_t>(Layout(params).bytes);
+  return by_gram(params) ? static_cast<size_t>(Layout(params).bytes) : range_bytes(params);
 }
 
 void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream) {
+  if (params.a.batch() == 0) return;
+  if (!by_gram(params)) return low_rank_by_range(params, workspace, stream);
   const Layout layout(params);
   const TallView& a = layout.a;
-  if (a.batch == 0) return;
   const auto at = [&](int64_t offset) { return reinterpret_cast<double*>(static_cast<char*>(workspace) + offset); };
   double* const gram = gram_of(a, workspace, stream);
   LeftArgs w{};
@@ -224,20 +230,15 @@ void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream)
   left.x = w.right;
   left.order = w.order;
   left.x_vectors = w.right_vectors;
+  left.x_stride = a.cols;
   left.vectors = params.rank;
   left.out = w.left;
   left.squares = at(layout.squares);
   product(left, stream);
-  const auto batch = static_cast<unsigned>(a.batch);
-  check(launch_grid(values_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
-  if (w.left.data == nullptr) return;
-  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>(a.rows * w.rank / (4 * kThreads), 1, 1024));
-  check(launch_grid(scale_kernel, dim3(batch, blocks), kThreads, 0, stream, w), "low_rank");
-  check(launch_grid(repair_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
+  finish_left(w, a.batch, stream);
 }
 
 size_t effective_rank_workspace(const EffectiveRankParams& params) {
-  check_dim(params.a.rows, params.a.cols, "effective_rank");
   const TallView a = tall_view(params.a);
   return gram_bytes(a) + eigen_bytes(a.cols, a.batch);
 }

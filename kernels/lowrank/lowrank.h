@@ -9,7 +9,7 @@
 
 namespace adaattn::cuda {
 
-// Least min(rows, cols) that the Gram path does not take: one CTA decomposes a Gram matrix of this size at most.
+// Up to this smaller side a matrix is decomposed through its Gram matrix, beyond it through the range of a sketch.
 inline constexpr int64_t kMaxGramDim = 256;
 
 size_t low_rank_workspace(const LowRankParams& params);

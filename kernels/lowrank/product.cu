@@ -26,43 +26,39 @@ __global__ __launch_bounds__(kThreads, 2) void product_kernel(const __grid_const
   constexpr int kEachA = kRows * kStep / kThreads, kEachX = kVectors * kStep / kThreads;
   float next_a[kEachA];
   double next_x[kEachX];
-  // Neighbouring threads read neighbouring elements of a.
-  const auto place = [&](int e, int* r, int* c) {
-    const int i = thread + e * kThreads;
-    *r = kRowsAdjacent ? i % kRows : i / kStep;
-    *c = kRowsAdjacent ? i / kRows : i % kStep;
-  };
+  // Neighbouring threads read neighbouring elements of a: this one's are in row r + e * kAheadRows, column
+  // c + e * kAheadColumns.
+  constexpr int kAheadRows = kRowsAdjacent ? 0 : kThreads / kStep;
+  constexpr int kAheadColumns = kRowsAdjacent ? kThreads / kRows : 0;
+  const int r = kRowsAdjacent ? thread % kRows : thread / kStep, c = kRowsAdjacent ? thread / kRows : thread % kStep;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), args.a.rows - row0));
+  const float* from = data + (row0 + r) * args.a.stride_row + c * args.a.stride_col;
+  const int64_t ahead = kAheadRows * args.a.stride_row + kAheadColumns * args.a.stride_col;
+  const double* vectors[kEachX];  // null beyond the last
+#pragma unroll
+  for (int e = 0; e < kEachX; ++e) {
+    const int64_t j = vector0 + thread / kStep + e * (kThreads / kStep);
+    vectors[e] = nullptr;
+    if (j < args.vectors) {
+      const int64_t row = args.order != nullptr ? args.order[matrix * args.x_vectors + j] : j;
+      vectors[e] = args.x + (matrix * args.x_vectors + row) * args.x_stride + thread % kStep;
+    }
+  }
   const auto fetch = [&](int64_t k) {
+    const int left = static_cast<int>(min(static_cast<int64_t>(kStep), n - k));
+    const float* at = from + k * args.a.stride_col;
 #pragma unroll
-    for (int e = 0; e < kEachA; ++e) {
-      int r, c;
-      place(e, &r, &c);
-      next_a[e] = row0 + r < args.a.rows && k + c < n
-                      ? data[(row0 + r) * args.a.stride_row + (k + c) * args.a.stride_col]
-                      : 0.0f;
-    }
+    for (int e = 0; e < kEachA; ++e, at += ahead)
+      next_a[e] = r + e * kAheadRows < rows && c + e * kAheadColumns < left ? *at : 0.0f;
 #pragma unroll
-    for (int e = 0; e < kEachX; ++e) {
-      const int i = thread + e * kThreads;
-      const int64_t j = vector0 + i / kStep, c = k + i % kStep;
-      double value = 0;
-      if (j < args.vectors && c < n) {
-        const int64_t row = args.order != nullptr ? args.order[matrix * args.x_vectors + j] : j;
-        value = args.x[(matrix * args.x_vectors + row) * n + c];
-      }
-      next_x[e] = value;
-    }
+    for (int e = 0; e < kEachX; ++e) next_x[e] = vectors[e] != nullptr && thread % kStep < left ? vectors[e][k] : 0.0;
   };
   double sum[2][kTiles][2] = {};
   fetch(0);
   for (int64_t k = 0; k < n; k += kStep) {
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < kEachA; ++e) {
-      int r, c;
-      place(e, &r, &c);
-      a[r][c] = next_a[e];
-    }
+    for (int e = 0; e < kEachA; ++e) a[r + e * kAheadRows][c + e * kAheadColumns] = next_a[e];
 #pragma unroll
     for (int e = 0; e < kEachX; ++e) {
       const int i = thread + e * kThreads;
@@ -90,10 +86,10 @@ __global__ __launch_bounds__(kThreads, 2) void product_kernel(const __grid_const
       const int64_t j = vector0 + 8 * t + 2 * (lane % 4) + e;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t r = row0 + warp * 16 + 8 * h + lane / 4;
-        if (j >= args.vectors || r >= args.a.rows) continue;
-        if (args.y != nullptr) args.y[(matrix * args.vectors + j) * args.a.rows + r] = sum[h][t][e];
-        if (out != nullptr) out[r * args.out.stride_row + j * args.out.stride_col] = static_cast<float>(sum[h][t][e]);
+        const int64_t row = row0 + warp * 16 + 8 * h + lane / 4;
+        if (j >= args.vectors || row >= args.a.rows) continue;
+        if (args.y != nullptr) args.y[(matrix * args.vectors + j) * args.y_stride + row] = sum[h][t][e];
+        if (out != nullptr) out[row * args.out.stride_row + j * args.out.stride_col] = static_cast<float>(sum[h][t][e]);
       }
       square[t][e] = sum[0][t][e] * sum[0][t][e] + sum[1][t][e] * sum[1][t][e];
     }

@@ -12,13 +12,14 @@ namespace adaattn::cuda {
 
 struct ProductArgs {
   TallView a;
-  // Vector j of matrix i: x + (i * x_vectors + (order != null ? order[i * x_vectors + j] : j)) * a.cols.
+  // Vector j of matrix i: x + (i * x_vectors + (order != null ? order[i * x_vectors + j] : j)) * x_stride.
   const double* x = nullptr;
   const int* order = nullptr;
-  int64_t x_vectors = 0;
+  int64_t x_vectors = 0, x_stride = 0;
   int64_t vectors = 0;  // wanted
-  double* y = nullptr;  // [batch, vectors, a.rows], or null and
-  MatrixBatch out;      // f32 [a.rows, vectors]; data null: only the squares are wanted
+  double* y = nullptr;  // [batch, vectors, y_stride], or null and
+  int64_t y_stride = 0;
+  MatrixBatch out;  // f32 [a.rows, vectors]; data null: only the squares are wanted
   double* squares =
       nullptr;  // [batch, product_blocks(a), vectors]: sums of squares over blocks of rows; null: unwanted
 };

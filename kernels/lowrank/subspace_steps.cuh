@@ -205,7 +205,8 @@ __device__ __forceinline__ void cholesky(double* t, int ldt, int tiles, uint16_t
 }
 
 // y <- L^-1 diag(scale) y with L as cholesky() leaves it. A warp owns 8 columns of y and needs no other.
-__device__ __forceinline__ void solve(const double* t, int ldt, int tiles, const double* scale, double* y, int stride,
+template <typename Index>
+__device__ __forceinline__ void solve(const double* t, int ldt, int tiles, const double* scale, double* y, Index stride,
                                       int width) {
   const Lane l;
   for (int c = 8 * l.warp; c < width; c += 8 * kWarps) {
@@ -272,7 +273,7 @@ __device__ __forceinline__ void jacobi(Real* t, int ldt, Real* w, int ldw, int n
                                        Rotation<Real>* rotations, int* turned) {
   using Wide = typename Vector<Real>::Type;
   constexpr int kWide = 16 / sizeof(Real);
-  constexpr Real kTiny = sizeof(Real) == 8 ? Real(1e-17) : Real(1e-8);
+  constexpr Real kTiny = sizeof(Real) == 8 ? Real(1e-15) : Real(1e-8);  // rounding noise
   const int half = n / 2, wide = n / kWide, thread = static_cast<int>(threadIdx.x);
   const int block_i = thread / half, block_j = thread % half, step_i = kThreads / half, step_j = kThreads % half;
   const int pair_i = thread / wide, pair_c = thread % wide, pair_step = kThreads / wide, pair_rest = kThreads % wide;

@@ -142,8 +142,9 @@ TEST_F(DeviceTools, LowRankIsWithinOnePercentOfTheBest) {
     int64_t rows, cols, rank;
     double ratio;
   };
-  for (const Size& z : {Size{40, 12, 5, 0.7}, Size{300, 128, 32, 0.95}, Size{30, 200, 7, 0.9}, Size{64, 64, 64, 0.9},
-                        Size{5, 1, 1, 1}, Size{100, 30, 12, 0.02}}) {
+  for (const Size& z :
+       {Size{40, 12, 5, 0.7}, Size{300, 128, 32, 0.95}, Size{30, 200, 7, 0.9}, Size{64, 64, 64, 0.9}, Size{5, 1, 1, 1},
+        Size{100, 30, 12, 0.02}, Size{400, 300, 12, 0.9}, Size{300, 400, 12, 0.9}, Size{290, 270, 260, 0.97}}) {
     SCOPED_TRACE(std::to_string(z.rows) + " x " + std::to_string(z.cols) + ", rank " + std::to_string(z.rank));
     std::vector<Matrix> batch;
     for (int i = 0; i < 3; ++i) batch.push_back(decaying(random, z.rows, z.cols, z.ratio));
@@ -180,7 +181,8 @@ TEST_F(DeviceTools, LowRankIsWithinOnePercentOfTheBest) {
 TEST_F(DeviceTools, EffectiveRankCountsTheEnergy) {
   Random random(run_seed());
   const Context context(kCuda);
-  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{50, 20}, {20, 50}, {300, 128}, {256, 256}, {1, 9}}) {
+  for (const auto& [rows, cols] :
+       {std::pair<int64_t, int64_t>{50, 20}, {20, 50}, {300, 128}, {256, 256}, {270, 300}, {1, 9}}) {
     std::vector<Matrix> batch = {decaying(random, rows, cols, 0.8), Matrix(rows, cols),
                                  random_matrix(random, rows, cols)};
     const Tensor a = tensor_of(batch);
@@ -254,15 +256,47 @@ TEST_F(DeviceTools, ProjectionMeasuresWhatItLoses) {
   }
 }
 
-TEST_F(DeviceTools, MatricesTooLargeForTheGramPathAreRefused) {
+TEST_F(DeviceTools, DependentColumnsOfALargeMatrixLeaveOrthonormalVectors) {
+  Random random(run_seed());
+  const Context context(kCuda);
+  const int64_t rows = 350, cols = 290, rank = 9;
+  const Matrix thin = reference::multiply(random_matrix(random, rows, 3), random_matrix(random, 3, cols));
+  Matrix spoilt = random_matrix(random, rows, cols);
+  spoilt(11, 13) = std::nan("");
+  const Tensor a = tensor_of({thin, Matrix(rows, cols), spoilt});
+  const Tensor u = poisoned({3, rows, rank}), s = poisoned({3, rank}), v = poisoned({3, cols, rank});
+  adaattn_low_rank_desc_t desc;
+  adaattn_low_rank_desc_init(&desc, sizeof desc);
+  desc.batch = 3;
+  desc.rows = rows;
+  desc.cols = cols;
+  desc.rank = rank;
+  const adaattn_tensor_t av = view(a), uv = view(u), sv = view(s), vv = view(v);
+  ASSERT_TRUE(succeeded(adaattn_low_rank(context.get(), &desc, &av, &uv, &sv, &vv, nullptr, 0, nullptr)));
+  for (const Tensor* t : {&u, &s, &v}) t->download(kDevice, 0);
+  const double largest = reference::svd(matrix_of(a, 0, rows, cols)).sigma[0];
+  for (int64_t i = 0; i < 2; ++i) {
+    EXPECT_LT(reference::orthogonality_error(matrix_of(u, i, rows, rank)), 5e-6);
+    EXPECT_LT(reference::orthogonality_error(matrix_of(v, i, cols, rank)), 5e-6);
+    for (int64_t j = i == 0 ? 3 : 0; j < rank; ++j) EXPECT_LT(s.get({i, j}), 1e-6 * largest);
+  }
+  EXPECT_NEAR(s.get({0, 0}), largest, 1e-5 * largest);
+  for (int64_t j = 0; j < rank; ++j) {
+    EXPECT_TRUE(std::isnan(s.get({2, j})));
+    EXPECT_TRUE(std::isnan(u.get({2, 5, j})));
+    EXPECT_TRUE(std::isnan(v.get({2, 5, j})));
+  }
+}
+
+TEST_F(DeviceTools, RanksBeyondTheEigenSolverAreRefused) {
   const Context context(kCuda);
   adaattn_low_rank_desc_t desc;
   adaattn_low_rank_desc_init(&desc, sizeof desc);
-  desc.rows = desc.cols = 400;
-  desc.rank = 3;
+  desc.rows = desc.cols = 4000;
+  desc.rank = 1100;
   size_t bytes = 0;
   EXPECT_EQ(adaattn_low_rank_workspace_size(context.get(), &desc, &bytes), ADAATTN_ERROR_NOT_SUPPORTED);
-  EXPECT_NE(last_error().find("256"), std::string::npos) << last_error();
+  EXPECT_NE(last_error().find("1024"), std::string::npos) << last_error();
 }
 
 }  // namespace
