@@ -40,6 +40,12 @@ void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scr
   const bool v_finite = call.kernels.load_keys(v, first, n, s.d_v, unit.v + first * s.v_stride, s.v_stride);
   unit.tile_finite[tile] = k_finite && v_finite;
   if (!unit.tile_finite[tile]) return;
+  if (s.packs) {
+    call.kernels.pack_keys(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride,
+                           unit.packed_k + tile * packed_elements(s.d_qk));
+    call.kernels.pack_values(unit.v + first * s.v_stride, n, s.d_v, s.v_stride,
+                             unit.packed_v + tile * packed_elements(s.d_v) / 2);
+  }
 
   float* mean = unit.group_k + group * s.group_k_stride;
   call.kernels.group_stats(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride, mean, s.group_k_stride,
@@ -141,6 +147,9 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
     const int64_t rank = decide::rank_of_class(static_cast<int>(unit.rank_class));
     unit.captured[tile] = call.kernels.project(unit.v + first * s.v_stride, n, s.d_v, s.v_stride, unit.v_mean,
                                                unit.basis, rank, unit.v_low + first * s.low_stride, s.low_stride);
+    if (s.packs)
+      call.kernels.pack_values(unit.v_low + first * s.low_stride, n, rank, s.low_stride,
+                               unit.packed_v_low + tile * packed_elements(rank) / 2);
     const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
     call.kernels.project(unit.group_v + group * s.v_stride, groups, s.d_v, s.v_stride, unit.v_mean, unit.basis, rank,
                          unit.group_v_low + group * s.low_stride, s.low_stride);

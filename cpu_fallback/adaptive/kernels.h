@@ -22,6 +22,9 @@ struct KeyTables {
   const float* v_low = nullptr;  // [len][v_low_stride]
   int64_t v_low_stride = 0;
   int64_t rank = 0;
+  // The same for bf16 products, tile after tile as pack_keys() and pack_values() leave them; null without them.
+  const uint16_t* packed_k = nullptr;
+  const uint32_t *packed_v = nullptr, *packed_v_low = nullptr;
   const float* basis = nullptr;   // [d_v][rank]
   const float* v_mean = nullptr;  // [d_v]
   // Far field, per 32 keys: mean of K and log2(32), then ln(2)/2 times its variance. The dot products with (q, 1) and
@@ -86,10 +89,23 @@ struct AdaptiveKernels {
   void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
   size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
   AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
+  // With bf16 products only, else null: n <= 128 rows of K, or of V or V', as one tile of packed_elements(d) elements.
+  void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) = nullptr;
+  void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) = nullptr;
+};
+inline constexpr int64_t packed_elements(int64_t d) { return decide::kTileK * ((d + 31) / 32 * 32); }
+
+// What a unit with bf16 products puts in the place of the f32 kernels of its instruction set.
+struct Bf16Tiles {
+  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
+  AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
+  void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out);
+  void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out);
 };
 
 #if defined(__x86_64__)
 extern const AdaptiveKernels kBaselineAdaptive, kAvx2Adaptive, kAvx512Adaptive, kAvx512VnniAdaptive;
+extern const Bf16Tiles kAvx512Bf16Tiles, kAmxTiles;
 #elif defined(__aarch64__)
 extern const AdaptiveKernels kNeonAdaptive;
 #endif

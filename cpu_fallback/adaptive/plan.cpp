@@ -37,10 +37,21 @@ bool always_exact(const Problem& p) {
          p.max_seqlen_k < 4 * decide::kTileK;
 }
 
+// Whether tiles are computed with bf16 products: for inputs of that type where nothing wider is asked for, as the exact
+// plan does it.
+bool takes_bf16(const Problem& p) {
+  return p.dtype_q == Dtype::kBF16 && p.dtype_kv == Dtype::kBF16 &&
+         p.adaptive.min_precision <= decide::Precision::kBF16;
+}
+
+const AdaptiveKernels& kernels_for(const Problem& problem, adaattn_isa_t isa) {
+  return *adaptive_kernels_of(isa, takes_bf16(problem));
+}
+
 Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
   const decide::Options& o = problem.adaptive;
   const KernelTable& exact = *kernels_of(isa);
-  const AdaptiveKernels& kernels = *adaptive_kernels_of(isa);
+  const AdaptiveKernels& kernels = kernels_for(problem, isa);
   Layout layout;
   layout.shape = unit_shape(problem, kernels, lay_out_work(problem, exact, lanes).tiles);
   Arena arena;
@@ -79,7 +90,7 @@ class AdaptivePlan final : public AttentionPlan {
         pool_(pool),
         lanes_(pool.num_threads()),
         exact_(*kernels_of(isa)),
-        kernels_(*adaptive_kernels_of(isa)),
+        kernels_(kernels_for(problem, isa)),
         tools_(tool_kernels(isa)),
         exact_plan_(make_attention_plan(problem, isa, pool)),
         info_(select_adaptive(problem, isa, pool.num_threads())),
@@ -353,7 +364,8 @@ PlanInfo select_adaptive(const Problem& problem, adaattn_isa_t isa, int32_t num_
     fail(ADAATTN_ERROR_NOT_SUPPORTED,
          "adaptive.max_precision is %d; the CPU computes with the input's own precision, %d",
          static_cast<int>(o.max_precision), own);
-  info.kernel = "adaptive_f32_" + info.isa;
+  const bool bf16 = kernels_for(problem, isa).pack_keys != nullptr;
+  info.kernel = (bf16 ? "adaptive_bf16_" : "adaptive_f32_") + info.isa;
   info.tile_q = decide::kTileQ;
   info.tile_k = decide::kTileK;
   info.exact = false;

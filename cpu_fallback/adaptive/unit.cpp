@@ -15,6 +15,7 @@ int64_t padded(int64_t width) { return divide_up(width, 16) * 16 + 16; }
 UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int64_t exact_tiles) {
   const decide::Options& o = problem.adaptive;
   UnitShape s;
+  s.packs = kernels.pack_keys != nullptr;
   s.d_qk = problem.d_qk;
   s.d_v = problem.d_v;
   s.exact_tiles = exact_tiles;
@@ -41,6 +42,10 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.k = arena.take<float>(s.len_k * s.k_stride);
   u.v = arena.take<float>(s.len_k * s.v_stride);
   u.v_low = arena.take<float>(s.len_k * s.low_stride);
+  const int64_t packed_tiles = s.packs ? s.key_tiles : 0;
+  u.packed_k = arena.take<uint16_t>(packed_tiles * packed_elements(s.d_qk));
+  u.packed_v = arena.take<uint32_t>(packed_tiles * packed_elements(s.d_v) / 2);
+  u.packed_v_low = arena.take<uint32_t>(packed_tiles * packed_elements(s.max_rank) / 2);
   u.probe_tiles = arena.take<char>(s.key_tiles * s.probe_tile_bytes);
   u.group_k = arena.take<float>(s.key_groups * s.group_k_stride);
   u.group_v = arena.take<float>(s.key_groups * s.v_stride);
@@ -69,6 +74,9 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.keys.v_stride = s.v_stride;
   u.keys.v_low = u.v_low;
   u.keys.v_low_stride = s.low_stride;
+  u.keys.packed_k = u.packed_k;
+  u.keys.packed_v = u.packed_v;
+  u.keys.packed_v_low = u.packed_v_low;
   u.keys.basis = u.basis;
   u.keys.v_mean = u.v_mean;
   u.keys.group_k = u.group_k;

@@ -19,6 +19,7 @@ struct UnitShape {
   int64_t max_rank = 0;     // 0: V is not projected
   int64_t probe_rank = 0;   // 0: no rank probe
   int64_t exact_tiles = 1;  // of kTileRows rows that an item of exact attention may have
+  bool packs = false;       // K and V for bf16 products too
   int64_t term_width() const { return 3 * d_qk; }
 };
 
@@ -50,6 +51,8 @@ struct Unit {
 
   // Writable views of the arrays that keys points at, and of the rest.
   float *k = nullptr, *v = nullptr, *v_low = nullptr;
+  uint16_t* packed_k = nullptr;
+  uint32_t *packed_v = nullptr, *packed_v_low = nullptr;
   char* probe_tiles = nullptr;
   float *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
   float *k_mean = nullptr, *v_mean = nullptr, *basis = nullptr;

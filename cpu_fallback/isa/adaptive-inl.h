@@ -2,7 +2,13 @@
 // others for single heavy keys, and takes what is left as centroids.
 #pragma once
 
+#include "cpu_fallback/adaptive/kernels.h"
+#include "cpu_fallback/isa/simd-inl.h"
+#if defined(ADAATTN_UNIT_BF16)
+#include "cpu_fallback/isa/tiles_bf16-inl.h"
+#else
 #include "cpu_fallback/isa/analyze-inl.h"
+#endif
 
 namespace adaattn::cpu {
 namespace {
@@ -24,8 +30,11 @@ struct TileScratch {
   float *s, *row, *alpha, *block_max, *threshold, *far_v, *far_s, *up;
   GroupRun* far_runs;
   float **far_q, **probe_q;  // per panel
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+#if defined(ADAATTN_UNIT_INT8)
   Int8Queries* int8_q;  // per panel
+#endif
+#if defined(ADAATTN_UNIT_BF16)
+  uint32_t** words;  // per panel: queries as fill_query_words() leaves them
 #endif
   float* before;  // per panel: maximum and sum before the far field
 };
@@ -36,14 +45,14 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.panels = arena.take<Panel>(kPanelsPerTile);
   x.far_q = arena.take<float*>(kPanelsPerTile);
   x.probe_q = arena.take<float*>(kPanelsPerTile);
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+#if defined(ADAATTN_UNIT_INT8)
   x.int8_q = arena.take<Int8Queries>(kPanelsPerTile);
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
     Int8Queries unused;
     lay_out(arena, x.int8_q == nullptr ? unused : x.int8_q[i], probe_rank);
   }
 #endif
-  x.s = arena.take<float>(kTileKeys * kPanel);
+  x.s = arena.take<float>(kTileKeys * kPanel > kScoreFloats ? kTileKeys * kPanel : kScoreFloats);
   x.row = arena.take<float>(round_up(d_qk > d_v ? d_qk : d_v, 16));
   x.alpha = arena.take<float>(kPanel);
   x.block_max = arena.take<float>(kPanel);
@@ -53,6 +62,13 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.far_s = arena.take<float>(kTileKeys * kPanel);
   x.up = arena.take<float>(d_v * kPanel);
   x.before = arena.take<float>(kPanelsPerTile * 2 * kPanel);
+#if defined(ADAATTN_UNIT_BF16)
+  x.words = arena.take<uint32_t*>(kPanelsPerTile);
+  for (int64_t i = 0; i < kPanelsPerTile; ++i) {
+    uint32_t* words = arena.take<uint32_t>(round_up(d_qk, 32) / 2 * kPanel);
+    if (x.words != nullptr) x.words[i] = words;
+  }
+#endif
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
@@ -91,8 +107,50 @@ HWY_INLINE void absorb(const AdaptiveTileArgs& args, TileScratch& x, Panel& p, c
 struct Values {
   const float *v, *group_v;
   int64_t stride, width;
+  const uint32_t* packed;
 };
 
+#if defined(ADAATTN_UNIT_BF16)
+// Neighbouring tiles, as one walk.
+HWY_INLINE void exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                            int64_t tile, int64_t count) {
+  const int64_t first = tile * kTileKeys, behind = first + count * kTileKeys;
+  const int64_t last = behind < args.keys.len ? behind : args.keys.len;
+  NothingElse nothing;
+  for (int64_t i = 0; i < panels; ++i) {
+    Panel& p = x.panels[i];
+    const int64_t begin = p.first > first ? p.first / kStepKeys * kStepKeys : first,
+                  end = p.last < last ? p.last : last;
+    if (begin >= end) continue;
+    KeyWalk<NothingElse> walk{p,
+                              x.words[i],
+                              args.keys.packed_k,
+                              values.packed,
+                              0,
+                              round_up(args.rows.d_qk, 32),
+                              round_up(values.width, 32),
+                              x.s,
+                              x.block_max,
+                              score_rule(args.rows).query_factor,
+                              nothing};
+    if (args.rows.entropy.data != nullptr) {
+      walk.run<true>(begin, end);
+    } else {
+      walk.run<false>(begin, end);
+    }
+  }
+}
+
+// The largest score of each query over a tile's 128 keys.
+HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
+  const int64_t d = round_up(args.rows.d_qk, 32);
+  TileProduct scores;
+  scores.start_scores(args.keys.packed_k + tile * kTileKeys * d, d, kTileKeys, x.words[panel], d, x.s);
+  scores.finish();
+  scale_scores(x.s, kTileKeys, score_rule(args.rows).query_factor);
+  block_maximum(x.s, kTileKeys, x.block_max);
+}
+#else
 HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
                            int64_t tile) {
   const int64_t first = tile * kTileKeys;
@@ -109,6 +167,17 @@ HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
 }
 
+HWY_INLINE void exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                            int64_t tile, int64_t count) {
+  for (int64_t t = tile; t < tile + count; ++t) exact_tile(args, x, values, panels, t);
+}
+
+HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
+  score_panel(args.keys.k + tile * kTileKeys * args.keys.k_stride, args.keys.k_stride, kTileKeys, x.panels[panel].qt,
+              args.rows.d_qk, x.s, x.block_max);
+}
+#endif
+
 // log2 of the weight at which a key holds the needle's share of a row. The denominator so far is below the final one,
 // so no such key stays under the threshold.
 HWY_INLINE void set_thresholds(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels) {
@@ -123,20 +192,18 @@ HWY_INLINE void set_thresholds(const AdaptiveTileArgs& args, TileScratch& x, int
 // Whether some key of a tile reaches the threshold of some row.
 HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, int64_t tile) {
   const KeyTables& keys = args.keys;
-  const int64_t first = tile * kTileKeys;
   const char* probe = keys.probe_tiles == nullptr ? nullptr : keys.probe_tiles + tile * keys.probe_tile_bytes;
   for (int64_t i = 0; i < panels; ++i) {
     clear_max(x.block_max);
     if (probe != nullptr) {
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+#if defined(ADAATTN_UNIT_INT8)
       int8_maximum(probe, keys.probe_rank, x.int8_q[i], x.block_max);
 #else
       score_panel(reinterpret_cast<const float*>(probe), packed_stride(keys.probe_rank + 1), kTileKeys, x.probe_q[i],
                   keys.probe_rank + 1, x.s, x.block_max);
 #endif
     } else {
-      score_panel(keys.k + first * keys.k_stride, keys.k_stride, kTileKeys, x.panels[i].qt, args.rows.d_qk, x.s,
-                  x.block_max);
+      tile_maximum(args, x, i, tile);
     }
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
       const auto hit = hn::Ge(hn::Load(kF32, x.block_max + lane), hn::Load(kF32, x.threshold + i * kPanel + lane));
@@ -253,21 +320,29 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   PrefillScratch finish;
   finish.row = x.row;
   finish.s = x.s;
-  static_assert(kTileKeys * kPanel >= kStagingFloats);
+#if defined(ADAATTN_UNIT_BF16)
+  [[maybe_unused]] const TileScope scope;
+#endif
   const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < panels; ++i) {
     start_panel(prefill, x.panels[i], i * kPanel);
     fill_queries(prefill, rule, finish, x.panels[i]);
+#if defined(ADAATTN_UNIT_BF16)
+    fill_query_words(prefill, finish, x.panels[i], round_up(args.rows.d_qk, 32), x.words[i]);
+#endif
   }
 
   const bool low_rank = keys.v_low != nullptr;
-  const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank}
-                                 : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v};
+  const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank, keys.packed_v_low}
+                                 : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v, keys.packed_v};
   AdaptiveTileResult result;
   for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
     if (!tile_bit(args.mask, t)) continue;
-    exact_tile(args, x, values, panels, t);
-    ++result.kept;
+    int64_t count = 1;
+    while (t + count < args.tile_end && tile_bit(args.mask, t + count)) ++count;
+    exact_tiles(args, x, values, panels, t, count);
+    result.kept += count;
+    t += count;  // not kept, or behind the last
   }
   const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
   if (args.probe && skipped > 0) {
@@ -276,7 +351,7 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
         clear_max(x.block_max);
         score_panel(keys.probe_basis, keys.d_qk, keys.probe_rank + 1, x.panels[i].qt, keys.d_qk, x.probe_q[i],
                     x.block_max);
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+#if defined(ADAATTN_UNIT_INT8)
         quantize_queries(x.probe_q[i], keys.probe_rank, x.int8_q[i]);
 #endif
       }
@@ -284,7 +359,7 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
     set_thresholds(args, x, panels);
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
-      exact_tile(args, x, values, panels, t);
+      exact_tiles(args, x, values, panels, t, 1);
       args.mask[t / 64] |= uint64_t{1} << t % 64;
       set_thresholds(args, x, panels);
       ++result.probed_in;

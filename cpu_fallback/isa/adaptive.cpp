@@ -3,6 +3,21 @@
 
 namespace adaattn::cpu {
 
+#if defined(ADAATTN_UNIT_BF16)
+#if defined(ADAATTN_UNIT_AMX)
+#define ADAATTN_TILES kAmxTiles
+#else
+#define ADAATTN_TILES kAvx512Bf16Tiles
+#endif
+
+const Bf16Tiles ADAATTN_TILES = {
+    .tile_scratch = tile_scratch,
+    .tile = adaptive_tile,
+    .pack_keys = pack_keys,
+    .pack_values = pack_values,
+};
+
+#else
 #if defined(ADAATTN_UNIT_BASELINE)
 #define ADAATTN_ADAPTIVE_TABLE kBaselineAdaptive
 #elif defined(ADAATTN_UNIT_AVX2)
@@ -28,5 +43,6 @@ const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
     .tile_scratch = tile_scratch,
     .tile = adaptive_tile,
 };
+#endif
 
 }  // namespace adaattn::cpu

@@ -170,7 +170,7 @@ void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64
   }
 }
 
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+#if defined(ADAATTN_UNIT_INT8)
 #include "cpu_fallback/isa/probe_int8-inl.h"
 #else
 // f32 rows followed by a 1, which meets a query's product with the mean of K.

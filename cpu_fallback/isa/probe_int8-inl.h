@@ -8,14 +8,14 @@ struct Int8Tile {
 
 HWY_INLINE int64_t quads_of(int64_t rank) { return (rank + 3) / 4; }
 
-size_t probe_tile_bytes(int64_t rank) {
+[[maybe_unused]] size_t probe_tile_bytes(int64_t rank) {
   return static_cast<size_t>(round_up(static_cast<int64_t>(sizeof(Int8Tile)), 64) + kTileKeys * quads_of(rank) * 4);
 }
 
 HWY_INLINE int8_t* int8_rows(char* tile) { return reinterpret_cast<int8_t*>(tile + round_up(sizeof(Int8Tile), 64)); }
 
 // The padding of y is 0, and so are the bytes that it becomes.
-void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
+[[maybe_unused]] void pack_probe(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile) {
   Int8Tile& head = *reinterpret_cast<Int8Tile*>(tile);
   int8_t* rows = int8_rows(tile);
   const int64_t width = quads_of(rank) * 4;

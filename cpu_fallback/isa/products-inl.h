@@ -10,11 +10,12 @@
 namespace adaattn::cpu {
 namespace {
 
-constexpr int64_t kTileKeys = 32, kTileValues = 16, kTileWords = kTileValues * kTileKeys / 2;
-static_assert(kKeyBlock % kTileKeys == 0);
+constexpr int64_t kStepKeys = 32, kTileValues = 16, kTileWords = kTileValues * kStepKeys / 2;
+static_assert(kKeyBlock % kStepKeys == 0);
 
 // The tile of rows [16 row, 16 row + 16) and keys [32 key, 32 key + 32): 16 rows of 16 words.
-HWY_INLINE uint32_t* value_tile(uint32_t* vt, int64_t d_v, int64_t row, int64_t key) {
+template <typename Word>
+HWY_INLINE Word* value_tile(Word* vt, int64_t d_v, int64_t row, int64_t key) {
   return vt + (key * (d_v / kTileValues) + row) * kTileWords;
 }
 
@@ -74,7 +75,7 @@ struct TileProduct {
     start(k, q, s, keys, d, false);
   }
 
-  HWY_INLINE void start_values(uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+  HWY_INLINE void start_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
                                float* ot) {
     a_row = 64;
     a_tile = kTileWords * 4;
@@ -190,16 +191,16 @@ HWY_NOINLINE void score_pairs(const uint32_t* k, int64_t k_stride, const uint32_
 }
 
 template <int kRows>
-HWY_NOINLINE void value_pairs(uint32_t* vt, int64_t row, int64_t first_tile, int64_t d_v, const uint32_t* p,
+HWY_NOINLINE void value_pairs(const uint32_t* vt, int64_t row, int64_t first_tile, int64_t d_v, const uint32_t* p,
                               int64_t keys, float* ot) {
   __m512 acc[kRows][kPanelVectors];
   float* c = ot + row * kPanel;
   ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = _mm512_load_ps(c + r * kPanel + v * kLanes);
   }
-  for (int64_t t = 0; t < keys / kTileKeys; ++t) {
-    const uint32_t* tile = value_tile(vt, d_v, row / kTileValues, first_tile + t) + row % kTileValues * (kTileKeys / 2);
-    multiply_pairs<kRows>(tile, kTileKeys / 2, p + t * (kTileKeys / 2) * kPanel, kTileKeys / 2, acc);
+  for (int64_t t = 0; t < keys / kStepKeys; ++t) {
+    const uint32_t* tile = value_tile(vt, d_v, row / kTileValues, first_tile + t) + row % kTileValues * (kStepKeys / 2);
+    multiply_pairs<kRows>(tile, kStepKeys / 2, p + t * (kStepKeys / 2) * kPanel, kStepKeys / 2, acc);
   }
   ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) {
     ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) _mm512_store_ps(c + r * kPanel + v * kLanes, acc[r][v]);
@@ -225,7 +226,7 @@ struct TileProduct {
     }
   }
 
-  HWY_INLINE void start_values(uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+  HWY_INLINE void start_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
                                float* ot) {
     for (int64_t row = 0; row < d_v; row += kTileValues) {
       value_pairs<6>(vt, row, first_tile, d_v, p, keys, ot);
@@ -244,7 +245,7 @@ struct Interleave {
 
 #endif
 
-static_assert(kValueKeys % kScoreKeys == 0 && kScoreKeys % kTileKeys == 0);
+static_assert(kValueKeys % kScoreKeys == 0 && kScoreKeys % kStepKeys == 0);
 
 }  // namespace
 }  // namespace adaattn::cpu

@@ -12,6 +12,7 @@ struct IsaRow {
   bool (*available)();
   const KernelTable* (*kernels)();
   const AdaptiveKernels* (*adaptive)();
+  const AdaptiveKernels* (*adaptive_bf16)() = nullptr;  // where it differs
 };
 
 #if defined(__x86_64__)
@@ -19,19 +20,40 @@ struct IsaRow {
 // where there are (Sapphire and Emerald Rapids).
 const KernelTable* avx512_kernels() {
   const CpuFeatures& cpu = cpu_features();
-  return cpu.avx512_bf16 && !cpu.amx_bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+  return cpu.avx512_bf16 && cpu.avx512_vnni && !cpu.amx_bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
 }
 
 const AdaptiveKernels* avx512_adaptive() {
   return cpu_features().avx512_vnni ? &kAvx512VnniAdaptive : &kAvx512Adaptive;
+}
+
+AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
+  AdaptiveKernels kernels = kAvx512VnniAdaptive;
+  kernels.tile_scratch = tiles.tile_scratch;
+  kernels.tile = tiles.tile;
+  kernels.pack_keys = tiles.pack_keys;
+  kernels.pack_values = tiles.pack_values;
+  return kernels;
+}
+
+const AdaptiveKernels* amx_adaptive_bf16() {
+  static const AdaptiveKernels kernels = with_bf16(kAmxTiles);
+  return &kernels;
+}
+
+const AdaptiveKernels* avx512_adaptive_bf16() {
+  static const AdaptiveKernels kernels = with_bf16(kAvx512Bf16Tiles);
+  return avx512_kernels()->prefill_bf16_name != nullptr ? &kernels : avx512_adaptive();
 }
 #endif
 
 // Best first.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
-    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, [] { return &kAmxKernels; }, avx512_adaptive},
-    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, avx512_kernels, avx512_adaptive},
+    {ADAATTN_ISA_AMX, "amx", [] { return request_amx(); }, [] { return &kAmxKernels; }, avx512_adaptive,
+     amx_adaptive_bf16},
+    {ADAATTN_ISA_AVX512, "avx512", [] { return cpu_features().avx512; }, avx512_kernels, avx512_adaptive,
+     avx512_adaptive_bf16},
     {ADAATTN_ISA_AVX2, "avx2", [] { return cpu_features().avx2; }, [] { return &kAvx2Kernels; },
      [] { return &kAvx2Adaptive; }},
     {ADAATTN_ISA_BASELINE, "baseline", [] { return cpu_features().baseline; }, [] { return &kBaselineKernels; },
@@ -98,9 +120,9 @@ const KernelTable* kernels_of(adaattn_isa_t isa) {
   fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
 }
 
-const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa) {
+const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa, bool bf16) {
   for (const IsaRow& row : kIsas)
-    if (row.isa == isa) return row.adaptive();
+    if (row.isa == isa) return bf16 && row.adaptive_bf16 != nullptr ? row.adaptive_bf16() : row.adaptive();
   fail(ADAATTN_ERROR_INTERNAL, "no kernels for isa %d", static_cast<int>(isa));
 }
 

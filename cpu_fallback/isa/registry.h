@@ -20,7 +20,8 @@ adaattn_isa_t resolve_isa(int64_t requested);
 
 // The kernels of an available set; AMX has its own where its tiles apply and shares AVX-512's otherwise.
 const KernelTable* kernels_of(adaattn_isa_t isa);
-const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa);
+// bf16: with bf16 products where the set has them.
+const AdaptiveKernels* adaptive_kernels_of(adaattn_isa_t isa, bool bf16);
 
 // "avx512 avx2 baseline": those available (or compiled in), best first.
 std::string available_isas();

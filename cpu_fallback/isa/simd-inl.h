@@ -14,12 +14,12 @@
 
 // AVX-512 with bf16 products beside it: on tiles, or on vdpbf16ps.
 #if defined(ADAATTN_UNIT_AMX) || defined(ADAATTN_UNIT_AVX512BF16)
-#define ADAATTN_UNIT_AVX512
 #define ADAATTN_UNIT_BF16
 #endif
-// AVX-512 with 8-bit products.
-#if defined(ADAATTN_UNIT_AVX512VNNI)
+// AVX-512 with 8-bit products, which every processor with bf16 products has too.
+#if defined(ADAATTN_UNIT_AVX512VNNI) || defined(ADAATTN_UNIT_BF16)
 #define ADAATTN_UNIT_AVX512
+#define ADAATTN_UNIT_INT8
 #endif
 
 // Highway falls back silently when a flag is missing.

@@ -1,0 +1,47 @@
+// Keys and values of adaptive calls in the form that bf16 products take.
+#pragma once
+
+#include "cpu_fallback/adaptive/kernels.h"
+#include "cpu_fallback/isa/walk_bf16-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+constexpr int64_t kTileKeys = decide::kTileK;
+static_assert(kTileKeys % kStepKeys == 0);
+
+#include "cpu_fallback/isa/probe_int8-inl.h"
+
+// Sixteen columns of row j from column c on, zeros beyond the matrix.
+HWY_INLINE __m512 load_corner(const float* rows, int64_t n, int64_t d, int64_t stride, int64_t j, int64_t c) {
+  const int64_t columns = d - c < kLanes ? d - c : kLanes;
+  const __mmask16 mask = j < n && columns > 0 ? static_cast<__mmask16>((1u << columns) - 1) : __mmask16{0};
+  return _mm512_maskz_loadu_ps(mask, rows + j * stride + c);
+}
+
+void pack_keys(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) {
+  const int64_t padded = round_up(d, 32);
+  for (int64_t j = 0; j < kTileKeys; ++j) {
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const __m256bh x = _mm512_cvtneps_pbh(load_corner(rows, n, d, stride, j, c));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * padded + c), reinterpret_cast<__m256i>(x));
+    }
+  }
+}
+
+void pack_values(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) {
+  const int64_t padded = round_up(d, 32);
+  for (int64_t key = 0; key < kTileKeys; key += kStepKeys) {
+    for (int64_t c = 0; c < padded; c += kTileValues) {
+      __m512i pairs[16];
+      ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
+        pairs[w] = pair_weights(load_corner(rows, n, d, stride, key + 2 * w, c),
+                                load_corner(rows, n, d, stride, key + 2 * w + 1, c));
+      }
+      store_value_tile(pairs, value_tile(out, padded, c / kTileValues, key / kStepKeys));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::cpu

@@ -1,0 +1,151 @@
+// How a panel walks over keys packed for bf16 products (see products-inl.h), in prefill and in adaptive calls.
+#pragma once
+
+#include "cpu_fallback/isa/softmax_bf16-inl.h"
+
+namespace adaattn::cpu {
+namespace {
+
+// n elements of a row as bf16, zeros up to `padded`. Returns false if some element is NaN or infinite.
+HWY_INLINE bool narrow_row(const void* from, Dtype dtype, uint16_t* to, int64_t n, int64_t padded) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 special = 0;
+  if (dtype == Dtype::kF32) store_row(static_cast<const float*>(from), to, Dtype::kBF16, n);
+  const void* source = dtype == Dtype::kF32 ? to : from;
+  for (int64_t i = 0; i < padded; i += 32) {
+    const int64_t count = n - i < 32 ? n - i : 32;
+    const __mmask32 used = static_cast<__mmask32>((uint64_t{1} << (count > 0 ? count : 0)) - 1);
+    const __m512i x = _mm512_maskz_loadu_epi16(used, static_cast<const uint16_t*>(source) + i);
+    special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+    _mm512_storeu_si512(to + i, x);
+  }
+  return special == 0;
+}
+
+// Q^T as words [d / 2][kPanel].
+HWY_INLINE void fill_query_words(const PrefillArgs& args, PrefillScratch& x, const Panel& p, int64_t d,
+                                 uint32_t* words) {
+  const RowOperands& rows = args.rows;
+  uint16_t* staging = reinterpret_cast<uint16_t*>(x.s);
+  for (int64_t lane = 0; lane < kPanel; lane += 16) {
+    for (int64_t i = 0; i < 16; ++i) {
+      uint16_t* to = staging + i * d;
+      if (lane + i < p.rows) {
+        const int64_t r = args.row_begin + p.row + lane + i;
+        // f32 rows need not be aligned: they go through an aligned copy.
+        const void* from = row_address(rows.q, rows.group, r);
+        if (rows.q.dtype == Dtype::kF32) {
+          memcpy(x.row, from, static_cast<size_t>(rows.d_qk) * sizeof(float));
+          from = x.row;
+        }
+        narrow_row(from, rows.q.dtype, to, rows.d_qk, d);
+      } else {
+        memset(to, 0, static_cast<size_t>(d) * sizeof(uint16_t));
+      }
+    }
+    transpose_rows(staging, d / 2, words + lane, kPanel, d / 2);
+  }
+}
+
+// Sixteen vectors of words, pairs of neighbouring keys, as one tile of V^T.
+HWY_INLINE void store_value_tile(__m512i* pairs, uint32_t* tile) {
+  transpose16(pairs);
+  ADAATTN_UNROLL for (int r = 0; r < 16; ++r) _mm512_storeu_si512(tile + r * 16, pairs[r]);
+}
+
+// What a walk does beside the products and the softmax: nothing here.
+struct NothingElse {
+  HWY_INLINE void before_group() {}
+  // Scores of keys [key, key + keys), after their scaling.
+  HWY_INLINE void change_scores(float*, int64_t, int64_t) {}
+  HWY_INLINE bool changes_scores() const { return false; }
+  // Weights of `keys` keys from `first` on, before their product with V.
+  HWY_INLINE void add_values(const uint32_t*, int64_t, int64_t) {}
+};
+
+// Packed keys, as one panel walks them.
+template <class Extra>
+struct KeyWalk {
+  Panel& p;
+  const uint32_t* q;          // of the panel, see fill_query_words()
+  const uint16_t* k;          // rows from key `origin` on
+  const uint32_t* vt;         // tiles from key `origin` on
+  int64_t origin, d_qk, d_v;  // a multiple of 32, all three
+  float *s, *block_max;       // kScoreFloats, kPanel
+  float factor;               // of the products, to units of log2
+  Extra& extra;
+  TileProduct scores = {}, values = {};
+  int64_t batch = 0;    // first key of the weights that wait for the product with V
+  int64_t waiting = 0;  // their number
+  int64_t buffer = 0;   // of the weights
+
+  HWY_INLINE float* score_buffer(int64_t i) { return s + (kProductsOverlap ? i % 2 * kScoreKeys * kPanel : 0); }
+
+  HWY_INLINE uint32_t* weights() {
+    uint32_t* base = reinterpret_cast<uint32_t*>(s);
+    // In place of the scores, unless those of the next keys are under way.
+    return kProductsOverlap ? base + 2 * kScoreKeys * kPanel + buffer * kValueKeys / 2 * kPanel : base;
+  }
+
+  HWY_INLINE void start_scores(int64_t key, int64_t keys, int64_t i) {
+    scores.start_scores(k + (key - origin) * d_qk, d_qk, keys, q, d_qk, score_buffer(i));
+  }
+
+  HWY_INLINE void start_values() {
+    values.finish();
+    if (waiting == 0) return;
+    extra.add_values(weights(), batch, waiting);
+    values.start_values(vt, (batch - origin) / kStepKeys, d_v, weights(), waiting, p.ot);
+    buffer ^= 1;
+    batch += waiting;
+    waiting = 0;
+  }
+
+  // Keys [begin, end); begin is a multiple of 32, and rows are packed up to the next multiple of it.
+  template <bool kEntropy>
+  HWY_INLINE void run(int64_t begin, int64_t end) {
+    const bool plain = !extra.changes_scores() && factor > 0;
+    const float f = plain ? factor : 1.0f;
+    // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
+    const auto group_end = [&](int64_t key) {
+      const int64_t next = (key / kScoreKeys + 1) * kScoreKeys;
+      return next < round_up(end, kStepKeys) ? next : round_up(end, kStepKeys);
+    };
+    batch = begin;
+    start_scores(begin, group_end(begin) - begin, 0);
+    scores.finish();
+    for (int64_t key = begin, i = 0; key < end; ++i) {
+      const int64_t next = group_end(key), keys = next - key;
+      float* at = score_buffer(i);
+      extra.before_group();
+      if (!plain) {
+        scale_scores(at, keys, factor);
+        extra.change_scores(at, key, (next < end ? next : end) - key);
+      }
+      if (!plain || key < p.all_first || next > p.all_last) {
+        mask_block(p, at, key, keys, block_max);
+      } else {
+        block_maximum(at, keys, block_max);
+      }
+      if (reference_moves(p, block_max, f)) {
+        start_values();
+        values.finish();
+        move_reference(p, block_max, f, d_v);
+      }
+      if (kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
+      // Whole blocks of O^T, so that the scores find the tiles free again.
+      const int64_t blocks = values.left / values.steps, groups = (kValueKeys - waiting) / kScoreKeys;
+      Interleave products(scores, values, (blocks + groups - 1) / groups * values.steps, keys / 2);
+      weigh_pairs<kEntropy>(p, at, keys, f, weights() + waiting / 2 * kPanel, products);
+      scores.finish();
+      waiting += keys;
+      if (waiting == kValueKeys || !kProductsOverlap || next >= end) start_values();
+      if (!kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
+      key = next;
+    }
+    values.finish();
+  }
+};
+
+}  // namespace
+}  // namespace adaattn::cpu

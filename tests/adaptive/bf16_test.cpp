@@ -1,0 +1,158 @@
+// Tiles computed with bf16 products, where the instruction set has them, against the same tiles computed in f32.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+
+#include "adaptive/structured.h"
+#include "support/cases.h"
+#include "support/compare.h"
+#include "support/random.h"
+
+namespace adaattn::test {
+namespace {
+
+const Dtypes& kBf16 = uniform_dtypes()[2];
+
+struct Variant {
+  const char* name;
+  adaattn_probe_t probe;
+  adaattn_switch_t far_field;
+  adaattn_rank_mode_t rank_mode;
+};
+
+AttentionCase problem(const char* name, int64_t d_qk, int64_t d_v, adaattn_mask_t mask) {
+  AttentionCase c = {
+      .name = name, .heads_q = 4, .heads_kv = 2, .seqlen_q = 1450, .seqlen_k = 1450, .d_qk = d_qk, .mask = mask};
+  c.d_v = d_v;
+  return c;
+}
+
+bool has_bf16(const char* kernel) { return std::string(kernel).find("bf16") != std::string::npos; }
+
+bool exact_plan_has_bf16(const Context& context, const AttentionData& data) {
+  return has_bf16(Plan(context, data.desc).info().kernel);
+}
+
+class Bf16Tiles : public testing::TestWithParam<Target> {
+ protected:
+  void SetUp() override {
+    if (const std::string why = missing(GetParam()); !why.empty()) GTEST_SKIP() << why;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Cpu, Bf16Tiles, testing::ValuesIn(listed_targets(ADAATTN_DEVICE_CPU)),
+                         [](const auto& info) { return info.param.name; });
+
+adaattn_adaptive_desc_t custom(const Variant& variant) {
+  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+  adaptive.tolerance = 0.5;
+  adaptive.tile_mass = 0.9;
+  adaptive.probe = variant.probe;
+  adaptive.needle_share = 0.05;
+  adaptive.far_field = variant.far_field;
+  adaptive.rank_mode = variant.rank_mode;
+  return adaptive;
+}
+
+TEST_P(Bf16Tiles, TakeTheSameTilesAsF32AndAgreeWithinRounding) {
+  const Context context(GetParam());
+  const Variant variants[] = {
+      {"tiles", ADAATTN_PROBE_OFF, ADAATTN_SWITCH_OFF, ADAATTN_RANK_OFF},
+      {"far field", ADAATTN_PROBE_OFF, ADAATTN_SWITCH_ON, ADAATTN_RANK_OFF},
+      {"low rank", ADAATTN_PROBE_OFF, ADAATTN_SWITCH_ON, ADAATTN_RANK_ENERGY},
+      {"probes", ADAATTN_PROBE_FULL, ADAATTN_SWITCH_ON, ADAATTN_RANK_OFF},
+      {"rank probe", ADAATTN_PROBE_RANK, ADAATTN_SWITCH_ON, ADAATTN_RANK_ENERGY},
+  };
+  AttentionCase window = problem("Window", 64, 64, ADAATTN_MASK_CAUSAL);
+  window.window_left = 1000;
+  const AttentionCase cases[] = {problem("Full", 64, 64, ADAATTN_MASK_NONE),
+                                 problem("Causal", 128, 128, ADAATTN_MASK_CAUSAL),
+                                 problem("OddWidths", 72, 80, ADAATTN_MASK_CAUSAL), window};
+  for (const AttentionCase& c : cases) {
+    for (const Variant& variant : variants) {
+      SCOPED_TRACE(std::string(c.name) + ", " + variant.name);
+      AttentionData data(c, kBf16, run_seed());
+      if (!exact_plan_has_bf16(context, data)) GTEST_SKIP() << GetParam().name << " has no bf16 products here";
+      make_structured(data, {}, run_seed() + 1);
+      adaattn_adaptive_desc_t adaptive = custom(variant);
+      const AdaptivePlan narrow(context, data.desc, adaptive);
+      adaptive.min_precision = adaptive.max_precision = ADAATTN_PRECISION_F32;
+      const AdaptivePlan wide(context, data.desc, adaptive);
+      EXPECT_FALSE(has_bf16(wide.info().kernel)) << wide.info().kernel;
+
+      data.poison_outputs();
+      ASSERT_TRUE(succeeded(wide.execute(data)));
+      Tensor o(data.desc.dtype_q, data.o.shape());
+      o.for_each([&](const std::vector<int64_t>& at, int64_t) { o.set(at, data.o.get(at)); });
+      const auto lse = data.lse.values(), entropy = data.entropy.values();
+      const auto wide_heads = wide.heads();
+      data.poison_outputs();
+      ASSERT_TRUE(succeeded(narrow.execute(data)));
+      const auto heads = narrow.heads();
+      ASSERT_EQ(heads.size(), wide_heads.size());
+      bool some_sparse = false;
+      for (size_t h = 0; h < heads.size(); ++h) {
+        EXPECT_EQ(heads[h].dense, wide_heads[h].dense);
+        EXPECT_EQ(heads[h].rank_v, wide_heads[h].rank_v);
+        // A probe may see another score at its threshold.
+        EXPECT_NEAR(heads[h].kept_tiles, wide_heads[h].kept_tiles, variant.probe == ADAATTN_PROBE_OFF ? 0 : 0.03);
+        EXPECT_LT(head_error(data, o, 0, static_cast<int64_t>(h)), 1e-2) << "head " << h;
+        some_sparse = some_sparse || (!heads[h].dense && heads[h].kept_tiles < 0.9);
+      }
+      EXPECT_TRUE(some_sparse);
+      EXPECT_TRUE(close(data.lse.values(), lse, 5e-3, 0, "lse"));
+      EXPECT_TRUE(close(data.entropy.values(), entropy, 2e-2, 0, "entropy"));
+    }
+  }
+}
+
+TEST_P(Bf16Tiles, AreUsedWhereTheExactPlanUsesThem) {
+  const Context context(GetParam());
+  const AttentionData data(problem("Full", 64, 64, ADAATTN_MASK_NONE), kBf16, run_seed(), 0);
+  const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_BALANCED));
+  EXPECT_EQ(has_bf16(plan.info().kernel), exact_plan_has_bf16(context, data)) << plan.info().kernel;
+}
+
+TEST_P(Bf16Tiles, DoNotDependOnTheNumberOfThreads) {
+  AttentionData data(problem("Causal", 64, 64, ADAATTN_MASK_CAUSAL), kBf16, run_seed());
+  make_structured(data, {}, run_seed() + 1);
+  std::vector<std::byte> first;
+  for (const int threads : {1, 2, 5}) {
+    const Context context(GetParam(), threads);
+    const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_BALANCED));
+    data.poison_outputs();
+    ASSERT_TRUE(succeeded(plan.execute(data)));
+    std::vector<std::byte> bytes = data.o.bytes();
+    if (first.empty()) first = bytes;
+    EXPECT_EQ(bytes, first) << threads << " threads";
+  }
+}
+
+class Bf16Policies : public testing::TestWithParam<adaattn_policy_t> {};
+INSTANTIATE_TEST_SUITE_P(All, Bf16Policies,
+                         testing::Values(ADAATTN_POLICY_QUALITY, ADAATTN_POLICY_BALANCED, ADAATTN_POLICY_SPEED));
+
+TEST_P(Bf16Policies, KeepTheirToleranceOnceFeedbackIsWarm) {
+  for (const Target& target : available_targets(ADAATTN_DEVICE_CPU)) {
+    SCOPED_TRACE(target.name);
+    const Context context(target);
+    AttentionCase c = problem("Causal", 64, 64, ADAATTN_MASK_CAUSAL);
+    c.seqlen_q = c.seqlen_k = 2048;
+    AttentionData data(c, kBf16, run_seed(), 0);
+    make_structured(data, {}, run_seed() + 1);
+    const AdaptivePlan plan(context, data.desc, adaptive_desc(GetParam()));
+    const Tensor exact = exact_output(context, data);
+    for (int call = 0; call < 3; ++call) {
+      data.poison_outputs();
+      ASSERT_TRUE(succeeded(plan.execute(data)));
+    }
+    const double tolerance = GetParam() == ADAATTN_POLICY_QUALITY    ? 0.1
+                             : GetParam() == ADAATTN_POLICY_BALANCED ? 0.2
+                                                                     : 0.4;
+    for (const adaattn_head_stats_t& head : plan.heads())
+      EXPECT_LE(head_error(data, exact, head.batch, head.head), tolerance) << "head " << head.head;
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::test
