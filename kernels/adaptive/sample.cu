@@ -160,6 +160,8 @@ void sample(const AnalyzeArgs& args, cudaStream_t stream) {
   basis.trace = args.tables.trace;
   basis.warm = args.state.warm;
   basis.fast = true;
+  // A rank class is a prefix of the vectors: those near its end must not be left in the previous call's order.
+  basis.rotate_warm = true;
   basis.seed = args.options.seed;
   basis.scratch = args.tables.scratch;
   check(launch_grid(center_kernel, dim3(units, 8), kThreads, 0, stream, args, gram, basis.ld), "analyze");

@@ -50,6 +50,13 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
+// Of values[i] in descending order.
+__device__ __forceinline__ int place_of(const double* values, int n, int i) {
+  int place = 0;
+  for (int j = 0; j < n; ++j) place += values[j] > values[i] || (!(values[j] < values[i]) && j < i);
+  return place;
+}
+
 // Makes the rows of y orthonormal in their order by Cholesky factors of their Gram matrix (CholeskyQR2; Yamamoto et
 // al., ETNA 44, 2015). A row that depends on those before it is replaced by a seeded direction. `once` is enough
 // between sweeps.
@@ -146,9 +153,7 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
   }
   __syncthreads();
   for (int i = thread; i < n; i += kThreads) {
-    int place = 0;
-    for (int j = 0; j < n; ++j)
-      place += shared.values[j] > shared.values[i] || (!(shared.values[j] < shared.values[i]) && j < i);
+    const int place = place_of(shared.values, n, i);
     shared.place[i] = place;
     args.values[matrix * n + place] = shared.values[i];
   }
@@ -158,7 +163,7 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
 
 template <bool kInShared>
 __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_constant__ SubspaceArgs args) {
-  extern __shared__ double dynamic[];
+  extern __shared__ __align__(16) double dynamic[];  // read in vectors
   __shared__ Shared shared;
   const Layout w(args.dim, args.columns);
   const int64_t matrix = blockIdx.x;
@@ -205,11 +210,16 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
     b = y;
     y = swap;
   }
-  if (args.fast && warm) {
+  if (args.fast && warm && !args.rotate_warm) {
+    for (int i = thread; i < columns; i += kThreads) {
+      const int place = place_of(shared.values, columns, i);
+      shared.place[i] = place;
+      args.values[matrix * columns + place] = shared.values[i];
+    }
+    __syncthreads();
     for (int r = thread / 32; r < columns; r += kWarps)
 #pragma unroll 4
-      for (int c = thread % 32; c < args.dim; c += 32) basis[r * args.dim + c] = b[r * w.stride + c];
-    for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = shared.values[i];
+      for (int c = thread % 32; c < args.dim; c += 32) basis[shared.place[r] * args.dim + c] = b[r * w.stride + c];
     return;
   }
   multiply(gram, args.ld, b, y, w.stride, tiles);

@@ -27,9 +27,11 @@ struct SubspaceArgs {
   // kernel to whether the basis is finite.
   int32_t* warm = nullptr;
   int32_t cold_sweeps = 3, warm_sweeps = 1;
-  // Projections for statistics need no more than f32: vectors orthonormal to 1e-6, eigenvectors to 1e-2, warm ones not
-  // rotated at all.
+  // Projections for statistics need no more than f32: vectors orthonormal to 1e-6, eigenvectors to 1e-2.
   bool fast = false;
+  // With fast: warm vectors are rotated too. Otherwise they are only sorted by their values, and vectors of nearly
+  // equal energy stay mixed as the start had them.
+  bool rotate_warm = false;
   uint64_t seed = 0;
   double* scratch = nullptr;  // subspace_scratch_bytes()
 };

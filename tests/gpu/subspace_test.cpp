@@ -163,19 +163,25 @@ TEST_F(SubspaceIteration, WarmStartFollowsAMatrixThatChangesALittle) {
   const Matrix before = gram_with(reference::svd(turned).u, sigma);
   for (double& x : turned.data) x += 0.03 * random.normal();
   const Matrix after = gram_with(reference::svd(turned).u, sigma);
-  Batch batch(dim, rank, {before, before});
-  batch.args.fast = true;
-  batch.run();
-  const double stale = left_over(after, batch.vectors(0, rank));
-  batch.set({after, before});
-  batch.run();
-  for (const int64_t i : {0, 1}) {
-    const Matrix& gram = i == 0 ? after : before;
-    EXPECT_LT(reference::orthogonality_error(batch.vectors(i, batch.columns())), 1e-4);
-    for (const int64_t prefix : {32, 64})
-      EXPECT_LE(left_over(gram, batch.vectors(i, prefix)), 1.05 * energy_after(sigma, prefix)) << prefix;
+  for (const bool rotate : {false, true}) {
+    SCOPED_TRACE(rotate ? "rotated" : "sorted");
+    Batch batch(dim, rank, {before, before});
+    batch.args.fast = true;
+    batch.args.rotate_warm = rotate;
+    batch.run();
+    const double stale = left_over(after, batch.vectors(0, rank));
+    batch.set({after, before});
+    batch.run();
+    for (const int64_t i : {0, 1}) {
+      const Matrix& gram = i == 0 ? after : before;
+      EXPECT_LT(reference::orthogonality_error(batch.vectors(i, batch.columns())), 1e-4);
+      const std::vector<double> values = batch.values(i);
+      for (size_t j = 1; j < values.size(); ++j) EXPECT_LE(values[j], values[j - 1]);
+      for (const int64_t prefix : {32, 64})
+        EXPECT_LE(left_over(gram, batch.vectors(i, prefix)), 1.05 * energy_after(sigma, prefix)) << prefix;
+    }
+    EXPECT_LT(left_over(after, batch.vectors(0, rank)), stale);
   }
-  EXPECT_LT(left_over(after, batch.vectors(0, rank)), stale);
 }
 
 TEST_F(SubspaceIteration, DependentVectorsAreReplaced) {
