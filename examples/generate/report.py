@@ -27,7 +27,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; mar
 h1 { font-size: 1.7em; margin-bottom: .2em } h2 { font-size: 1.2em; margin: 2.2em 0 .3em }
 p { max-width: 48em; margin: .4em 0 } .about { color: #555 }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .35em .9em; text-align: right; border-bottom: 1px solid #ddd } th { font-weight: 600 }
+th, td { padding: .35em .9em; text-align: right; border-bottom: 1px solid #ddd } td { white-space: nowrap } th { font-weight: 600 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } img { max-width: 100%; display: block }
 """
 
@@ -124,9 +124,10 @@ def error_and_time(exact, runs, sweep):
         line = "-" if axis is left else ""
         axis.plot(x, y, color="#aaa", linewidth=1.5, linestyle=line, marker="o", markersize=5,
                   label="balanced, tolerances as marked")
-        for at, seconds, report in zip(x, y, sweep):
-            axis.annotate(f"{report['tolerance']:g}", (at, seconds), (5, 5), textcoords="offset points", fontsize=8,
-                          color="#666")
+        for i, (at, seconds, report) in enumerate(zip(x, y, sweep)):
+            # Above and below in turn: neighbours may lie close together.
+            axis.annotate(f"{report['tolerance']:g}", (at, seconds), (4, -12 if i % 2 else 5),
+                          textcoords="offset points", fontsize=8, color="#666")
         for name, report in runs.items():
             axis.plot(factor * key(report), report["attention_seconds"], marker="D", linestyle="", markersize=8,
                       color=POLICIES[name], label=name)
