@@ -16,8 +16,9 @@ namespace {
 
 constexpr int64_t kContext = 8192;
 // Feedback and warm bases always come from the window before: the two take turns.
-constexpr int64_t kWindows = 2;
-constexpr int kRounds = 4;
+constexpr int kWindows = 2;
+// Heads found dense are looked at in every eighth call.
+constexpr int kLookedAtEvery = 8;
 
 struct NamedPolicy {
   const char* name;
@@ -38,11 +39,15 @@ adaattn::Context make_context(int threads) {
   return adaattn::Context::create(config).value();
 }
 
-// The mean, not the median: windows differ, and a head found dense is looked at in every eighth call only.
-Timing timing(const std::vector<double>& us) {
-  const double mean = std::accumulate(us.begin(), us.end(), 0.0) / static_cast<double>(us.size());
-  const auto [least, most] = std::minmax_element(us.begin(), us.end());
-  return {mean, (*most - *least) / mean};
+// A turn is as many runs as it takes to see every window, or a head found dense looked at again; its time is their
+// mean. Median over the turns.
+Timing timing(const std::vector<double>& us, size_t turn) {
+  std::vector<double> means;
+  for (auto first = us.begin(); first != us.end(); first += static_cast<std::ptrdiff_t>(turn))
+    means.push_back(std::accumulate(first, first + static_cast<std::ptrdiff_t>(turn), 0.0) / static_cast<double>(turn));
+  std::sort(means.begin(), means.end());
+  const double median = (means[means.size() / 2] + means[(means.size() - 1) / 2]) / 2;
+  return {median, (means.back() - means.front()) / median};
 }
 
 // Plans of all layers of one policy; the exact one serves every layer.
@@ -74,7 +79,7 @@ class Runner {
     for (Plan& plan : plans_) plan.stats(ADAATTN_STATS_WAIT | ADAATTN_STATS_RESET).value();
   }
 
-  Timing time() const { return timing(times_); }
+  Timing time(int turn) const { return timing(times_, static_cast<size_t>(turn)); }
   double element(size_t layer, int64_t index) const { return reference::load(o_[layer].data(), model_.dtype, index); }
 
   // Counts of all calls since forget(), as fractions and means.
@@ -141,7 +146,7 @@ double dense_flops(const ModelAttention& model) {
 
 // Every policy beside exact attention, one round after another, so that they share the machine's moods.
 void compare(Report& report, const ModelAttention& model, const std::string& prefix, const std::string& suffix,
-             int threads, int warm_rounds, int rounds) {
+             int threads, int turn, int turns) {
   std::vector<NamedPolicy> wanted;
   for (const NamedPolicy& p : kPolicies) {
     if (report.wants(prefix + p.name + suffix)) wanted.push_back(p);
@@ -151,7 +156,8 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
   Runner exact(context, model, ADAATTN_POLICY_EXACT);
   std::vector<Runner> runners;
   for (const NamedPolicy& p : wanted) runners.emplace_back(context, model, p.policy);
-  for (int round = -warm_rounds; round < rounds; ++round) {
+  const auto warm_rounds = static_cast<int>(model.windows.size());
+  for (int round = -warm_rounds; round < turn * turns; ++round) {
     const size_t window = static_cast<size_t>(round + warm_rounds) % model.windows.size();
     if (round == 0) {
       exact.forget();
@@ -165,7 +171,7 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
   const auto add = [&](const std::string& name, const Runner& runner) {
     Row row;
     row.name = name;
-    row.time = runner.time();
+    row.time = runner.time(turn);
     row.rate = flops / row.time.us * 1e-3;
     row.unit = "GFLOP/s";
     return row;
@@ -175,7 +181,7 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
     Row row = add(prefix + wanted[i].name + suffix, runners[i]);
     row.error = relative_error(runners[i], exact, model.windows[0].size(), elements);
     row.peer = "own-exact";
-    row.peer_us = exact.time().us;
+    row.peer_us = exact.time(turn).us;
     row.details = runners[i].details(row.peer_us);
     report.add(row);
   }
@@ -210,10 +216,10 @@ void run_cpu_adaptive(Report& report) {
     const auto wanted = [&](const NamedPolicy& p) { return report.wants(prefix + p.name + suffix); };
     if (std::none_of(std::begin(kPolicies), std::end(kPolicies), wanted)) continue;
     compare(report, capture_attention(ADAATTN_BENCH_MODEL, kContext, kWindows, type.dtype, threads), prefix, suffix,
-            threads, kWindows, kRounds);
+            threads, kWindows, 2);
   }
-  // Eight rounds: heads found dense are looked at in one of them.
-  compare(report, random_attention(kContext), "random/f32/s" + std::to_string(kContext) + "/", suffix, threads, 1, 8);
+  compare(report, random_attention(kContext), "random/f32/s" + std::to_string(kContext) + "/", suffix, threads,
+          kLookedAtEvery, 3);
 }
 
 }  // namespace adaattn::bench
