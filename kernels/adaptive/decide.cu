@@ -376,30 +376,34 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
     *choice = {at, rank, false, error, cost};
     return found;
   };
-  float dense_cost = 0, group_cost = lane < 16 ? 0.0f : static_cast<float>(tiles_k) * args.costs.rank_setup;
-  bool feasible = lane < 16 || rank > 0;
-  for (int member = 0; member < s.group; ++member) {
-    dense_cost += static_cast<float>(t.head_levels[heads + member].tiles);
-    HeadChoice choice;
-    feasible = best_of(member, &choice) && feasible;
-    group_cost += choice.predicted_cost;
-  }
-  const bool exact_feasible = __shfl_sync(kAll, feasible, 0), rank_feasible = __shfl_sync(kAll, feasible, 16);
-  const float exact_cost = __shfl_sync(kAll, group_cost, 0), rank_cost = __shfl_sync(kAll, group_cost, 16);
-  // choose_group() goes through the classes in order, and the exact one is the first.
-  const bool take_rank = rank_feasible && (!exact_feasible || rank_cost < exact_cost);
-  const bool dense =
-      (!exact_feasible && !rank_feasible) || (take_rank ? rank_cost : exact_cost) * kMinGain > dense_cost;
-  for (int member = 0; member < s.group; ++member) {
-    HeadChoice chosen;
-    best_of(member, &chosen);
-    if (lane != (take_rank ? 16 : 0)) continue;
-    if (dense) {
-      chosen = {};
-      chosen.predicted_cost = static_cast<float>(t.head_levels[heads + member].tiles);
-      chosen.predicted_error = stats.errors.round_error;
+  // Groups of more than 64 choose in pieces, as the host's do.
+  for (int first = 0; first < s.group; first += 64) {
+    const int last = min(first + 64, s.group);
+    float dense_cost = 0, group_cost = lane < 16 ? 0.0f : static_cast<float>(tiles_k) * args.costs.rank_setup;
+    bool feasible = lane < 16 || rank > 0;
+    for (int member = first; member < last; ++member) {
+      dense_cost += static_cast<float>(t.head_levels[heads + member].tiles);
+      HeadChoice choice;
+      feasible = best_of(member, &choice) && feasible;
+      group_cost += choice.predicted_cost;
     }
-    t.choice[heads + member] = stats.usable != 0 ? chosen : HeadChoice{};
+    const bool exact_feasible = __shfl_sync(kAll, feasible, 0), rank_feasible = __shfl_sync(kAll, feasible, 16);
+    const float exact_cost = __shfl_sync(kAll, group_cost, 0), rank_cost = __shfl_sync(kAll, group_cost, 16);
+    // choose_group() goes through the classes in order, and the exact one is the first.
+    const bool take_rank = rank_feasible && (!exact_feasible || rank_cost < exact_cost);
+    const bool dense =
+        (!exact_feasible && !rank_feasible) || (take_rank ? rank_cost : exact_cost) * kMinGain > dense_cost;
+    for (int member = first; member < last; ++member) {
+      HeadChoice chosen;
+      best_of(member, &chosen);
+      if (lane != (take_rank ? 16 : 0)) continue;
+      if (dense) {
+        chosen = {};
+        chosen.predicted_cost = static_cast<float>(t.head_levels[heads + member].tiles);
+        chosen.predicted_error = stats.errors.round_error;
+      }
+      t.choice[heads + member] = stats.usable != 0 ? chosen : HeadChoice{};
+    }
   }
 }
 

@@ -269,10 +269,16 @@ __device__ __forceinline__ void block_sum(Shared& shared, const float (&x)[kCoun
   }
 }
 
+// Centroids of a tile beyond the sequence: attend reads them in blocks, and 0 times NaN would be NaN.
+__device__ __forceinline__ void clear_groups(__nv_bfloat16* groups, int index, int width) {
+  auto* out = reinterpret_cast<uint32_t*>(groups + int64_t{index} * kGroups * width);
+  for (int i = threadIdx.x; i < kGroups * width / 2; i += kThreads) out[i] = 0;
+}
+
 template <typename T>
 __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared, int index) {
   const KeyTile at(args, index);
-  if (at.rows <= 0) return;
+  if (at.rows <= 0) return clear_groups(args.tables.group_k, index, 2 * args.shape.d_qk);
   const TokenRows<T> k = key_rows<T>(args.p, args.p.k, at.seq, at.b, at.head);
   const float check[1] = {key_moments(args, shared, k, at.unit, at.tile, at.rows)};
   double total[1];
@@ -285,7 +291,10 @@ __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shar
   extern __shared__ __align__(16) unsigned char dynamic[];
   const TableShape& s = args.shape;
   const KeyTile at(args, index);
-  if (at.rows <= 0) return;
+  if (at.rows <= 0) {
+    clear_groups(args.tables.group_v, index, s.d_v);
+    return clear_groups(args.tables.group_v_low, index, kRank);
+  }
   const int width = (s.d_v + 15) / 16 * 16, ld = width + 8;
   auto* centred = reinterpret_cast<__nv_bfloat16*>(dynamic);
   __nv_bfloat16* basis = centred + kRows * ld;

@@ -55,7 +55,7 @@ struct AdaptiveTables {
   const __nv_bfloat16* basis = nullptr;
   const float* v_mean = nullptr;  // [batch, heads_kv, d_v]
 
-  // Far field, a row per 32 keys; groups of tiles that may be skipped are whole.
+  // Far field, a row per 32 keys; groups of tiles that may be skipped are whole, those beyond the sequence are 0.
   // [batch, heads_kv, key_groups, 2 d_qk]: the mean k of the group's keys, then c (ln 2 / 2) times their variance, with
   // c = scale log2(e). log2 of the group's weight for a query q is 5 + c (q, q^2) . row: 5 = log2 of its 32 keys.
   const __nv_bfloat16* group_k = nullptr;

@@ -284,8 +284,10 @@ HostDecisions decide_on_host(const Analysis& a) {
       options.tiles = options.tiles && u.usable != 0;
       const std::vector<decide::HeadFeedback> feedback(static_cast<size_t>(s.group));
       const size_t first = static_cast<size_t>(b * s.heads_q + kv * s.group);
-      decide::choose_group(options, a.args.costs, u.errors, &out.head_levels[first], feedback.data(), s.group,
-                           (seq.len_k + kTileK - 1) / kTileK, &out.choice[first]);
+      for (int piece = 0; piece < s.group; piece += 64)
+        decide::choose_group(options, a.args.costs, u.errors, &out.head_levels[first + static_cast<size_t>(piece)],
+                             feedback.data(), std::min(64, s.group - piece), (seq.len_k + kTileK - 1) / kTileK,
+                             &out.choice[first + static_cast<size_t>(piece)]);
       for (size_t g = first; g < first + static_cast<size_t>(s.group) && u.usable == 0; ++g) out.choice[g] = {};
     }
     for (int64_t h = 0; h < s.heads_q; ++h)
@@ -424,10 +426,42 @@ TEST_F(AdaptiveTables, DecisionsAreThoseOfTheHostOnTheSameStatistics) {
   c.lens_k = {1100, 640, 1290};
   check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
   c = base_case();
+  c.batch = 1;
+  c.heads_q = 70;
+  c.heads_kv = 1;
+  c.seqlen_q = c.seqlen_k = 640;
+  c.d_qk = c.d_v = 64;
+  check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
+  c = base_case();
   c.layout_kv = ADAATTN_LAYOUT_PAGED;
   c.page_size = 16;
   c.used_k = {1500, 1037};
   check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
+}
+
+TEST_F(AdaptiveTables, CentroidsBeyondASequenceAreZero) {
+  AttentionCase c = base_case();
+  c.used_k = {1500, 700};
+  AttentionData data(c, kBf16All, run_seed());
+  make_structured(data, {}, run_seed());
+  Analysis a(data, ADAATTN_POLICY_SPEED);
+  a.run();
+  const TableShape& s = a.args.shape;
+  const auto zero_beyond = [&](const __nv_bfloat16* table, int64_t width) {
+    const auto rows = a.copy(table, a.units() * s.key_groups() * width);
+    for (int64_t unit = s.heads_kv; unit < 2 * s.heads_kv; ++unit)  // of the second sequence
+      for (int64_t g = 0; g < s.key_groups(); ++g)
+        for (int64_t x = 0; x < width; ++x) {
+          const float value = rows[static_cast<size_t>((unit * s.key_groups() + g) * width + x)];
+          if (g * decide::kGroupK >= 700)
+            ASSERT_EQ(value, 0) << g;
+          else
+            ASSERT_TRUE(std::isfinite(value)) << g;
+        }
+  };
+  zero_beyond(a.args.tables.group_k, 2 * s.d_qk);
+  zero_beyond(a.args.tables.group_v, s.d_v);
+  zero_beyond(a.args.tables.group_v_low, s.max_rank);
 }
 
 TEST_F(AdaptiveTables, NotANumberLeavesItsUnitDense) {
