@@ -152,7 +152,7 @@ class Int8Consumer {
         shift += __shfl_xor_sync(~0u, shift, step);
       }
       // Below the smallest normal number the reciprocal overflows; such rows count as 0.
-      const float inverse = top < FLT_MIN * 127 ? 0.f : 127.f * reciprocal_approx(top);
+      const float step_size = top * (1.f / 127), inverse = top < FLT_MIN * 127 ? 0.f : reciprocal_approx(step_size);
       uint32_t words[kPart / 4];
 #pragma unroll
       for (int k = 0; k < kPart / 4; ++k)
@@ -164,7 +164,7 @@ class Int8Consumer {
         *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
       }
       if (part == 0) {
-        shared_.row_scale[group_][row] = top * (1.f / 127) * forward_.scale_log2;
+        shared_.row_scale[group_][row] = step_size * forward_.scale_log2;
         shared_.row_shift[group_][row] = shift * forward_.scale_log2;
       }
     }
