@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "adaptive/int8_tables.h"
+#include "adaptive/tile_plan.h"
 #include "attend/plan.h"
 #include "common/pairs.h"
 #include "core/error.h"
@@ -37,20 +38,12 @@ template <class... Arguments>
 }
 
 void check_options(const Options& o) {
-  if (o.policy != decide::Policy::kCustom)
-    refuse(
-        "adaptive.policy is %d; CUDA contexts serve ADAATTN_POLICY_EXACT (%d), and ADAATTN_POLICY_CUSTOM (%d) for "
-        "every tile in 8 bits",
-        static_cast<int>(o.policy), ADAATTN_POLICY_EXACT, ADAATTN_POLICY_CUSTOM);
   if (o.tiles && o.min_level != decide::kDenseLevel)
-    refuse("adaptive.tile_mass: %.3f is kept at least; CUDA contexts compute every tile: set 1",
+    refuse("adaptive.tile_mass: %.3f is kept at least; 8-bit attention computes every tile: set 1",
            decide::level_mass(o.min_level) / 65536.0);
   if (o.rank_mode != decide::RankMode::kOff)
-    refuse("adaptive.rank_mode is %d; CUDA contexts do not project V: set ADAATTN_RANK_OFF (%d)",
+    refuse("adaptive.rank_mode is %d; 8-bit attention does not project V: set ADAATTN_RANK_OFF (%d)",
            static_cast<int>(o.rank_mode) + ADAATTN_RANK_OFF, ADAATTN_RANK_OFF);
-  if (o.max_precision != Precision::kI8)
-    refuse("adaptive.max_precision is %d; CUDA contexts serve ADAATTN_PRECISION_I8 (%d) for both bounds",
-           static_cast<int>(o.max_precision), ADAATTN_PRECISION_I8);
   if (o.verify_rows > 0) refuse("adaptive.verify_rows is %d; CUDA contexts do not verify: set -1", o.verify_rows);
 }
 
@@ -71,13 +64,15 @@ void check_shape(const Problem& p, const DeviceTraits& device) {
   if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED; 8-bit attention takes BSHD, BHSD and THD");
 }
 
+PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device);
+
 class Int8Plan final : public AttentionPlan {
  public:
   Int8Plan(const Problem& problem, const DeviceTraits& device, int32_t device_id, std::shared_ptr<RecordPool> records)
       : problem_(problem),
         device_(device),
         device_id_(device_id),
-        info_(adaptive_plan_info(problem, device)),
+        info_(int8_plan_info(problem, device)),
         kernel_(*find_int8(problem, masked(problem) ? kMasked : kPlain)),
         records_(std::move(records)) {
     const DeviceScope scope(device_id_);
@@ -187,9 +182,7 @@ class Int8Plan final : public AttentionPlan {
   int64_t newest_batch_ = 0;
 };
 
-}  // namespace
-
-PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) {
+PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device) {
   check_options(problem.adaptive);
   check_shape(problem, device);
   Problem exact = problem;
@@ -216,8 +209,18 @@ PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) 
   return info;
 }
 
+// Both bounds I8, or only the upper one.
+bool in_8_bits(const Problem& problem) { return problem.adaptive.max_precision == Precision::kI8; }
+
+}  // namespace
+
+PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) {
+  return in_8_bits(problem) ? int8_plan_info(problem, device) : tile_plan_info(problem, device);
+}
+
 std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
                                                   std::shared_ptr<RecordPool> records) {
+  if (!in_8_bits(problem)) return make_tile_plan(problem, device, device_id, std::move(records));
   return std::make_unique<Int8Plan>(problem, device, device_id, std::move(records));
 }
 

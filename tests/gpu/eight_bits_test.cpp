@@ -61,15 +61,8 @@ TEST_F(EightBits, WhatIsNotServedIsRefusedByName) {
     void (*change)(adaattn_attn_desc_t& desc, adaattn_adaptive_desc_t& adaptive);
   };
   const Refusal refusals[] = {
-      {"adaptive.policy is 2",
-       [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) {
-         adaattn_adaptive_desc_init(&a, sizeof a);
-         a.policy = ADAATTN_POLICY_BALANCED;
-       }},
       {"adaptive.tile_mass", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.tile_mass = 0.95; }},
       {"adaptive.rank_mode", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.rank_mode = 0; }},
-      {"adaptive.max_precision",
-       [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.max_precision = ADAATTN_PRECISION_BF16; }},
       {"adaptive.verify_rows", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.verify_rows = 8; }},
       {"adaptive.max_workspace_bytes",
        [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.max_workspace_bytes = 1000; }},

@@ -1,0 +1,260 @@
+// Adaptive plans on a CUDA device, through the C API: errors, statistics, capture, waves.
+#include <cmath>
+
+#include "adaptive/structured.h"
+#include "attention/fixture.h"
+#include "gpu/device.h"
+
+namespace adaattn::test {
+namespace {
+
+class TilePlans : public OnTheDevice {
+ protected:
+  void SetUp() override {
+    OnTheDevice::SetUp();
+    if (IsSkipped()) return;
+    cudaDeviceProp properties{};
+    require(cudaGetDeviceProperties(&properties, 0));
+    if (properties.major != 9) GTEST_SKIP() << "compute capability 9.0 only";
+  }
+};
+
+AttentionCase causal_case(int64_t seqlen) {
+  AttentionCase c = {.name = "Causal", .batch = 2, .heads_q = 4, .heads_kv = 2, .seqlen_q = seqlen, .seqlen_k = seqlen};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  return c;
+}
+
+AttentionData structured(const AttentionCase& c, const Structure& structure = {}, uint64_t offset = 0) {
+  AttentionData data(c, kBf16All, run_seed() + offset, ADAATTN_OUTPUT_LSE);
+  make_structured(data, structure, run_seed() + offset + 1);
+  return data;
+}
+
+size_t workspace_size(const AdaptivePlan& plan) {
+  size_t bytes = 0;
+  EXPECT_TRUE(succeeded(adaattn_plan_workspace_size(plan.get(), &bytes)));
+  return bytes;
+}
+
+// Executes with a workspace full of NaN.
+void execute(const AdaptivePlan& plan, AttentionData& data) {
+  const DeviceMemory workspace(workspace_size(plan));
+  data.poison_outputs();
+  data.upload(kDevice);
+  const adaattn_io_t io = data.io(kDevice);
+  ASSERT_TRUE(succeeded(adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), nullptr)));
+  require(cudaDeviceSynchronize());
+  data.download(kDevice);
+}
+
+uint64_t causal_tiles(const AttentionCase& c) {
+  const auto blocks = static_cast<uint64_t>((c.seqlen_q + 127) / 128);
+  return static_cast<uint64_t>(c.batch * c.heads_q) * blocks * (blocks + 1) / 2;
+}
+
+TEST_F(TilePlans, PoliciesKeepTheirToleranceAndSkipTiles) {
+  const Context host, context(kCuda);
+  const AttentionCase c = causal_case(3000);
+  AttentionData data = structured(c);
+  const Tensor exact = exact_output(host, data);
+  const std::pair<adaattn_policy_t, double> policies[] = {
+      {ADAATTN_POLICY_QUALITY, 0.1}, {ADAATTN_POLICY_BALANCED, 0.2}, {ADAATTN_POLICY_SPEED, 0.4}};
+  for (const auto& [policy, tolerance] : policies) {
+    SCOPED_TRACE(policy);
+    const AdaptivePlan plan(context, data.desc, adaptive_desc(policy));
+    EXPECT_FALSE(plan.info().exact);
+    for (int call = 0; call < 2; ++call) ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    const std::vector<adaattn_head_stats_t> heads = plan.heads();
+    ASSERT_EQ(heads.size(), 8u);
+    double kept = 0;
+    for (const adaattn_head_stats_t& head : heads) {
+      EXPECT_LE(head_error(data, exact, head.batch, head.head), tolerance) << "head " << head.head;
+      EXPECT_LT(head.kept_tiles, 0.8) << "head " << head.head;
+      EXPECT_GT(head.entropy, 0);
+      kept += head.kept_tiles;
+    }
+    const adaattn_plan_stats_t stats = plan.stats();
+    EXPECT_EQ(stats.calls, 2u);
+    EXPECT_EQ(stats.heads, 16u);
+    EXPECT_EQ(stats.heads_bf16, 16u);
+    EXPECT_EQ(stats.tiles, 2 * causal_tiles(c));
+    EXPECT_NEAR(static_cast<double>(stats.tiles_kept) / static_cast<double>(stats.tiles), kept / 8, 1e-6);
+    EXPECT_EQ(stats.query_rows, 2u * 8u * 3000u);
+    EXPECT_LT(stats.flops_done, stats.flops);
+    EXPECT_EQ(plan.stats(ADAATTN_STATS_RESET).calls, 2u);
+    const adaattn_plan_stats_t empty = plan.stats();
+    EXPECT_EQ(empty.calls + empty.heads + empty.tiles + empty.tiles_kept, 0u);
+  }
+}
+
+// Tiles alone, and V in a basis at a tolerance that asks for it.
+TEST_F(TilePlans, ClassesOfCustomPlans) {
+  const Context host, context(kCuda);
+  AttentionData data = structured(causal_case(2048), {.value_mean = 1.0});
+  const Tensor exact = exact_output(host, data);
+  for (const bool far_field : {false, true})
+    for (const bool rank : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "far " << far_field << " rank " << rank);
+      adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+      adaptive.tolerance = 1;
+      adaptive.tile_mass = 0.9;
+      adaptive.probe = ADAATTN_PROBE_OFF;
+      adaptive.verify_rows = -1;
+      adaptive.far_field = far_field ? ADAATTN_SWITCH_ON : ADAATTN_SWITCH_OFF;
+      adaptive.rank_mode = rank ? ADAATTN_RANK_ENERGY : ADAATTN_RANK_OFF;
+      const AdaptivePlan plan(context, data.desc, adaptive);
+      ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+      const adaattn_plan_stats_t stats = plan.stats();
+      EXPECT_EQ(stats.heads_dense, 0u);
+      EXPECT_EQ(stats.heads_low_rank > 0, rank);
+      for (const adaattn_head_stats_t& head : plan.heads()) {
+        EXPECT_LE(head_error(data, exact, head.batch, head.head), 0.4) << "head " << head.head;
+        EXPECT_EQ(head.dropped_mass > 0, far_field);
+        EXPECT_EQ(head.rank_v < 128, rank);
+      }
+    }
+}
+
+TEST_F(TilePlans, RandomInputIsComputedExactly) {
+  const Context context(kCuda);
+  AttentionData data(causal_case(1024), kBf16All, run_seed(), ADAATTN_OUTPUT_LSE);
+  const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_QUALITY));
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  EXPECT_EQ(plan.stats().heads_dense, 8u);
+  AttentionData exact = with_own_outputs(data);
+  run(context, exact);
+  EXPECT_TRUE(same_outputs(data, exact));
+}
+
+TEST_F(TilePlans, PackedAndUsedLengths) {
+  const Context host, context(kCuda);
+  AttentionCase packed = causal_case(1500);
+  packed.name = "Packed";
+  packed.batch = 3;
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.lens_q = {1500, 700, 129};
+  packed.lens_k = {1500, 900, 129};
+  AttentionCase used = causal_case(1400);
+  used.name = "Used";
+  used.used_k = {1400, 777};
+  for (const AttentionCase& c : {packed, used}) {
+    SCOPED_TRACE(describe(c));
+    AttentionData data = structured(c);
+    const Tensor exact = exact_output(host, data);
+    const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_SPEED));
+    for (int call = 0; call < 2; ++call) ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    EXPECT_LT(plan.stats().tiles_kept, plan.stats().tiles);
+    for (const adaattn_head_stats_t& head : plan.heads())
+      EXPECT_LE(head_error(data, exact, head.batch, head.head), 0.4) << "b " << head.batch << " head " << head.head;
+  }
+}
+
+TEST_F(TilePlans, ReplaysOfACaptureGiveWhatCallsGive) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(2000));
+  const adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_BALANCED);
+  const AdaptivePlan captured(context, data.desc, adaptive), eager(context, data.desc, adaptive);
+  const DeviceMemory workspace(workspace_size(captured));
+  data.upload(kDevice);
+  const adaattn_io_t io = data.io(kDevice);
+  const Stream stream;
+  require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal));
+  const adaattn_status_t status =
+      adaattn_plan_execute(captured.get(), &io, workspace.data(), workspace.bytes(), stream.get());
+  cudaGraph_t graph = nullptr;
+  require(cudaStreamEndCapture(stream.get(), &graph));
+  ASSERT_TRUE(succeeded(status));
+  cudaGraphExec_t replay = nullptr;
+  require(cudaGraphInstantiate(&replay, graph, 0));
+  for (uint64_t round = 0; round < 3; ++round) {
+    AttentionData fresh = structured(causal_case(2000), {}, 10 + round);
+    for (auto [to, from] : {std::pair{&data.q, &fresh.q}, {&data.k, &fresh.k}, {&data.v, &fresh.v}})
+      to->for_each([&](const std::vector<int64_t>& index, int64_t) { to->set(index, from->get(index)); });
+    data.poison_outputs();
+    data.upload(kDevice);
+    require(cudaGraphLaunch(replay, stream.get()));
+    stream.wait();
+    data.download(kDevice);
+    ASSERT_NO_FATAL_FAILURE(execute(eager, fresh));
+    EXPECT_TRUE(same_outputs(data, fresh)) << round;
+  }
+  require(cudaGraphExecDestroy(replay));
+  require(cudaGraphDestroy(graph));
+  EXPECT_EQ(captured.stats().tiles_kept, eager.stats().tiles_kept);
+}
+
+TEST_F(TilePlans, AFrozenPlanRepeatsItselfBitForBit) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(2000));
+  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
+  adaptive.freeze = ADAATTN_SWITCH_ON;
+  const AdaptivePlan plan(context, data.desc, adaptive);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  AttentionData again = with_own_outputs(data);
+  for (int call = 0; call < 3; ++call) {
+    ASSERT_NO_FATAL_FAILURE(execute(plan, again));
+    EXPECT_TRUE(same_outputs(data, again)) << call;
+  }
+}
+
+TEST_F(TilePlans, ALimitOnTheWorkspaceMakesWavesOfTheSameResult) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(2500));
+  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
+  const AdaptivePlan whole(context, data.desc, adaptive);
+  ASSERT_NO_FATAL_FAILURE(execute(whole, data));
+  adaptive.max_workspace_bytes = workspace_size(whole) - 1;
+  const AdaptivePlan waves(context, data.desc, adaptive);
+  ASSERT_LT(workspace_size(waves), workspace_size(whole));
+  AttentionData again = with_own_outputs(data);
+  ASSERT_NO_FATAL_FAILURE(execute(waves, again));
+  EXPECT_TRUE(same_outputs(data, again));
+  EXPECT_EQ(waves.stats().tiles_kept, whole.stats().tiles_kept);
+  EXPECT_EQ(waves.stats().tiles, whole.stats().tiles);
+
+  adaptive.max_workspace_bytes = 1000;
+  EXPECT_THROW(AdaptivePlan(context, data.desc, adaptive), std::runtime_error);
+  EXPECT_NE(last_error().find("max_workspace_bytes"), std::string::npos) << last_error();
+}
+
+TEST_F(TilePlans, WhatIsNotServedIsRefusedByName) {
+  const Context context(kCuda);
+  const AttentionData data(causal_case(1024), kBf16All, run_seed(), 0);
+  const auto expect_refused = [&](const adaattn_attn_desc_t& desc, const adaattn_adaptive_desc_t& adaptive,
+                                  const char* field) {
+    adaattn_plan_t* plan = nullptr;
+    EXPECT_EQ(adaattn_plan_create(context.get(), &desc, &adaptive, &plan), ADAATTN_ERROR_NOT_SUPPORTED) << field;
+    EXPECT_NE(last_error().find(field), std::string::npos) << last_error();
+  };
+  adaattn_adaptive_desc_t custom = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+  expect_refused(data.desc, custom, "adaptive.probe");
+  custom.probe = ADAATTN_PROBE_OFF;
+  expect_refused(data.desc, custom, "adaptive.verify_rows");
+  adaattn_adaptive_desc_t speed = adaptive_desc(ADAATTN_POLICY_SPEED);
+  speed.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
+  expect_refused(data.desc, speed, "adaptive.on_exceed");
+  speed = adaptive_desc(ADAATTN_POLICY_SPEED);
+  adaattn_attn_desc_t desc = data.desc;
+  desc.head_dim_qk = desc.head_dim_v = 64;
+  expect_refused(desc, speed, "head_dim_qk");
+  desc = data.desc;
+  desc.dtype_q = desc.dtype_kv = desc.dtype_o = ADAATTN_DTYPE_F16;
+  expect_refused(desc, speed, "dtype_q");
+}
+
+TEST_F(TilePlans, ShortSequencesRunTheExactPlanAndSaySo) {
+  const Context context(kCuda);
+  AttentionData data(causal_case(300), kBf16All, run_seed(), ADAATTN_OUTPUT_LSE);
+  const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_SPEED));
+  EXPECT_TRUE(plan.info().exact);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  EXPECT_EQ(plan.stats().heads_dense, 8u);
+  AttentionData exact = with_own_outputs(data);
+  run(context, exact);
+  EXPECT_TRUE(same_outputs(data, exact));
+}
+
+}  // namespace
+}  // namespace adaattn::test
