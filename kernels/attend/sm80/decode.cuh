@@ -3,7 +3,7 @@
 // another until the end, where their partial results join in shared memory.
 #pragma once
 
-#include "attend/launch.h"
+#include "attend/sm80/portable.cuh"
 #include "common/scores.cuh"
 #include "common/tile.cuh"
 
@@ -15,6 +15,7 @@ struct DecodeShape {
   static constexpr int kWarps = kD > 128 ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kStages = kD > 64 ? 3 : 4;
   static constexpr int kKeys = 16;  // of one stage of one warp
+  static constexpr int kM = 16, kN = kKeys * kWarps;
   static constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kWarps * kWarpBytes;
@@ -36,13 +37,13 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Sequence s = sequence_of(p, tile.batch);
-  const int rows = static_cast<int>(s.len_q) * args.pack, m0 = tile.m * 16;
+  const int rows = static_cast<int>(s.len_q) * args.pack, m0 = tile.m * Shape::kM;
   if (m0 >= rows) {
     if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
     return;
   }
   const RowMap row_map{args.pack, tile.head * args.pack};
-  const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + 16, rows) - 1);
+  const int q_first = row_map.position(m0), q_last = row_map.position(min(m0 + Shape::kM, rows) - 1);
   const BlockRange blocks = block_range<kKeys>(args, s, q_first, q_last, tile.split);
   const int head_kv = row_map.first_head / args.group;
   const int d_qk = static_cast<int>(p.d_qk), d_v = static_cast<int>(p.d_v);
@@ -229,26 +230,9 @@ template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Decode {
   static_assert(kDqk == kDv);
   using Shape = DecodeShape<T, kDqk>;
+  static constexpr auto kernel() { return &decode_kernel<T, kDqk, kFeatures>; }
   static AttendKernel row(const char* name) {
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 80;
-    k.phase = Phase::kDecode;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kCommon | kPaged | kFeatures;
-    k.tile_q = 16;
-    k.tile_k = Shape::kKeys * Shape::kWarps;
-    k.ctas_per_sm = 2;
-    k.reports = true;
-    k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&decode_kernel<T, kDqk, kFeatures>);
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
-      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(decode_kernel<T, kDqk, kFeatures>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
-    };
-    return k;
+    return portable_row<Decode>(name, Phase::kDecode, dtype_of<T>(), kDqk, kDv, kCommon | kPaged | kFeatures, 2);
   }
 };
 

@@ -20,25 +20,8 @@ struct Entropy {
       return &forward_kernel<T, kDqk, 0, kFeatures>;
   }
   static AttendKernel row(const char* name) {
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 80;
-    k.phase = Phase::kEntropy;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = 0;
-    k.features = (kCommon | kFeatures | kRowSample) & ~(kSplit | kPacked);
-    k.tile_q = Shape::kM;
-    k.tile_k = Shape::kN;
-    k.ctas_per_sm = 2;
-    k.reports = true;
-    k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(kernel());
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
-      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch));
-      return launch_grid(kernel(), grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
-    };
-    return k;
+    return portable_row<Entropy>(name, Phase::kEntropy, dtype_of<T>(), kDqk, kDv,
+                                 (kCommon | kFeatures | kRowSample) & ~(kSplit | kPacked), 2);
   }
 };
 

@@ -2,7 +2,7 @@
 // a tile of queries; K and V take turns in one buffer, two CTAs per multiprocessor overlap loads and arithmetic.
 #pragma once
 
-#include "attend/launch.h"
+#include "attend/sm80/portable.cuh"
 #include "common/scores.cuh"
 #include "common/tile_f32.cuh"
 
@@ -43,19 +43,8 @@ __global__ __launch_bounds__(256, 2) void exact_f32_kernel(const __grid_constant
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
   const Sequence s = sequence_of(p, tile.batch);
-  const auto row_map = [&] {
-    if constexpr (kEntropyTool)
-      return SampledRows(args, tile, s);
-    else
-      return RowMap{args.pack, tile.head * args.pack};
-  }();
-  const int rows = [&] {
-    if constexpr (kEntropyTool)
-      return row_map.rows;
-    else
-      return static_cast<int>(s.len_q) * args.pack;
-  }();
-  const int m0 = tile.m * kM;
+  const auto row_map = row_map_of<kEntropyTool>(args, tile, s);
+  const int rows = row_count(args, row_map, s), m0 = tile.m * kM;
   if (m0 >= rows) {
     if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
     return;
@@ -204,26 +193,9 @@ template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Exactf32 {
   static_assert(kDqk == kDv);
   using Shape = ExactF32Shape<kDqk>;
+  static constexpr auto kernel() { return &exact_f32_kernel<kDqk>; }
   static AttendKernel row(const char* name) {
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 80;
-    k.phase = Phase::kExactF32;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kCommon | kFeatures;
-    k.tile_q = Shape::kM;
-    k.tile_k = Shape::kN;
-    k.ctas_per_sm = 2;
-    k.reports = true;
-    k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&exact_f32_kernel<kDqk>);
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
-      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(exact_f32_kernel<kDqk>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
-    };
-    return k;
+    return portable_row<Exactf32>(name, Phase::kExactF32, dtype_of<T>(), kDqk, kDv, kCommon | kFeatures, 2);
   }
 };
 

@@ -3,7 +3,7 @@
 // during softmax and PV, V of this block during QK.
 #pragma once
 
-#include "attend/launch.h"
+#include "attend/sm80/portable.cuh"
 #include "common/scores.cuh"
 #include "common/tile.cuh"
 
@@ -52,21 +52,8 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Sequence s = sequence_of(p, tile.batch);
-  const auto row_map = [&] {
-    if constexpr (kEntropyTool)
-      return SampledRows(args, tile, s);
-    else
-      return RowMap{args.pack, tile.head * args.pack};
-  }();
-  const int pack = args.pack,
-            rows =
-                [&] {
-                  if constexpr (kEntropyTool)
-                    return row_map.rows;
-                  else
-                    return static_cast<int>(s.len_q) * args.pack;
-                }(),
-            m0 = tile.m * kM;
+  const auto row_map = row_map_of<kEntropyTool>(args, tile, s);
+  const int pack = args.pack, rows = row_count(args, row_map, s), m0 = tile.m * kM;
   if (m0 >= rows) {
     if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
     return;
@@ -370,27 +357,9 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Forward {
   using Shape = ForwardShape<T, kDqk, kDv>;
+  static constexpr auto kernel() { return &forward_kernel<T, kDqk, kDv, kFeatures>; }
   static AttendKernel row(const char* name) {
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 80;
-    k.phase = Phase::kForward;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kCommon | kFeatures;
-    k.tile_q = Shape::kM;
-    k.tile_k = Shape::kN;
-    k.ctas_per_sm = 2;
-    k.reports = true;
-    k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&forward_kernel<T, kDqk, kDv, kFeatures>);
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
-      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(forward_kernel<T, kDqk, kDv, kFeatures>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
-                         args);
-    };
-    return k;
+    return portable_row<Forward>(name, Phase::kForward, dtype_of<T>(), kDqk, kDv, kCommon | kFeatures, 2);
   }
 };
 

@@ -2,7 +2,7 @@
 // softmax. The pipeline is that of forward.cuh.
 #pragma once
 
-#include "attend/launch.h"
+#include "attend/sm80/portable.cuh"
 #include "common/scores.cuh"
 #include "common/tile_f32.cuh"
 
@@ -215,26 +215,9 @@ template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Tf32 {
   static_assert(kDqk == kDv);
   using Shape = Tf32Shape<kDqk>;
+  static constexpr auto kernel() { return &tf32_kernel<kDqk>; }
   static AttendKernel row(const char* name) {
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 80;
-    k.phase = Phase::kTf32;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kCommon | kFeatures;
-    k.tile_q = Shape::kM;
-    k.tile_k = Shape::kN;
-    k.ctas_per_sm = kDqk > 128 ? 1 : 2;
-    k.reports = true;
-    k.shared_bytes = Shape::kSharedBytes;
-    k.function = reinterpret_cast<const void*>(&tf32_kernel<kDqk>);
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) {
-      const dim3 grid(static_cast<unsigned>(args.m_tiles * args.heads * args.p.batch), args.splits);
-      return launch_grid(tf32_kernel<kDqk>, grid, Shape::kThreads, Shape::kSharedBytes, stream, args);
-    };
-    return k;
+    return portable_row<Tf32>(name, Phase::kTf32, dtype_of<T>(), kDqk, kDv, kCommon | kFeatures, kDqk > 128 ? 1 : 2);
   }
 };
 
