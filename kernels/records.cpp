@@ -32,7 +32,6 @@ bool done(cudaEvent_t event) {
 }  // namespace
 
 void RecordSlot::mark(cudaStream_t stream) {
-  used_ = true;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), "stream");
   if (capture != cudaStreamCaptureStatusNone) {
@@ -85,13 +84,13 @@ void RecordPool::add_slab() {
   const cudaError_t error = cudaMallocHost(reinterpret_cast<void**>(&slab.host), kBytes);
   if (error != cudaSuccess) cudaFree(slab.device);
   check(error, "allocating plan records");
-  slabs_.push_back(slab);
-  check(cudaMemsetAsync(slab.device, 0, kBytes, stream_), "clearing plan records");
+  const RecordSlot& first = slabs_.emplace_back(std::move(slab));
+  check(cudaMemsetAsync(first.device, 0, kBytes, stream_), "clearing plan records");
   check(cudaStreamSynchronize(stream_), "clearing plan records");
   for (int i = kSlots - 1; i >= 0; --i) {
     RecordSlot& slot = free_.emplace_back();
-    slot.device = slab.device + i;
-    slot.host = slab.host + i;
+    slot.device = first.device + i;
+    slot.host = first.host + i;
   }
 }
 
@@ -106,10 +105,8 @@ void RecordPool::reclaim() {
   const auto first_idle =
       std::partition(retired_.begin(), retired_.end(), [](const RecordSlot& slot) { return !slot.idle(); });
   if (first_idle == retired_.end()) return;
-  for (auto slot = first_idle; slot != retired_.end(); ++slot) {
+  for (auto slot = first_idle; slot != retired_.end(); ++slot)
     check(cudaMemsetAsync(slot->device, 0, sizeof(PlanRecord), stream_), "clearing a plan record");
-    slot->used_ = false;
-  }
   check(cudaEventRecord(cleared_, stream_), "clearing plan records");
   move_all(retired_, first_idle, clearing_);
 }
@@ -127,7 +124,7 @@ RecordSlot RecordPool::acquire() {
 void RecordPool::release(RecordSlot slot) {
   const std::lock_guard lock(mutex_);
   if (!slot.forever_) {
-    (slot.used_ ? retired_ : free_).push_back(std::move(slot));
+    retired_.push_back(std::move(slot));
     return;
   }
   for (const RecordSlot::Mark& mark : slot.marks_) cudaEventDestroy(mark.event);

@@ -13,10 +13,14 @@ namespace adaattn::cuda {
 // A record and the work that may still touch it: a plan can be dropped while its launches are queued.
 class RecordSlot {
  public:
+  RecordSlot() = default;
+  RecordSlot(RecordSlot&&) = default;
+  RecordSlot& operator=(RecordSlot&&) = default;
+
   PlanRecord* device = nullptr;
   PlanRecord* host = nullptr;  // pinned
 
-  // Call behind each launch that touches the record. Never waits.
+  // Call behind each launch that touches_record() (attend/plan.h). Never waits.
   void mark(cudaStream_t stream);
 
  private:
@@ -28,7 +32,6 @@ class RecordSlot {
   bool idle() const;
 
   std::vector<Mark> marks_;
-  bool used_ = false;
   bool forever_ = false;  // a captured launch: a graph may replay it at any time
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <utility>
 
 #include "adaptive/int8_tables.h"
 #include "adaptive/tile_plan.h"
@@ -79,7 +80,7 @@ class Int8Plan final : public AttentionPlan {
     prepare_kernel(kernel_);
     record_ = records_->acquire();
   }
-  ~Int8Plan() override { records_->release(record_); }
+  ~Int8Plan() override { records_->release(std::move(record_)); }
 
   const PlanInfo& info() const override { return info_; }
 
@@ -99,6 +100,7 @@ class Int8Plan final : public AttentionPlan {
         args.record = record_.device;
         check(launch_report(args, stream), "report");
       }
+      if (touches_record(args, kernel_)) record_.mark(stream);
     }
     count(params, lengths_on_host);
   }

@@ -65,10 +65,7 @@ class Plan final : public AttentionPlan {
       check(launch.kernel->launch(args, stream), launch.kernel->name);
       if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
       if (launch.splits > 1) check(launch_combine(args, stream), "combine");
-      // Hopper kernels with more tiles than CTAs count them in the record.
-      const bool counts_tiles =
-          launch.kernel->arch >= 90 && params.batch * args.heads * args.m_tiles > args.multiprocessors;
-      if (args.record != nullptr || counts_tiles) record_.mark(stream);
+      if (touches_record(args, *launch.kernel)) record_.mark(stream);
       if (!lengths_on_device(params)) {
         rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);
         pairs_ += static_cast<uint64_t>(params.batch * params.heads_q * visible_pairs(params, sequence_of(params, 0)));
@@ -143,6 +140,12 @@ AttendArgs make_args(const AttnParams& params, const Problem& problem, const Lau
     if (problem.want_entropy) args.partial_entropy = args.partial_lse + rows;
   }
   return args;
+}
+
+bool touches_record(const AttendArgs& args, const AttendKernel& kernel) {
+  // A Hopper kernel with one tile for each CTA needs no counter.
+  return args.record != nullptr ||
+         (kernel.arch >= 90 && args.p.batch * args.heads * args.m_tiles > args.multiprocessors);
 }
 
 PlanInfo plan_info(const Problem& problem, const DeviceTraits& device) {

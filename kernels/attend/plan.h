@@ -20,6 +20,9 @@ AttendArgs make_args(const AttnParams& params, const Problem& problem, const Lau
 // Feature bits that the tensors of one call add to those of its problem.
 uint32_t call_features(const AttnParams& params);
 
+// Whether a launch of these arguments uses the plan's record: for what it reports, or to hand out its tiles.
+bool touches_record(const AttendArgs& args, const AttendKernel& kernel);
+
 std::unique_ptr<AttentionPlan> make_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
                                          std::shared_ptr<RecordPool> records);
 
