@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <utility>
 
 #include "adaptive/analyze.h"
 #include "adaptive/tile_tally.h"
@@ -164,7 +165,7 @@ class TilePlan final : public AttentionPlan {
     record_ = records_->acquire();
   }
   ~TilePlan() override {
-    if (records_ != nullptr) records_->release(record_);
+    if (records_ != nullptr) records_->release(std::move(record_));
   }
 
   const PlanInfo& info() const override { return info_; }
