@@ -57,6 +57,7 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   if (s.max_rank == 0) return t;
   const int64_t columns = sample_columns(s);
   t.sample = arena.take<float>(units * kSampleRows * s.d_v);
+  t.vectors = arena.take<double>(units * columns * s.d_v);
   t.values = arena.take<double>(units * columns);
   t.trace = arena.take<double>(units);
   t.scratch = arena.take<double>(static_cast<int64_t>(subspace_scratch_bytes(units, s.d_v, columns) / 8));

@@ -29,7 +29,8 @@ struct UnitStats {
   int32_t usable = 0;      // 0: not finite, or nothing varies: computed exactly
 };
 
-// What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start.
+// What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start. Calls that share
+// it may overlap.
 struct AdaptiveState {
   double* basis = nullptr;                   // state_basis_doubles()
   int32_t* warm = nullptr;                   // [units]
@@ -58,6 +59,7 @@ struct AnalyzeTables {
   // The sample behind the bases.
   float* sample = nullptr;        // [units, kSampleRows, d_v], 0 beyond the rows taken
   double* sample_sums = nullptr;  // [units, kSampleParts, d_qk + d_v]
+  double* vectors = nullptr;      // [units, sample_columns(), d_v]
   double *values = nullptr, *trace = nullptr, *scratch = nullptr;
   void* gram_space = nullptr;
 };

@@ -108,7 +108,7 @@ __global__ __launch_bounds__(kThreads) void basis_kernel(const __grid_constant__
   const int unit = blockIdx.x;
   const double trace = args.tables.trace[unit];
   const bool finite = isfinite(trace) && trace > 0;
-  const double* basis = args.state.basis + int64_t{unit} * columns * s.d_v;
+  const double* basis = args.tables.vectors + int64_t{unit} * columns * s.d_v;
   __nv_bfloat16* out = args.tables.basis + int64_t{unit} * s.d_v * s.max_rank;
   for (int i = threadIdx.x; i < s.d_v * s.max_rank; i += kThreads) {
     const int c = i / s.max_rank, j = i % s.max_rank;
@@ -155,7 +155,8 @@ void sample(const AnalyzeArgs& args, cudaStream_t stream) {
   basis.ld = static_cast<int32_t>(subspace_ld(s.d_v));
   basis.columns = sample_columns(s);
   basis.gram = gram;
-  basis.basis = args.state.basis;
+  basis.basis = args.tables.vectors;
+  basis.state = args.state.basis;
   basis.values = args.tables.values;
   basis.trace = args.tables.trace;
   basis.warm = args.state.warm;

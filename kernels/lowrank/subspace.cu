@@ -158,7 +158,9 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
     args.values[matrix * n + place] = shared.values[i];
   }
   __syncthreads();
-  rotate(turn, ld_turn, b, w.stride, tiles, w.width, shared.place, args.basis + matrix * n * args.dim, args.dim);
+  double* const basis = args.basis + matrix * n * args.dim;
+  rotate(turn, ld_turn, b, w.stride, tiles, w.width, shared.place, basis,
+         args.state != nullptr ? args.state + matrix * n * args.dim : basis, args.dim);
 }
 
 template <bool kInShared>
@@ -176,6 +178,7 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
   double *b = memory, *y = memory + w.set, *t = y + w.set;
   const double* gram = args.gram + matrix * args.ld * args.ld;
   double* basis = args.basis + matrix * args.columns * args.dim;
+  double* state = args.state != nullptr ? args.state + matrix * args.columns * args.dim : basis;
   const int thread = static_cast<int>(threadIdx.x), columns = args.columns, tiles = columns / 8;
 
   double trace = 0;
@@ -186,7 +189,7 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
   __syncthreads();
   if (args.warm != nullptr && thread == 0) args.warm[matrix] = isfinite(trace);
   if (!isfinite(trace)) {
-    for (int i = thread; i < columns * args.dim; i += kThreads) basis[i] = nan("");
+    for (int i = thread; i < columns * args.dim; i += kThreads) basis[i] = state[i] = nan("");
     for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = nan("");
     return;
   }
@@ -196,7 +199,7 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
       const int entry = r * args.dim + c;
       double x = 0;
       if (c < args.dim)
-        x = warm ? basis[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
+        x = warm ? state[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
       b[r * w.stride + c] = x;
     }
   }
@@ -219,7 +222,10 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
     __syncthreads();
     for (int r = thread / 32; r < columns; r += kWarps)
 #pragma unroll 4
-      for (int c = thread % 32; c < args.dim; c += 32) basis[shared.place[r] * args.dim + c] = b[r * w.stride + c];
+      for (int c = thread % 32; c < args.dim; c += 32) {
+        const int entry = shared.place[r] * args.dim + c;
+        basis[entry] = state[entry] = b[r * w.stride + c];
+      }
     return;
   }
   multiply(gram, args.ld, b, y, w.stride, tiles);

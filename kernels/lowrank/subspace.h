@@ -17,14 +17,16 @@ struct SubspaceArgs {
   int32_t ld = 0;                // of gram: subspace_ld(dim)
   int32_t columns = 0;           // vectors iterated: subspace_columns(rank, oversampling), at most dim
   const double* gram = nullptr;  // [batch, ld, ld], 0 beyond dim
-  // [batch, columns, dim]: a vector per row, of descending values. Where warm is set it holds the start.
-  double* basis = nullptr;
+  double* basis = nullptr;       // [batch, columns, dim]: a vector per row, of descending values
+  // As basis, kept from call to call: where warm is set it holds the start, and it receives a copy of the result. Calls
+  // that overlap may mix their vectors in it, which a start does not mind. Null: basis is its own start.
+  double* state = nullptr;
   // [batch, columns]: Ritz values, not negative; NaN where gram is not finite. Of vectors that were not rotated the
   // lengths of their images under gram, each beyond the span of those before it.
   double* values = nullptr;
   double* trace = nullptr;  // [batch], null: not wanted. trace less the values is the exact residual energy
-  // [batch], null: every matrix starts from its seed. Non-zero: basis holds orthonormal rows to start from; set by the
-  // kernel to whether the basis is finite.
+  // [batch], null: every matrix starts from its seed. Non-zero: there are vectors to start from; set by the kernel to
+  // whether the basis is finite.
   int32_t* warm = nullptr;
   int32_t cold_sweeps = 3, warm_sweeps = 1;
   // Projections for statistics need no more than f32: vectors orthonormal to 1e-6, eigenvectors to 1e-2.

@@ -336,10 +336,11 @@ __device__ __forceinline__ void jacobi(Real* t, int ldt, Real* w, int ldw, int n
   }
 }
 
-// out[place[i]][0, width) = sum over j of w[i][j] b[j][0, width); out has rows of `dim` adjacent doubles.
+// out[place[i]][0, width) = sum over j of w[i][j] b[j][0, width), and so copy; both have rows of `dim` adjacent
+// doubles.
 template <typename Real>
 __device__ __forceinline__ void rotate(const Real* w, int ldw, const double* b, int stride, int tiles, int width,
-                                       const int* place, double* out, int dim) {
+                                       const int* place, double* out, double* copy, int dim) {
   const Lane l;
   for (int item = l.warp; item < tiles * (width / 8); item += kWarps) {
     const int i = item / (width / 8), c = item % (width / 8) * 8;
@@ -351,11 +352,11 @@ __device__ __forceinline__ void rotate(const Real* w, int ldw, const double* b, 
       mma_f64(sum[0], static_cast<double>(a[k]), x[k * stride]);
       mma_f64(sum[1], static_cast<double>(a[k + 4]), x[(k + 4) * stride]);
     }
-    double* row = out + static_cast<int64_t>(place[8 * i + l.row]) * dim;
+    const int64_t row = static_cast<int64_t>(place[8 * i + l.row]) * dim;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = c + 2 * l.col + e;
-      if (column < dim) row[column] = sum[0][e] + sum[1][e];
+      if (column < dim) out[row + column] = copy[row + column] = sum[0][e] + sum[1][e];
     }
   }
 }
