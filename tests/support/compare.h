@@ -16,7 +16,7 @@ namespace adaattn::test {
 // kElementFactor as much. lse and entropy: absolute.
 struct Tolerance {
   double o, lse, entropy;
-  double o_floor;  // absolute: weights and outputs below it are subnormal or zero in the format
+  double o_floor = 0;  // absolute: weights and outputs below it are subnormal or zero in the format
 };
 inline constexpr double kElementFactor = 4;
 
