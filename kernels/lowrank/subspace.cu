@@ -17,6 +17,7 @@ constexpr int kMaxPasses = 6;
 constexpr double kFirstOrder = 1e-7, kFirstOrderFast = 1e-3;
 constexpr double kOrthonormal = 1e-13, kOrthonormalFast = 1e-6;
 constexpr int kSweeps = 30, kSweepsFast = 2;
+constexpr int kSweepsWarm = 1;  // the projected matrix is nearly diagonal already
 constexpr double kTolerance = 1e-15;
 constexpr float kToleranceFast = 1e-3f;
 
@@ -121,7 +122,8 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
 // Rotates the vectors b to the eigenvectors of t / trace, in descending order of their values, into args.basis.
 template <typename Real>
 __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const Layout& w, int64_t matrix, int tiles,
-                                              double trace, const double* b, double* spare, double* t, Shared& shared) {
+                                              double trace, const double* b, double* spare, double* t, Shared& shared,
+                                              bool warm) {
   const int n = args.columns, thread = static_cast<int>(threadIdx.x);
   const double inverse = trace > 0 ? 1 / trace : 0.0;
   Real *small, *turn;
@@ -145,7 +147,10 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
     small[c * ld_small + r] = x;
   }
   jacobi(small, ld_small, turn, ld_turn, n, args.fast ? Real(kToleranceFast) : Real(kTolerance),
-         args.fast ? kSweepsFast : kSweeps, reinterpret_cast<Rotation<Real>*>(shared.rotations), &shared.turned);
+         !args.fast ? kSweeps
+         : warm     ? kSweepsWarm
+                    : kSweepsFast,
+         reinterpret_cast<Rotation<Real>*>(shared.rotations), &shared.turned);
   __syncthreads();
   for (int i = thread; i < n; i += kThreads) {
     const double value = static_cast<double>(small[i * ld_small + i]) * trace;
@@ -233,9 +238,9 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
   products(b, y, w.stride, w.width, tiles, t, w.ldt, nullptr);
   __syncthreads();
   if (args.fast)
-    rayleigh_ritz<float>(args, w, matrix, tiles, trace, b, y, t, shared);
+    rayleigh_ritz<float>(args, w, matrix, tiles, trace, b, y, t, shared, warm);
   else
-    rayleigh_ritz<double>(args, w, matrix, tiles, trace, b, y, t, shared);
+    rayleigh_ritz<double>(args, w, matrix, tiles, trace, b, y, t, shared, warm);
 }
 
 size_t shared_limit() {
