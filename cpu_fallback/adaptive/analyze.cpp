@@ -142,6 +142,11 @@ void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch) {
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch) {
   const UnitShape& s = call.shape;
   const int64_t first = tile * decide::kTileK, n = tile_rows(unit, tile);
+  if (s.packs) {
+    const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
+    call.kernels.pack_groups(unit.group_k + group * s.group_k_stride, groups, s.d_qk, s.group_k_stride, unit.k_mean,
+                             unit.packed_groups + group * 2 * packed_width(s.d_qk));
+  }
   unit.captured[tile] = 0;
   if (unit.rank_class > 0) {
     const int64_t rank = decide::rank_of_class(static_cast<int>(unit.rank_class));

@@ -25,8 +25,10 @@ struct KeyTables {
   // The same for bf16 products, tile after tile as pack_keys() and pack_values() leave them; null without them.
   const uint16_t* packed_k = nullptr;
   const uint32_t *packed_v = nullptr, *packed_v_low = nullptr;
-  const float* basis = nullptr;   // [d_v][rank]
-  const float* v_mean = nullptr;  // [d_v]
+  const uint16_t* packed_groups = nullptr;  // [groups], as pack_groups() leaves them
+  const float* k_mean = nullptr;            // [d_qk]
+  const float* basis = nullptr;             // [d_v][rank]
+  const float* v_mean = nullptr;            // [d_v]
   // Far field, per 32 keys: mean of K and log2(32), then ln(2)/2 times its variance. The dot products with (q, 1) and
   // with q^2 give log2 of the group's weight at its mean, and the second-order term of what its spread adds.
   const float* group_k = nullptr;  // [groups][group_k_stride], 2 d_qk + 1 used
@@ -92,8 +94,12 @@ struct AdaptiveKernels {
   // With bf16 products only, else null: n <= 128 rows of K, or of V or V', as one tile of packed_elements(d) elements.
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) = nullptr;
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) = nullptr;
+  // Rows of group_k, as 2 packed_width(d) elements each.
+  void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean,
+                      uint16_t* out) = nullptr;
 };
-inline constexpr int64_t packed_elements(int64_t d) { return decide::kTileK * ((d + 31) / 32 * 32); }
+inline constexpr int64_t packed_width(int64_t d) { return (d + 31) / 32 * 32; }
+inline constexpr int64_t packed_elements(int64_t d) { return decide::kTileK * packed_width(d); }
 
 // What a unit with bf16 products puts in the place of the f32 kernels of its instruction set.
 struct Bf16Tiles {
@@ -101,6 +107,7 @@ struct Bf16Tiles {
   AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out);
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out);
+  void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean, uint16_t* out);
 };
 
 #if defined(__x86_64__)

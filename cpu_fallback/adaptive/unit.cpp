@@ -46,6 +46,7 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.packed_k = arena.take<uint16_t>(packed_tiles * packed_elements(s.d_qk));
   u.packed_v = arena.take<uint32_t>(packed_tiles * packed_elements(s.d_v) / 2);
   u.packed_v_low = arena.take<uint32_t>(packed_tiles * packed_elements(s.max_rank) / 2);
+  u.packed_groups = arena.take<uint16_t>(packed_tiles * (decide::kTileK / decide::kGroupK) * 2 * packed_width(s.d_qk));
   u.probe_tiles = arena.take<char>(s.key_tiles * s.probe_tile_bytes);
   u.group_k = arena.take<float>(s.key_groups * s.group_k_stride);
   u.group_v = arena.take<float>(s.key_groups * s.v_stride);
@@ -77,6 +78,8 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.keys.packed_k = u.packed_k;
   u.keys.packed_v = u.packed_v;
   u.keys.packed_v_low = u.packed_v_low;
+  u.keys.packed_groups = u.packed_groups;
+  u.keys.k_mean = u.k_mean;
   u.keys.basis = u.basis;
   u.keys.v_mean = u.v_mean;
   u.keys.group_k = u.group_k;

@@ -51,7 +51,7 @@ struct Unit {
 
   // Writable views of the arrays that keys points at, and of the rest.
   float *k = nullptr, *v = nullptr, *v_low = nullptr;
-  uint16_t* packed_k = nullptr;
+  uint16_t *packed_k = nullptr, *packed_groups = nullptr;
   uint32_t *packed_v = nullptr, *packed_v_low = nullptr;
   char* probe_tiles = nullptr;
   float *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;

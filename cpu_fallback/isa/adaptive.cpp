@@ -15,6 +15,7 @@ const Bf16Tiles ADAATTN_TILES = {
     .tile = adaptive_tile,
     .pack_keys = pack_keys,
     .pack_values = pack_values,
+    .pack_groups = pack_groups,
 };
 
 #else

@@ -92,6 +92,7 @@ struct PrefillExtra {
 
   HWY_INLINE void before_group() { prefetch.run(); }
   HWY_INLINE bool changes_scores() const { return rule.special; }
+  static constexpr bool kMasks = true;
 
   HWY_INLINE void change_scores(float* s, int64_t key, int64_t keys) {
     if (rule.special) apply_score_terms(args, rule, p, s, key, keys);

@@ -33,6 +33,7 @@ AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   kernels.tile = tiles.tile;
   kernels.pack_keys = tiles.pack_keys;
   kernels.pack_values = tiles.pack_values;
+  kernels.pack_groups = tiles.pack_groups;
   return kernels;
 }
 

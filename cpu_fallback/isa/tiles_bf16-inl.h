@@ -43,5 +43,19 @@ void pack_values(const float* rows, int64_t n, int64_t d, int64_t stride, uint32
   }
 }
 
+// Of each group of keys, its centroid less the mean of all keys, then its variances; rows of 2 round_up(d, 32).
+void pack_groups(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean, uint16_t* out) {
+  const int64_t padded = round_up(d, 32);
+  for (int64_t g = 0; g < n; ++g, groups += stride, out += 2 * padded) {
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const __m512 centroid = _mm512_sub_ps(load_corner(groups, 1, d, 0, 0, c), load_corner(k_mean, 1, d, 0, 0, c));
+      const __m512 variance = load_corner(groups + d + 1, 1, d, 0, 0, c);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(centroid)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + padded + c),
+                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(variance)));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace adaattn::cpu

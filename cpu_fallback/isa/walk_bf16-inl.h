@@ -59,6 +59,7 @@ struct NothingElse {
   // Scores of keys [key, key + keys), after their scaling.
   HWY_INLINE void change_scores(float*, int64_t, int64_t) {}
   HWY_INLINE bool changes_scores() const { return false; }
+  static constexpr bool kMasks = true;  // keys that some lane does not see
   // Weights of `keys` keys from `first` on, before their product with V.
   HWY_INLINE void add_values(const uint32_t*, int64_t, int64_t) {}
 };
@@ -122,7 +123,7 @@ struct KeyWalk {
         scale_scores(at, keys, factor);
         extra.change_scores(at, key, (next < end ? next : end) - key);
       }
-      if (!plain || key < p.all_first || next > p.all_last) {
+      if (Extra::kMasks && (!plain || key < p.all_first || next > p.all_last)) {
         mask_block(p, at, key, keys, block_max);
       } else {
         block_maximum(at, keys, block_max);
