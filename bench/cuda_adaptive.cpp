@@ -102,17 +102,8 @@ void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
 }  // namespace
 
 void run_cuda_adaptive(Report& report) {
-  adaattn_config_t config;
-  check(adaattn_config_init(&config, sizeof config));
-  config.device = ADAATTN_DEVICE_CUDA;
-  adaattn_context_t* context = nullptr;
-  check(adaattn_create(&config, &context));
-  adaattn_device_info_t info;
-  info.struct_size = sizeof info;
-  check(adaattn_device_info(ADAATTN_DEVICE_CUDA, 0, &info));
-  report.set_device(info.name);
-  for (const Shape& shape : cuda_int8_shapes()) run_case(report, context, shape);
-  check(adaattn_destroy(context));
+  const CudaContext context(report);
+  for (const Shape& shape : cuda_int8_shapes()) run_case(report, context.get(), shape);
 }
 
 }  // namespace adaattn::bench

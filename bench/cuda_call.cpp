@@ -69,6 +69,17 @@ Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool col
   return {median, (us.back() - us.front()) / median};
 }
 
+CudaContext::CudaContext(Report& report) {
+  adaattn_config_t config;
+  check(adaattn_config_init(&config, sizeof config));
+  config.device = ADAATTN_DEVICE_CUDA;
+  check(adaattn_create(&config, &context_));
+  adaattn_device_info_t info;
+  info.struct_size = sizeof info;
+  check(adaattn_device_info(ADAATTN_DEVICE_CUDA, 0, &info));
+  report.set_device(info.name);
+}
+
 CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
                    const adaattn_adaptive_desc_t* adaptive)
     : AttentionCall(context, shape, dtype, math, adaptive),

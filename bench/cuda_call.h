@@ -32,6 +32,19 @@ class CudaBuffer {
 // cold: the L2 cache is overwritten before each run.
 Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold);
 
+// A context on device 0, whose name the report gets.
+class CudaContext {
+ public:
+  explicit CudaContext(Report& report);
+  ~CudaContext() { adaattn_destroy(context_); }
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+  adaattn_context_t* get() const { return context_; }
+
+ private:
+  adaattn_context_t* context_ = nullptr;
+};
+
 class CudaCall final : public AttentionCall {
  public:
   CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,

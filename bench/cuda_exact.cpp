@@ -108,21 +108,12 @@ void run_case(Report& report, adaattn_context_t* context, const Case& c, const n
 }  // namespace
 
 void run_cuda_exact(Report& report) {
-  adaattn_config_t config;
-  check(adaattn_config_init(&config, sizeof config));
-  config.device = ADAATTN_DEVICE_CUDA;
-  adaattn_context_t* context = nullptr;
-  check(adaattn_create(&config, &context));
-  adaattn_device_info_t info;
-  info.struct_size = sizeof info;
-  check(adaattn_device_info(ADAATTN_DEVICE_CUDA, 0, &info));
-  report.set_device(info.name);
+  const CudaContext context(report);
   report.add_ceiling("copy_tbps", copy_tbps());
   const std::vector<Case> list = cases(report);
   const nlohmann::json peers = run_peers(list);
   for (const auto& [name, value] : peers["ceilings"].items()) report.add_ceiling(name, value.get<double>());
-  for (const Case& c : list) run_case(report, context, c, peers);
-  check(adaattn_destroy(context));
+  for (const Case& c : list) run_case(report, context.get(), c, peers);
 }
 
 }  // namespace adaattn::bench

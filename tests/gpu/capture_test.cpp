@@ -37,15 +37,7 @@ TEST_F(Capture, ReplayReadsTheInputsOfThatMoment) {
       data.upload(kDevice);
       const adaattn_io_t io = data.io(kDevice);
       const Stream stream;
-
-      require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeGlobal));
-      const adaattn_status_t status =
-          adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), stream.get());
-      cudaGraph_t graph = nullptr;
-      require(cudaStreamEndCapture(stream.get(), &graph));
-      ASSERT_TRUE(succeeded(status));
-      cudaGraphExec_t replay = nullptr;
-      require(cudaGraphInstantiate(&replay, graph, 0));
+      const Graph graph(plan.get(), io, workspace, stream);
 
       for (uint64_t round = 0; round < 3; ++round) {
         const AttentionData fresh(c, dtypes, run_seed() + 1 + round);
@@ -56,13 +48,11 @@ TEST_F(Capture, ReplayReadsTheInputsOfThatMoment) {
           });
         data.poison_outputs();
         data.upload(kDevice);
-        require(cudaGraphLaunch(replay, stream.get()));
+        graph.launch(stream);
         stream.wait();
         data.download(kDevice);
         EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()))) << "round " << round;
       }
-      require(cudaGraphExecDestroy(replay));
-      require(cudaGraphDestroy(graph));
     }
   }
 }
@@ -98,16 +88,9 @@ TEST_F(Capture, CountersOfReplaysAreReadFromTheDevice) {
   data.upload(kDevice);
   const adaattn_io_t io = data.io(kDevice);
   const Stream stream;
-  require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal));
-  ASSERT_TRUE(succeeded(adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), stream.get())));
-  cudaGraph_t graph = nullptr;
-  require(cudaStreamEndCapture(stream.get(), &graph));
-  cudaGraphExec_t replay = nullptr;
-  require(cudaGraphInstantiate(&replay, graph, 0));
-  for (int i = 0; i < 4; ++i) require(cudaGraphLaunch(replay, stream.get()));
+  const Graph graph(plan.get(), io, workspace, stream, cudaStreamCaptureModeThreadLocal);
+  for (int i = 0; i < 4; ++i) graph.launch(stream);
   EXPECT_EQ(plan.stats().query_rows, 4u * 3 * 8);
-  require(cudaGraphExecDestroy(replay));
-  require(cudaGraphDestroy(graph));
 }
 
 }  // namespace

@@ -57,4 +57,28 @@ class DeviceMemory {
   size_t bytes_;
 };
 
+// One execution of a plan, captured.
+class Graph {
+ public:
+  Graph(adaattn_plan_t* plan, const adaattn_io_t& io, const DeviceMemory& workspace, const Stream& stream,
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal) {
+    require(cudaStreamBeginCapture(stream.get(), mode));
+    const adaattn_status_t status = adaattn_plan_execute(plan, &io, workspace.data(), workspace.bytes(), stream.get());
+    require(cudaStreamEndCapture(stream.get(), &graph_));
+    if (status != ADAATTN_SUCCESS) throw std::runtime_error("capturing a plan: " + last_error());
+    require(cudaGraphInstantiate(&replay_, graph_, 0));
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(replay_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch(const Stream& stream) const { require(cudaGraphLaunch(replay_, stream.get())); }
+
+ private:
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t replay_ = nullptr;
+};
+
 }  // namespace adaattn::test

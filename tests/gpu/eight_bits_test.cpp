@@ -118,14 +118,7 @@ TEST_F(EightBits, ReplaysQuantiseTheInputsOfThatMoment) {
   data.upload(kDevice);
   const adaattn_io_t io = data.io(kDevice);
   const Stream stream;
-  require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeGlobal));
-  const adaattn_status_t status =
-      adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), stream.get());
-  cudaGraph_t graph = nullptr;
-  require(cudaStreamEndCapture(stream.get(), &graph));
-  ASSERT_TRUE(succeeded(status));
-  cudaGraphExec_t replay = nullptr;
-  require(cudaGraphInstantiate(&replay, graph, 0));
+  const Graph graph(plan.get(), io, workspace, stream);
   for (uint64_t round = 0; round < 3; ++round) {
     Random random(run_seed() + round);
     for (Tensor* t : {&data.q, &data.k, &data.v}) t->fill([&] { return random.normal(); });
@@ -133,13 +126,11 @@ TEST_F(EightBits, ReplaysQuantiseTheInputsOfThatMoment) {
     data.upload(kDevice);
     require(cudaMemset(workspace.data(), 0xff, workspace.bytes()));
     require(cudaDeviceSynchronize());
-    require(cudaGraphLaunch(replay, stream.get()));
+    graph.launch(stream);
     stream.wait();
     data.download(kDevice);
     EXPECT_LE(relative_error(data), 4.7e-2) << "round " << round;
   }
-  require(cudaGraphExecDestroy(replay));
-  require(cudaGraphDestroy(graph));
 }
 
 TEST_F(EightBits, StatisticsCountHeadsAndTiles) {

@@ -160,28 +160,19 @@ TEST_F(TilePlans, ReplaysOfACaptureGiveWhatCallsGive) {
   data.upload(kDevice);
   const adaattn_io_t io = data.io(kDevice);
   const Stream stream;
-  require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal));
-  const adaattn_status_t status =
-      adaattn_plan_execute(captured.get(), &io, workspace.data(), workspace.bytes(), stream.get());
-  cudaGraph_t graph = nullptr;
-  require(cudaStreamEndCapture(stream.get(), &graph));
-  ASSERT_TRUE(succeeded(status));
-  cudaGraphExec_t replay = nullptr;
-  require(cudaGraphInstantiate(&replay, graph, 0));
+  const Graph graph(captured.get(), io, workspace, stream, cudaStreamCaptureModeThreadLocal);
   for (uint64_t round = 0; round < 3; ++round) {
     AttentionData fresh = structured(causal_case(2000), {}, 10 + round);
     for (auto [to, from] : {std::pair{&data.q, &fresh.q}, {&data.k, &fresh.k}, {&data.v, &fresh.v}})
       to->for_each([&](const std::vector<int64_t>& index, int64_t) { to->set(index, from->get(index)); });
     data.poison_outputs();
     data.upload(kDevice);
-    require(cudaGraphLaunch(replay, stream.get()));
+    graph.launch(stream);
     stream.wait();
     data.download(kDevice);
     ASSERT_NO_FATAL_FAILURE(execute(eager, fresh));
     EXPECT_TRUE(same_outputs(data, fresh)) << round;
   }
-  require(cudaGraphExecDestroy(replay));
-  require(cudaGraphDestroy(graph));
   EXPECT_EQ(captured.stats().tiles_kept, eager.stats().tiles_kept);
 }
 
