@@ -1,5 +1,5 @@
 // The rank probe in 8 bits, four products per lane and instruction: keys signed with one scale per tile, queries
-// unsigned (shifted by 128) with one scale each. Included by adaptive-inl.h inside its namespace.
+// unsigned (shifted by 128) with one scale each. Included by analyze-inl.h or tiles_bf16-inl.h inside their namespace.
 
 struct Int8Tile {
   float scale;
