@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu_fallback/adaptive/call.h"
+#include "decide/costs.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -11,23 +12,10 @@ constexpr float kScoreCost = 14;
 // Panels of few rows run below the speed of whole tiles, and a probe has to look at every maximum.
 constexpr float kProbeOverhead = 6;
 
-// Costs in units of one exact tile of 128 x 128 scores.
 decide::CostTable cost_table(const UnitShape& s, const decide::Options& o) {
-  const auto d_qk = static_cast<float>(s.d_qk), d_v = static_cast<float>(s.d_v);
-  const float whole = d_qk + d_v + kScoreCost;
-  decide::CostTable c;
-  for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class) {
-    const float width = rank_class == 0 ? d_v : static_cast<float>(decide::rank_of_class(rank_class));
-    c.tile[rank_class] = (d_qk + width + kScoreCost) / whole;
-    // O' U^T: d_v times rank for each query.
-    c.per_query_tile[rank_class] = rank_class == 0 ? 0 : d_v * width / (decide::kTileK * whole);
-  }
-  c.far_tile = (2 * d_qk + d_v + kScoreCost) / (decide::kGroupK * whole);
+  const auto d_qk = static_cast<float>(s.d_qk);
   const float probe_width = o.probe == decide::Probe::kRank ? static_cast<float>(s.probe_rank) : d_qk;
-  c.probe_tile = (probe_width + kProbeOverhead) / whole;
-  // (V - mean) U for the keys of a tile.
-  c.rank_setup = d_v * 64 / (decide::kTileQ * whole);
-  return c;
+  return decide::product_costs(d_qk, static_cast<float>(s.d_v), kScoreCost, probe_width + kProbeOverhead);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "adaptive/sample.h"
+#include "decide/costs.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/subspace.h"
 
@@ -150,18 +151,9 @@ decide::CostTable device_costs(const TableShape& s, const decide::Options& o) {
   // A score's exponential and bookkeeping, in multiply-adds of the tensor cores: they hide under products but for what
   // a rank leaves of those.
   constexpr float kScoreCost = 48;
-  const auto d_qk = static_cast<float>(s.d_qk), d_v = static_cast<float>(s.d_v);
-  const float whole = d_qk + d_v + kScoreCost;
-  decide::CostTable c;
-  for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class) {
-    const float width = rank_class == 0 ? d_v : static_cast<float>(decide::rank_of_class(rank_class));
-    c.tile[rank_class] = (d_qk + width + kScoreCost) / whole;
-    c.per_query_tile[rank_class] = rank_class == 0 ? 0 : d_v * width / (decide::kTileK * whole);
-  }
-  c.far_tile = (2 * d_qk + d_v + kScoreCost) / (decide::kGroupK * whole);
-  c.probe_tile = (o.probe == decide::Probe::kRank ? static_cast<float>(o.probe_rank) : d_qk) / whole;
-  c.rank_setup = d_v * 64 / (decide::kTileQ * whole);
-  return c;
+  const auto d_qk = static_cast<float>(s.d_qk);
+  return decide::product_costs(d_qk, static_cast<float>(s.d_v), kScoreCost,
+                               o.probe == decide::Probe::kRank ? static_cast<float>(o.probe_rank) : d_qk);
 }
 
 }  // namespace adaattn::cuda
