@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kOpenWindow = int64_t{1} << 30;
 
+// tokens: of one sequence or page, or of all packed ones.
 bool on_16_bytes(const Operand& x, int64_t batch, int64_t tokens, int64_t heads) {
   const int64_t size = dtype_size(x.dtype);
   const auto whole = [&](int64_t stride, int64_t extent) { return extent <= 1 || stride * size % 16 == 0; };
@@ -24,10 +25,11 @@ bool on_16_bytes(const Operand& x, int64_t batch, int64_t tokens, int64_t heads)
 
 bool aligned(const AttnParams& p) {
   const int64_t pages = p.block_table != nullptr ? p.num_pages : p.batch;
-  const int64_t slots = p.block_table != nullptr ? p.page_size : p.total_k;
-  return on_16_bytes(p.q, p.batch, p.total_q, p.heads_q) && on_16_bytes(p.k, pages, slots, p.heads_kv) &&
+  const int64_t queries = p.cu_seqlens_q != nullptr ? p.total_q : p.seqlen_q;
+  const int64_t slots = p.block_table != nullptr ? p.page_size : p.cu_seqlens_k != nullptr ? p.total_k : p.seqlen_k;
+  return on_16_bytes(p.q, p.batch, queries, p.heads_q) && on_16_bytes(p.k, pages, slots, p.heads_kv) &&
          (p.v.data == nullptr || on_16_bytes(p.v, pages, slots, p.heads_kv)) &&
-         (p.o.data == nullptr || p.o.dtype != p.q.dtype || on_16_bytes(p.o, p.batch, p.total_q, p.heads_q));
+         (p.o.data == nullptr || p.o.dtype != p.q.dtype || on_16_bytes(p.o, p.batch, queries, p.heads_q));
 }
 
 bool lengths_on_device(const AttnParams& p) {
