@@ -1,14 +1,11 @@
 // Exact attention on a CUDA device against PyTorch's SDPA back-ends in the same run.
-#include <array>
-#include <cstdio>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "attention_call.h"
 #include "cuda_call.h"
 #include "harness.h"
+#include "peers.h"
 #include "shapes.h"
 
 namespace adaattn::bench {
@@ -38,9 +35,7 @@ std::vector<Case> cases(const Report& report) {
   return list;
 }
 
-// What the script beside this suite prints: {"ceilings": {name: value}, "rows": {row: {peer: us}}}. Empty without
-// PyTorch.
-nlohmann::json run_peers(const std::vector<Case>& list) {
+nlohmann::json peers_of(const std::vector<Case>& list) {
   nlohmann::json request = nlohmann::json::array();
   for (const Case& c : list)
     request.push_back({{"name", c.name},
@@ -53,25 +48,7 @@ nlohmann::json run_peers(const std::vector<Case>& list) {
                        {"head_dim", c.shape.head_dim},
                        {"causal", c.shape.mask != ADAATTN_MASK_NONE},
                        {"cold", c.cold}});
-  const std::string path = "adaattn_bench_rows.json";
-  if (std::FILE* file = std::fopen(path.c_str(), "w"); file != nullptr) {
-    const std::string text = request.dump();
-    std::fwrite(text.data(), 1, text.size(), file);
-    std::fclose(file);
-  }
-  std::string output;
-  if (std::FILE* pipe = popen(("python3 " ADAATTN_BENCH_PEERS " " + path).c_str(), "r"); pipe != nullptr) {
-    std::array<char, 4096> block;
-    while (const size_t n = std::fread(block.data(), 1, block.size(), pipe)) output.append(block.data(), n);
-    pclose(pipe);
-  }
-  std::remove(path.c_str());
-  nlohmann::json answer = nlohmann::json::parse(output, nullptr, false);
-  if (answer.is_discarded()) {
-    std::fprintf(stderr, "no peers: python3 with PyTorch is needed\n");
-    answer = {{"ceilings", nlohmann::json::object()}, {"rows", nlohmann::json::object()}};
-  }
-  return answer;
+  return run_peers(ADAATTN_BENCH_PEERS, request);
 }
 
 double copy_tbps() {
@@ -111,7 +88,7 @@ void run_cuda_exact(Report& report) {
   const CudaContext context(report);
   report.add_ceiling("copy_tbps", copy_tbps());
   const std::vector<Case> list = cases(report);
-  const nlohmann::json peers = run_peers(list);
+  const nlohmann::json peers = peers_of(list);
   for (const auto& [name, value] : peers["ceilings"].items()) report.add_ceiling(name, value.get<double>());
   for (const Case& c : list) run_case(report, context.get(), c, peers);
 }

@@ -60,7 +60,8 @@ struct Suite {
 void run_cpu_exact(Report& report);
 void run_cpu_tools(Report& report);
 void run_cpu_adaptive(Report& report);   // only in builds with the examples
-void run_cuda_adaptive(Report& report);  // these two only in builds with CUDA
+void run_cuda_adaptive(Report& report);  // these three only in builds with CUDA
 void run_cuda_exact(Report& report);
+void run_cuda_tools(Report& report);
 
 }  // namespace adaattn::bench

@@ -13,13 +13,14 @@ int main(int argc, char** argv) {
       {"cpu_adaptive", run_cpu_adaptive},
 #endif
 #ifdef ADAATTN_WITH_CUDA
-      {"cuda_adaptive", run_cuda_adaptive}, {"cuda_exact", run_cuda_exact},
+      {"cuda_adaptive", run_cuda_adaptive}, {"cuda_exact", run_cuda_exact}, {"cuda_tools", run_cuda_tools},
 #endif
   };
 
   CLI::App app("Benches of libadaattn");
   std::string suite, out, filter;
-  app.add_option("--suite", suite, "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact")
+  app.add_option("--suite", suite,
+                 "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact, cuda_tools")
       ->required();
   app.add_option("--out", out, "JSON file to write");
   app.add_option("--filter", filter, "run only the rows whose name contains this");
