@@ -1,6 +1,5 @@
 #include "adaptive/plan.h"
 
-#include <algorithm>
 #include <iterator>
 #include <limits>
 #include <utility>
@@ -110,11 +109,7 @@ class Int8Plan final : public AttentionPlan {
     if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
     const PlanRecord snapshot = records_->read(record_, reset);
     PlanCounters out = counters_;
-    out.query_rows += snapshot.query_rows;
-    out.score_pairs += snapshot.score_pairs;
-    out.violation.field = static_cast<Field>(snapshot.violation >> 32);
-    out.violation.value = static_cast<int32_t>(snapshot.violation & 0xffffffffu);
-    out.violation.index = static_cast<int64_t>(snapshot.violation_index);
+    add_record(out, snapshot);
     AdaptiveCounters& a = out.adaptive;
     a.tiles += snapshot.tiles;
     a.tiles_kept = a.tiles;
@@ -145,11 +140,8 @@ class Int8Plan final : public AttentionPlan {
     Launch launch;
     launch.kernel = &kernel_;
     launch.m_tiles = static_cast<int32_t>((p.seqlen_q + kernel_.tile_q - 1) / kernel_.tile_q);
-    // Heads whose 8-bit keys and values share half of the L2 cache.
     const int64_t group = p.heads_q / p.heads_kv;
-    const int64_t bytes = std::max<int64_t>(1, p.seqlen_k * (p.d_qk + p.d_v) / group);
-    launch.section = static_cast<int32_t>(
-        std::clamp<int64_t>(device_.l2_bytes / 2 / bytes, std::min<int64_t>(group, 8), int64_t{1} << 16));
+    launch.section = section_of(device_, p.seqlen_k * (p.d_qk + p.d_v) / group, group);
     return launch;
   }
 

@@ -80,14 +80,11 @@ class Plan final : public AttentionPlan {
     const DeviceScope scope(device_id_);
     // A captured call may be replayed on any stream, so only the device knows when the plan's work is done.
     if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
-    const PlanRecord snapshot = records_->read(record_, reset);
     PlanCounters out;
     out.calls = calls_;
-    out.query_rows = rows_ + snapshot.query_rows;
-    out.score_pairs = pairs_ + snapshot.score_pairs;
-    out.violation.field = static_cast<Field>(snapshot.violation >> 32);
-    out.violation.value = static_cast<int32_t>(snapshot.violation & 0xffffffffu);
-    out.violation.index = static_cast<int64_t>(snapshot.violation_index);
+    out.query_rows = rows_;
+    out.score_pairs = pairs_;
+    add_record(out, records_->read(record_, reset));
     if (reset) calls_ = rows_ = pairs_ = 0;
     return out;
   }
@@ -103,6 +100,14 @@ class Plan final : public AttentionPlan {
 };
 
 }  // namespace
+
+void add_record(PlanCounters& counters, const PlanRecord& record) {
+  counters.query_rows += record.query_rows;
+  counters.score_pairs += record.score_pairs;
+  counters.violation.field = static_cast<Field>(record.violation >> 32);
+  counters.violation.value = static_cast<int32_t>(record.violation & 0xffffffffu);
+  counters.violation.index = static_cast<int64_t>(record.violation_index);
+}
 
 void prepare_kernel(const AttendKernel& kernel) {
   cudaFuncAttributes attributes;

@@ -23,6 +23,9 @@ uint32_t call_features(const AttnParams& params);
 // Whether a launch of these arguments uses the plan's record: for what it reports, or to hand out its tiles.
 bool touches_record(const AttendArgs& args, const AttendKernel& kernel);
 
+// What the device counted, added to what the host did.
+void add_record(PlanCounters& counters, const PlanRecord& record);
+
 std::unique_ptr<AttentionPlan> make_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
                                          std::shared_ptr<RecordPool> records);
 

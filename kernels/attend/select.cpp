@@ -163,16 +163,19 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
     launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, most));
   }
 
-  // Pairs whose keys and values share half of the L2 cache.
-  const int64_t kv_bytes = std::max<int64_t>(
-      1, extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / (launch.pack > 1 ? 1 : group));
-  launch.section = static_cast<int32_t>(
-      std::clamp<int64_t>(device.l2_bytes / 2 / kv_bytes, std::min<int64_t>(group, 8), int64_t{1} << 16));
+  const int64_t kv_bytes =
+      extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / (launch.pack > 1 ? 1 : group);
+  launch.section = section_of(device, kv_bytes, group);
   // Rows of few tiles leave nothing to balance, but starting with the longest tile of every head would read all keys
   // and values at once and leave memory idle afterwards.
   constexpr int32_t kShortRows = 4;
   if (launch.m_tiles <= kShortRows) launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(4, group));
   return launch;
+}
+
+int32_t section_of(const DeviceTraits& device, int64_t kv_bytes, int64_t group) {
+  return static_cast<int32_t>(std::clamp<int64_t>(device.l2_bytes / 2 / std::max<int64_t>(kv_bytes, 1),
+                                                  std::min<int64_t>(group, 8), int64_t{1} << 16));
 }
 
 int64_t partial_row_bytes(const Problem& problem) {

@@ -37,6 +37,10 @@ struct Extent {
 Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
               int64_t partial_bytes);
 
+// (sequence, head) pairs whose keys and values, kv_bytes each, share half of the L2 cache; `group` of them read the
+// same.
+int32_t section_of(const DeviceTraits& device, int64_t kv_bytes, int64_t group);
+
 // Enough for the partial results of every call within the problem's maxima.
 int64_t partial_capacity(const Problem& problem, const DeviceTraits& device);
 

@@ -1,6 +1,5 @@
 #include "entropy/entropy.h"
 
-#include <algorithm>
 
 #include "attend/plan.h"
 #include "core/error.h"
@@ -50,8 +49,7 @@ void entropy(const EntropyParams& params, void* workspace, const DeviceTraits& d
     Launch launch;
     launch.kernel = kernel;
     launch.m_tiles = static_cast<int32_t>((rows + kernel->tile_q - 1) / kernel->tile_q);
-    const int64_t k_bytes = std::max<int64_t>(1, attn.seqlen_k * attn.d_qk * dtype_size(attn.q.dtype));
-    launch.section = static_cast<int32_t>(std::clamp<int64_t>(device.l2_bytes / 2 / k_bytes, 1, 1 << 16));
+    launch.section = section_of(device, attn.seqlen_k * attn.d_qk * dtype_size(attn.q.dtype), 1);
     AttendArgs args = make_args(attn, Problem{}, launch, nullptr);
     args.p.sinks = nullptr;  // the distribution over real keys
     args.partial_entropy = static_cast<float*>(workspace);

@@ -26,6 +26,18 @@ class OnTheDevice : public testing::Test {
   }
 };
 
+// For kernels of compute capability 9.0.
+class OnHopper : public OnTheDevice {
+ protected:
+  void SetUp() override {
+    OnTheDevice::SetUp();
+    if (IsSkipped()) return;
+    cudaDeviceProp properties{};
+    require(cudaGetDeviceProperties(&properties, 0));
+    if (properties.major != 9) GTEST_SKIP() << "compute capability 9.0 only";
+  }
+};
+
 class Stream {
  public:
   Stream() { require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }

@@ -8,16 +8,7 @@
 namespace adaattn::test {
 namespace {
 
-class TilePlans : public OnTheDevice {
- protected:
-  void SetUp() override {
-    OnTheDevice::SetUp();
-    if (IsSkipped()) return;
-    cudaDeviceProp properties{};
-    require(cudaGetDeviceProperties(&properties, 0));
-    if (properties.major != 9) GTEST_SKIP() << "compute capability 9.0 only";
-  }
-};
+class TilePlans : public OnHopper {};
 
 AttentionCase causal_case(int64_t seqlen) {
   AttentionCase c = {.name = "Causal", .batch = 2, .heads_q = 4, .heads_kv = 2, .seqlen_q = seqlen, .seqlen_k = seqlen};

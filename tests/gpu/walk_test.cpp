@@ -11,18 +11,7 @@ void PrintTo(const WalkShape& s, std::ostream* out) { *out << s.name; }
 
 namespace {
 
-class HopperOnly : public OnTheDevice {
- protected:
-  void SetUp() override {
-    OnTheDevice::SetUp();
-    if (IsSkipped()) return;
-    cudaDeviceProp properties{};
-    require(cudaGetDeviceProperties(&properties, 0));
-    if (properties.major != 9) GTEST_SKIP() << "compute capability 9.0 only";
-  }
-};
-
-class MaskWalk : public HopperOnly, public testing::WithParamInterface<WalkShape> {};
+class MaskWalk : public OnHopper, public testing::WithParamInterface<WalkShape> {};
 
 // bf16 rounding of the weights, of O and, in a basis, of O before the product with it: relative to a row.
 constexpr double kRowTolerance = 2e-2, kTolerance = 4e-3;
@@ -127,7 +116,7 @@ std::vector<WalkShape> walk_shapes() {
 INSTANTIATE_TEST_SUITE_P(Table, MaskWalk, testing::ValuesIn(walk_shapes()),
                          [](const auto& info) { return std::string(info.param.name); });
 
-class MaskWalks : public HopperOnly {};
+class MaskWalks : public OnHopper {};
 
 TEST_F(MaskWalks, ClassesOfDifferentRanksShareACall) {
   WalkProblem x({.name = "Mixed",
