@@ -1,8 +1,6 @@
 // What only a device can get wrong: pointers, streams, the caller's current device, memory.
 #include "gpu/device.h"
 
-#include <chrono>
-#include <cstdlib>
 #include <map>
 
 #include "attention/fixture.h"
@@ -197,30 +195,6 @@ TEST_F(Device, FastF32StaysWithinTf32) {
     ASSERT_TRUE(succeeded(plan.execute(data)));
     EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), {2e-3, 5e-3, 5e-3})) << "head_dim " << d;
   }
-}
-
-// ADAATTN_SOAK_SECONDS=60 makes this a soak; by default it only proves that it runs.
-TEST_F(Device, MemoryStaysConstantOverManyCalls) {
-  const char* text = std::getenv("ADAATTN_SOAK_SECONDS");
-  const double seconds = text != nullptr ? std::atof(text) : 1;
-  const auto start = std::chrono::steady_clock::now();
-  const Context context(kCuda);
-  std::vector<AttentionData> data;
-  for (const AttentionCase& c : {small_case(), split_case()})
-    for (const Dtypes& dtypes : uniform_dtypes()) data.emplace_back(c, dtypes, run_seed());
-  size_t free_then = 0, free_now = 0, total = 0;
-  uint64_t rounds = 0;
-  do {
-    for (AttentionData& d : data) {
-      const Plan plan(context, d.desc);
-      ASSERT_TRUE(succeeded(plan.execute(d)));
-      ASSERT_TRUE(succeeded(attention(context, d)));
-    }
-    require(cudaDeviceSynchronize());
-    if (++rounds == 5) require(cudaMemGetInfo(&free_then, &total));
-    require(cudaMemGetInfo(&free_now, &total));
-  } while (rounds < 10 || std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
-  EXPECT_GE(free_now, free_then) << "after " << rounds << " rounds";
 }
 
 }  // namespace
