@@ -1,6 +1,7 @@
 """Times PyTorch's SDPA back-ends for the rows of a JSON file and prints {"ceilings": ..., "rows": {row: {peer: us}}}."""
 import json
 import sys
+import time
 import warnings
 
 import torch
@@ -17,13 +18,18 @@ PEERS = {
 RUNS = 15
 
 
-def timed(call, cold=False):
-    """Median of device times in us; a spin hides the launches, a write over the L2 cache makes runs cold."""
+def timed(call, cold=False, seconds=10.0):
+    """Median of device times in us; a spin hides the launches, a write over the L2 cache makes runs cold. Slow calls
+    are run less often, so that all runs take about that many seconds, but at least once."""
     flush = torch.empty(torch.cuda.get_device_properties(0).L2_cache_size * 2 if cold else 1, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
+    started = time.monotonic()
+    call()
+    torch.cuda.synchronize()
+    first = time.monotonic() - started
+    for _ in range(2 if first < seconds / RUNS else 0):
         call()
     times = []
-    for _ in range(RUNS):
+    for _ in range(max(1, min(RUNS, int(seconds / max(first, 1e-6))))):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(300_000)
         if cold:
