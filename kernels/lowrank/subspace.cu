@@ -1,8 +1,10 @@
 #include <cmath>
+#include <type_traits>
 
 #include "attend/launch.h"
 #include "lowrank/subspace.h"
 #include "lowrank/subspace_steps.cuh"
+#include "lowrank/systolic_jacobi.cuh"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -119,53 +121,50 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
   }
 }
 
-// Rotates the vectors b to the eigenvectors of t / trace, in descending order of their values, into args.basis.
-template <typename Real>
+// Rotates the vectors b to the eigenvectors of t, in descending order of their values, into args.basis.
 __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const Layout& w, int64_t matrix, int tiles,
                                               double trace, const double* b, double* spare, double* t, Shared& shared,
                                               bool warm) {
-  const int n = args.columns, thread = static_cast<int>(threadIdx.x);
+  const int n = args.columns, ld = n + 4, thread = static_cast<int>(threadIdx.x);
+  const int sweeps = !args.fast ? kSweeps : warm ? kSweepsWarm : kSweepsFast;
   const double inverse = trace > 0 ? 1 / trace : 0.0;
-  Real *small, *turn;
-  int ld_small;
-  if constexpr (sizeof(Real) == 8) {
-    small = t;
-    ld_small = w.ldt;
-    turn = spare;
+  const bool systolic = args.fast && tiles <= kMaxSystolicTiles;
+  auto* const rows = reinterpret_cast<float*>(spare);
+  if (systolic) {
+    const auto run = [&](auto most) {
+      systolic_jacobi<decltype(most)::value>(t, w.ldt, inverse, tiles, sweeps, kToleranceFast, rows, ld, shared.values);
+    };
+    if (tiles <= 6)
+      run(std::integral_constant<int, 6>());
+    else if (tiles <= 10)
+      run(std::integral_constant<int, 10>());
+    else
+      run(std::integral_constant<int, kMaxSystolicTiles>());
   } else {
-    small = reinterpret_cast<Real*>(spare);
-    ld_small = n + 1;
-    turn = small + n * ld_small;
-  }
-  const int ld_turn = n + 4;
-  for (int i = thread; i < n * n; i += kThreads) {
-    const int r = i / n, c = i - r * n;
-    turn[r * ld_turn + c] = r == c ? Real(1) : Real(0);
-    if (c > r) continue;
-    const auto x = static_cast<Real>(t[r * w.ldt + c] * inverse);
-    small[r * ld_small + c] = x;
-    small[c * ld_small + r] = x;
-  }
-  jacobi(small, ld_small, turn, ld_turn, n, args.fast ? Real(kToleranceFast) : Real(kTolerance),
-         !args.fast ? kSweeps
-         : warm     ? kSweepsWarm
-                    : kSweepsFast,
-         reinterpret_cast<Rotation<Real>*>(shared.rotations), &shared.turned);
-  __syncthreads();
-  for (int i = thread; i < n; i += kThreads) {
-    const double value = static_cast<double>(small[i * ld_small + i]) * trace;
-    shared.values[i] = value > 0 ? value : 0.0;
+    for (int i = thread; i < n * n; i += kThreads) {
+      const int r = i / n, c = i - r * n;
+      spare[r * ld + c] = r == c ? 1.0 : 0.0;
+      if (c > r) continue;
+      t[r * w.ldt + c] = t[c * w.ldt + r] = t[r * w.ldt + c] * inverse;
+    }
+    jacobi(t, w.ldt, spare, ld, n, args.fast ? double{kToleranceFast} : kTolerance, sweeps, shared.rotations,
+           &shared.turned);
+    __syncthreads();
+    for (int i = thread; i < n; i += kThreads) shared.values[i] = t[i * (w.ldt + 1)];
   }
   __syncthreads();
   for (int i = thread; i < n; i += kThreads) {
     const int place = place_of(shared.values, n, i);
     shared.place[i] = place;
-    args.values[matrix * n + place] = shared.values[i];
+    args.values[matrix * n + place] = fmax(shared.values[i], 0.0) * trace;
   }
   __syncthreads();
   double* const basis = args.basis + matrix * n * args.dim;
-  rotate(turn, ld_turn, b, w.stride, tiles, w.width, shared.place, basis,
-         args.state != nullptr ? args.state + matrix * n * args.dim : basis, args.dim);
+  double* const copy = args.state != nullptr ? args.state + matrix * n * args.dim : basis;
+  if (systolic)
+    rotate(rows, ld, b, w.stride, tiles, w.width, shared.place, basis, copy, args.dim);
+  else
+    rotate(spare, ld, b, w.stride, tiles, w.width, shared.place, basis, copy, args.dim);
 }
 
 template <bool kInShared>
@@ -237,10 +236,7 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
   __syncthreads();
   products(b, y, w.stride, w.width, tiles, t, w.ldt, nullptr);
   __syncthreads();
-  if (args.fast)
-    rayleigh_ritz<float>(args, w, matrix, tiles, trace, b, y, t, shared, warm);
-  else
-    rayleigh_ritz<double>(args, w, matrix, tiles, trace, b, y, t, shared, warm);
+  rayleigh_ritz(args, w, matrix, tiles, trace, b, y, t, shared, warm);
 }
 
 size_t shared_limit() {
