@@ -81,6 +81,7 @@ template <typename T, int kD>
 __global__ __launch_bounds__(kMeanThreads) void means_kernel(const __grid_constant__ QuantizeArgs args) {
   constexpr int kLanes = kD / 8, kRows = kMeanThreads / kLanes, kPerThread = kSampleRows / kRows;
   __shared__ float sums[kRows][kD], squares[kRows][kD], bases[kD];
+  cudaTriggerProgrammaticLaunchCompletion();
   const AttnParams& p = args.p;
   const int heads = static_cast<int>(p.heads_kv), b = blockIdx.x / heads, head = blockIdx.x - b * heads;
   const Sequence s = sequence_of(p, b);
@@ -132,137 +133,169 @@ __global__ __launch_bounds__(kMeanThreads) void means_kernel(const __grid_consta
       values ? on_grid(mean, variance) : mean;
 }
 
-// One CTA per tile. A thread's columns are eight adjacent ones, always the same; all of its rows are loaded before the
-// first is used. Rows beyond the sequence become 0 in both tables.
+// One CTA per tile of K (blockIdx.y 0) or of V. A thread's columns are eight adjacent ones, always the same; all of its
+// rows are loaded before the first is used, and before the means are waited for. Rows beyond the sequence become 0.
 template <typename T, int kD>
-__global__ __launch_bounds__(kThreads, 2) void quantize_kernel(const __grid_constant__ QuantizeArgs args) {
-  constexpr int kLanes = kD / 8;                 // threads of a row
-  constexpr int kRowStep = kThreads / kLanes;    // rows of one load
-  constexpr int kLoads = kInt8TileK / kRowStep;  // loads of a thread and operand
-  constexpr int kQuads = kLoads / 4;             // groups of four keys of V that a thread holds
-  __shared__ __align__(16) uint32_t transposed[kD][kInt8TileK / 4];
-  __shared__ float tops[2][kWarps];
+class Quantizer {
+  static constexpr int kLanes = kD / 8;                 // threads of a row
+  static constexpr int kRowStep = kThreads / kLanes;    // rows of one load
+  static constexpr int kLoads = kInt8TileK / kRowStep;  // loads of a thread
+  static constexpr int kQuads = kLoads / 4;             // groups of four keys of V that a thread holds
+
+ public:
+  struct Shared {
+    alignas(16) uint32_t transposed[kD][kInt8TileK / 4];
+    float tops[kWarps];
+  };
+
+  __device__ __forceinline__ Quantizer(const QuantizeArgs& args, Shared& shared, const Sequence& s, int unit, int tile)
+      : args_(args),
+        shared_(shared),
+        unit_(unit),
+        warp_(threadIdx.x / 32),
+        part_(threadIdx.x % kLanes),
+        first_(threadIdx.x / kLanes),
+        rows_(static_cast<int>(s.len_k) - tile * kInt8TileK),
+        at_(int64_t{unit} * args.tables.key_tiles + tile) {}
+
+  __device__ __forceinline__ void keys(const T* from, int64_t stride) {
+    // Rows in blocks of kInt8ScaleBlock by halves of the CTA.
+    constexpr int kHalf = kRowStep / 2;
+    static_assert(kInt8TileK / kInt8ScaleBlock == 2);
+    const auto row_of = [&](int i) { return first_ / kHalf * kInt8ScaleBlock + i * kHalf + first_ % kHalf; };
+    float mean[8];
+    load(from, stride, row_of);
+    read_mean(args_.tables.k_mean, mean);
+    find_tops(row_of, mean);
+    float tops[2] = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) tops[w / (kWarps / 2)] = max_or_nan(tops[w / (kWarps / 2)], shared_.tops[w]);
+    const float top = tops[warp_ / (kWarps / 2)];
+    // Differences so small that the factor would overflow count as 0.
+    const float factor = top < FLT_MIN * 127 ? 0.f : 127.f / top;
+    if (threadIdx.x == 0)
+      *reinterpret_cast<float2*>(args_.tables.scales[at_].k) = make_float2(tops[0] / 127, tops[1] / 127);
+    uint8_t* to = args_.tables.k + at_ * kInt8TileK * kD;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = row_of(i);
+      uint2 words = make_uint2(0, 0);
+      if (row < rows_) {
+        float x[8];
+        unpack<T>(raw_[i], x);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) x[c] -= mean[c];
+        words.x = pack_int8(x[0], x[1], x[2], x[3], factor);
+        words.y = pack_int8(x[4], x[5], x[6], x[7], factor);
+      }
+      *reinterpret_cast<uint2*>(to + swizzled<kD>(row * kD + 8 * part_)) = words;
+    }
+  }
+
+  __device__ __forceinline__ void values(const T* from, int64_t stride) {
+    const auto word_of = [&](int quad) { return quad * kRowStep + first_; };  // four keys of the transposed tile
+    const auto row_of = [&](int i) { return v_key(4 * word_of(i / 4) + i % 4); };
+    float mean[8];
+    load(from, stride, row_of);
+    read_mean(args_.tables.v_mean, mean);
+    find_tops(row_of, mean);
+    float top = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = max_or_nan(top, shared_.tops[w]);
+    // The power of two that leaves the largest value in (224, 448].
+    const bool zero = top < FLT_MIN * kE4m3Max;
+    const uint32_t bits = __float_as_uint(top / kE4m3Max);
+    const float scale = zero ? 1.f : __uint_as_float((bits + 0x7fffff) & 0x7f800000);
+    const float factor = 1.f / scale;
+    if (threadIdx.x == 0) *reinterpret_cast<float2*>(&args_.tables.scales[at_].v) = make_float2(scale, factor);
+      // Words of line d of the transposed tile are permuted by d / 8, so that neither the writes (eight lines apart)
+      // nor the reads (along a line) of a warp share banks.
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      float x[4][8];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const bool inside = row_of(4 * quad + k) < rows_;
+        unpack<T>(raw_[4 * quad + k], x[k]);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) x[k][c] = inside ? (x[k][c] - mean[c]) * factor : 0.f;
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        shared_.transposed[8 * part_ + c][word_of(quad) ^ 2 * part_] = pack_e4m3(x[0][c], x[1][c], x[2][c], x[3][c]);
+    }
+    __syncthreads();
+    uint8_t* to = args_.tables.v + at_ * kInt8TileK * kD;
+#pragma unroll
+    for (int i = 0; i < kD * 8 / kThreads; ++i) {
+      const int line = (i * kThreads + threadIdx.x) / 8, chunk = threadIdx.x % 8, turn = line / 8;
+      uint4 words = *reinterpret_cast<const uint4*>(&shared_.transposed[line][4 * (chunk ^ turn / 2)]);
+      if (turn % 2 == 1) words = make_uint4(words.z, words.w, words.x, words.y);
+      *reinterpret_cast<uint4*>(to + swizzled<128>(line * 128 + chunk * 16)) = words;
+    }
+  }
+
+ private:
+  template <class RowOf>
+  __device__ __forceinline__ void load(const T* from, int64_t stride, const RowOf& row_of) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = row_of(i);
+      if (row < rows_) raw_[i] = __ldcs(reinterpret_cast<const uint4*>(from + row * stride + 8 * part_));
+    }
+  }
+
+  __device__ __forceinline__ void read_mean(const float* means, float (&mean)[8]) {
+    cudaGridDependencySynchronize();
+    const float4* from = reinterpret_cast<const float4*>(means + unit_ * kD + 8 * part_);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = from[i];
+      mean[4 * i] = four.x, mean[4 * i + 1] = four.y, mean[4 * i + 2] = four.z, mean[4 * i + 3] = four.w;
+    }
+  }
+
+  // The largest difference from the mean in each warp's rows.
+  template <class RowOf>
+  __device__ __forceinline__ void find_tops(const RowOf& row_of, const float (&mean)[8]) {
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (row_of(i) >= rows_) continue;
+      float x[8];
+      unpack<T>(raw_[i], x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) top = max_or_nan(top, fabsf(x[c] - mean[c]));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) top = max_or_nan(top, __shfl_xor_sync(~0u, top, step));
+    if (threadIdx.x % 32 == 0) shared_.tops[warp_] = top;
+    __syncthreads();
+  }
+
+  const QuantizeArgs& args_;
+  Shared& shared_;
+  const int unit_, warp_, part_, first_;
+  const int rows_;  // of this tile and all after it
+  const int64_t at_;
+  uint4 raw_[kLoads];
+};
+
+template <typename T, int kD>
+__global__ __launch_bounds__(kThreads, 4) void quantize_kernel(const __grid_constant__ QuantizeArgs args) {
+  __shared__ typename Quantizer<T, kD>::Shared shared;
   const AttnParams& p = args.p;
-  const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(args.tables.key_tiles));
-  const int unit = static_cast<int>(blockIdx.x / static_cast<unsigned>(args.tables.key_tiles));
+  const int item = static_cast<int>(blockIdx.x / 2);
+  const int unit = item / args.tables.key_tiles, tile = item - unit * args.tables.key_tiles;
   const int heads = static_cast<int>(p.heads_kv), b = unit / heads, head = unit - b * heads;
   const Sequence s = sequence_of(p, b);
-  const int rows = static_cast<int>(s.len_k) - tile * kInt8TileK;  // of this tile and all after it
-  if (rows <= 0) return;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int part = thread % kLanes, first = thread / kLanes;
-
-  // K: rows in blocks of kInt8ScaleBlock by halves of the CTA. V: the four keys of a word of the transposed tile.
-  const auto k_row = [&](int i) {
-    constexpr int kHalf = kRowStep / 2;
-    return first / kHalf * kInt8ScaleBlock + i * kHalf + first % kHalf;
-  };
-  const auto v_word = [&](int quad) { return quad * kRowStep + first; };
-  const T* k_from = row_of<T>(p.k, s, b, head, int64_t{tile} * kInt8TileK) + 8 * part;
-  const T* v_from = row_of<T>(p.v, s, b, head, int64_t{tile} * kInt8TileK) + 8 * part;
-  uint4 k_raw[kLoads], v_raw[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int row = k_row(i);
-    if (row < rows) k_raw[i] = __ldcs(reinterpret_cast<const uint4*>(k_from + row * p.k.stride_s));
-  }
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int row = v_key(4 * v_word(i / 4) + i % 4);
-    if (row < rows) v_raw[i] = __ldcs(reinterpret_cast<const uint4*>(v_from + row * p.v.stride_s));
-  }
-  float k_mean[8], v_mean[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    k_mean[c] = args.tables.k_mean[unit * kD + 8 * part + c];
-    v_mean[c] = args.tables.v_mean[unit * kD + 8 * part + c];
-  }
-
-  float k_top = 0, v_top = 0;
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    float x[8];
-    if (k_row(i) < rows) {
-      unpack<T>(k_raw[i], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) k_top = max_or_nan(k_top, fabsf(x[c] - k_mean[c]));
-    }
-    if (v_key(4 * v_word(i / 4) + i % 4) < rows) {
-      unpack<T>(v_raw[i], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) v_top = max_or_nan(v_top, fabsf(x[c] - v_mean[c]));
-    }
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    k_top = max_or_nan(k_top, __shfl_xor_sync(~0u, k_top, step));
-    v_top = max_or_nan(v_top, __shfl_xor_sync(~0u, v_top, step));
-  }
-  if (lane == 0) {
-    tops[0][warp] = k_top;
-    tops[1][warp] = v_top;
-  }
-  __syncthreads();
-  static_assert(kInt8TileK / kInt8ScaleBlock == 2);
-  float k_tops[2] = {0, 0};
-  v_top = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    k_tops[w / (kWarps / 2)] = max_or_nan(k_tops[w / (kWarps / 2)], tops[0][w]);
-    v_top = max_or_nan(v_top, tops[1][w]);
-  }
-  k_top = k_tops[warp / (kWarps / 2)];
-  // Differences so small that the factor would overflow count as 0.
-  const float k_factor = k_top < FLT_MIN * 127 ? 0.f : 127.f / k_top;
-  // The power of two that leaves the largest value in (224, 448].
-  const bool v_zero = v_top < FLT_MIN * kE4m3Max;
-  const uint32_t v_bits = __float_as_uint(v_top / kE4m3Max);
-  const float v_scale = v_zero ? 1.f : __uint_as_float((v_bits + 0x7fffff) & 0x7f800000);
-  const float v_factor = 1.f / v_scale;
-
-  const int64_t at = int64_t{unit} * args.tables.key_tiles + tile;
-  if (thread == 0) args.tables.scales[at] = {{k_tops[0] / 127, k_tops[1] / 127}, v_scale, v_factor};
-
-  uint8_t* k_to = args.tables.k + at * kInt8TileK * kD;
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int row = k_row(i);
-    uint2 words = make_uint2(0, 0);
-    if (row < rows) {
-      float x[8];
-      unpack<T>(k_raw[i], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) x[c] -= k_mean[c];
-      words.x = pack_int8(x[0], x[1], x[2], x[3], k_factor);
-      words.y = pack_int8(x[4], x[5], x[6], x[7], k_factor);
-    }
-    *reinterpret_cast<uint2*>(k_to + swizzled<kD>(row * kD + 8 * part)) = words;
-  }
-
-  // Words of line d of the transposed tile are permuted by d / 8, so that neither the writes (eight lines apart) nor
-  // the reads (along a line) of a warp share banks.
-#pragma unroll
-  for (int quad = 0; quad < kQuads; ++quad) {
-    float x[4][8];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const bool inside = v_key(4 * v_word(quad) + k) < rows;
-      unpack<T>(v_raw[4 * quad + k], x[k]);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) x[k][c] = inside ? (x[k][c] - v_mean[c]) * v_factor : 0.f;
-    }
-#pragma unroll
-    for (int c = 0; c < 8; ++c)
-      transposed[8 * part + c][v_word(quad) ^ 2 * part] = pack_e4m3(x[0][c], x[1][c], x[2][c], x[3][c]);
-  }
-  __syncthreads();
-  uint8_t* v_to = args.tables.v + at * kInt8TileK * kD;
-#pragma unroll
-  for (int i = 0; i < kD * 8 / kThreads; ++i) {
-    const int line = (i * kThreads + thread) / 8, chunk = thread % 8, turn = line / 8;
-    uint4 words = *reinterpret_cast<const uint4*>(&transposed[line][4 * (chunk ^ turn / 2)]);
-    if (turn % 2 == 1) words = make_uint4(words.z, words.w, words.x, words.y);
-    *reinterpret_cast<uint4*>(v_to + swizzled<128>(line * 128 + chunk * 16)) = words;
+  if (s.len_k <= tile * kInt8TileK) return;
+  Quantizer<T, kD> quantizer(args, shared, s, unit, tile);
+  const int64_t first_row = int64_t{tile} * kInt8TileK;
+  if (blockIdx.x % 2 == 0) {
+    quantizer.keys(row_of<T>(p.k, s, b, head, first_row), p.k.stride_s);
+  } else {
+    quantizer.values(row_of<T>(p.v, s, b, head, first_row), p.v.stride_s);
   }
 }
 
@@ -272,8 +305,8 @@ cudaError_t launch(const QuantizeArgs& args, cudaStream_t stream) {
   if (const cudaError_t error = launch_grid(means_kernel<T, kD>, dim3(units, 2), kMeanThreads, 0, stream, args);
       error != cudaSuccess)
     return error;
-  return launch_grid(quantize_kernel<T, kD>, dim3(units * static_cast<unsigned>(args.tables.key_tiles)), kThreads, 0,
-                     stream, args);
+  return launch_grid_overlapped(quantize_kernel<T, kD>, dim3(2 * units * static_cast<unsigned>(args.tables.key_tiles)),
+                                kThreads, 0, stream, true, args);
 }
 
 }  // namespace
