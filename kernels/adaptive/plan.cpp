@@ -141,7 +141,7 @@ class Int8Plan final : public AttentionPlan {
     launch.kernel = &kernel_;
     launch.m_tiles = static_cast<int32_t>((p.seqlen_q + kernel_.tile_q - 1) / kernel_.tile_q);
     const int64_t group = p.heads_q / p.heads_kv;
-    launch.section = section_of(device_, p.seqlen_k * (p.d_qk + p.d_v) / group, group);
+    launch.section = section_of(device_, p.batch * p.heads_q, p.seqlen_k * (p.d_qk + p.d_v) / group, group);
     return launch;
   }
 

@@ -133,6 +133,15 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
   }
 }
 
+int32_t even_section(int64_t pairs, int64_t most, int64_t group) {
+  const int64_t unit = most >= group ? group : 1;
+  const int64_t units = std::max<int64_t>(1, pairs / unit);
+  most = std::clamp<int64_t>(most / unit, 1, units);
+  for (int64_t size = most; 2 * size > most; --size)
+    if (units % size == 0) return static_cast<int32_t>(size * unit);
+  return static_cast<int32_t>(ceil_div(units, ceil_div(units, most)) * unit);
+}
+
 Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
               int64_t partial_bytes) {
   Launch launch;
@@ -163,9 +172,9 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
     launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, most));
   }
 
-  const int64_t kv_bytes =
-      extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / (launch.pack > 1 ? 1 : group);
-  launch.section = section_of(device, kv_bytes, group);
+  const int64_t sharing = launch.pack > 1 ? 1 : group;
+  const int64_t kv_bytes = extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / sharing;
+  launch.section = section_of(device, heads * extent.batch, kv_bytes, sharing);
   // Rows of few tiles leave nothing to balance, but starting with the longest tile of every head would read all keys
   // and values at once and leave memory idle afterwards.
   constexpr int32_t kShortRows = 4;
@@ -173,9 +182,9 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   return launch;
 }
 
-int32_t section_of(const DeviceTraits& device, int64_t kv_bytes, int64_t group) {
-  return static_cast<int32_t>(std::clamp<int64_t>(device.l2_bytes / 2 / std::max<int64_t>(kv_bytes, 1),
-                                                  std::min<int64_t>(group, 8), int64_t{1} << 16));
+int32_t section_of(const DeviceTraits& device, int64_t pairs, int64_t kv_bytes, int64_t group) {
+  const int64_t most = device.l2_bytes / 6 / std::max<int64_t>(kv_bytes, 1);
+  return even_section(pairs, std::max(most, std::min<int64_t>(group, 8)), group);
 }
 
 int64_t partial_row_bytes(const Problem& problem) {

@@ -37,9 +37,15 @@ struct Extent {
 Launch choose(const Problem& problem, const Extent& extent, uint32_t features, const DeviceTraits& device,
               int64_t partial_bytes);
 
-// (sequence, head) pairs whose keys and values, kv_bytes each, share half of the L2 cache; `group` of them read the
-// same.
-int32_t section_of(const DeviceTraits& device, int64_t kv_bytes, int64_t group);
+// How many of `pairs` (sequence, head) pairs are walked together, their tiles from the longest to the shortest;
+// kv_bytes are the keys and values of one pair, `group` of them read the same. A section takes a sixth of the L2 cache,
+// for long tiles of the next ones run beside its short ones.
+int32_t section_of(const DeviceTraits& device, int64_t pairs, int64_t kv_bytes, int64_t group);
+
+// Sections of at most `most` pairs, in whole groups where they fit. A last section of few pairs would leave most
+// multiprocessors idle behind its longest tiles: all get the same number of pairs if one above most / 2 divides them,
+// and nearly the same otherwise.
+int32_t even_section(int64_t pairs, int64_t most, int64_t group);
 
 // Enough for the partial results of every call within the problem's maxima.
 int64_t partial_capacity(const Problem& problem, const DeviceTraits& device);

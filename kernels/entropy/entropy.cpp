@@ -1,6 +1,5 @@
 #include "entropy/entropy.h"
 
-
 #include "attend/plan.h"
 #include "core/error.h"
 #include "core/sampling.h"
@@ -49,7 +48,8 @@ void entropy(const EntropyParams& params, void* workspace, const DeviceTraits& d
     Launch launch;
     launch.kernel = kernel;
     launch.m_tiles = static_cast<int32_t>((rows + kernel->tile_q - 1) / kernel->tile_q);
-    launch.section = section_of(device, attn.seqlen_k * attn.d_qk * dtype_size(attn.q.dtype), 1);
+    launch.section =
+        section_of(device, attn.batch * attn.heads_q, attn.seqlen_k * attn.d_qk * dtype_size(attn.q.dtype), 1);
     AttendArgs args = make_args(attn, Problem{}, launch, nullptr);
     args.p.sinks = nullptr;  // the distribution over real keys
     args.partial_entropy = static_cast<float*>(workspace);

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attend/plan.h"
+#include "attend/select.h"
 #include "attention/fixture.h"
 #include "backend.h"
 #include "core/validate.h"
@@ -144,6 +145,16 @@ TEST_F(PersistentKernels, LaunchesOfOnePlanMayOverlapOnTwoStreams) {
   first.wait();
   second.wait();
   EXPECT_EQ(outputs(), alone);
+}
+
+TEST(Sections, DivideThePairsEvenly) {
+  EXPECT_EQ(cuda::even_section(128, 25, 1), 16);
+  EXPECT_EQ(cuda::even_section(16, 3, 1), 2);
+  EXPECT_EQ(cuda::even_section(17, 6, 1), 6);  // 6, 6, 5
+  EXPECT_EQ(cuda::even_section(64, 50, 8), 32);
+  EXPECT_EQ(cuda::even_section(64, 3, 8), 2);  // a group does not fit
+  EXPECT_EQ(cuda::even_section(5, 100, 1), 5);
+  EXPECT_EQ(cuda::even_section(1, 0, 1), 1);
 }
 
 std::vector<const AttendKernel*> rows() {

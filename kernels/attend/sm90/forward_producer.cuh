@@ -27,9 +27,20 @@ class Producer {
       }
       __syncwarp();
       if (tile.m_block < 0) break;
-      scheduler.prefetch();
+      if constexpr (!kC.dynamic) scheduler.prefetch();
+      // Drawn as late as hides the draw's latency: who drew at the start of a long tile would find the next one taken
+      // from others that end sooner.
+      const auto draw = [&] {
+        if constexpr (kC.dynamic) scheduler.prefetch();
+      };
       const TileRange range = tile_range<Traits>(args_, tile);
-      if (lane == 0 && range.blocks() > 0) load_tile(tile, range);
+      if (lane == 0) {
+        if (range.blocks() > 0) {
+          load_tile(tile, range, draw);
+        } else {
+          draw();
+        }
+      }
       __syncwarp();
       tile = scheduler.next();
     }
@@ -88,12 +99,15 @@ class Producer {
  private:
   // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
   // interleave S = Q K(n) with O += P V(n + 1).
-  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range) {
+  template <class Draw>
+  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
     const int head_kv = tile.head / args_.group_size;
     const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
     load_k(range, range.n_max - 1, head_kv, tile.batch);
     load_q(tile, range, batch_q);
+    if (range.blocks() == 1) draw();
     for (int n = range.n_max - 2; n >= range.n_min; --n) {
+      if (n == range.n_min) draw();
       load_k(range, n, head_kv, tile.batch);
       load_v(range, n + 1, head_kv, tile.batch);
     }
