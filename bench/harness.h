@@ -63,5 +63,6 @@ void run_cpu_adaptive(Report& report);   // only in builds with the examples
 void run_cuda_adaptive(Report& report);  // these three only in builds with CUDA
 void run_cuda_exact(Report& report);
 void run_cuda_tools(Report& report);
+void run_cuda_policies(Report& report);  // only with both
 
 }  // namespace adaattn::bench

@@ -8,19 +8,26 @@
 int main(int argc, char** argv) {
   using namespace adaattn::bench;
   constexpr Suite kSuites[] = {
-      {"cpu_exact", run_cpu_exact},         {"cpu_tools", run_cpu_tools},
+    {"cpu_exact", run_cpu_exact},
+    {"cpu_tools", run_cpu_tools},
 #ifdef ADAATTN_BENCH_MODEL
-      {"cpu_adaptive", run_cpu_adaptive},
+    {"cpu_adaptive", run_cpu_adaptive},
 #endif
 #ifdef ADAATTN_WITH_CUDA
-      {"cuda_adaptive", run_cuda_adaptive}, {"cuda_exact", run_cuda_exact}, {"cuda_tools", run_cuda_tools},
+    {"cuda_adaptive", run_cuda_adaptive},
+    {"cuda_exact", run_cuda_exact},
+    {"cuda_tools", run_cuda_tools},
+#endif
+#if defined(ADAATTN_WITH_CUDA) && defined(ADAATTN_BENCH_MODEL)
+    {"cuda_policies", run_cuda_policies},
 #endif
   };
 
   CLI::App app("Benches of libadaattn");
   std::string suite, out, filter;
-  app.add_option("--suite", suite,
-                 "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact, cuda_tools")
+  app.add_option(
+         "--suite", suite,
+         "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact, cuda_tools, cuda_policies")
       ->required();
   app.add_option("--out", out, "JSON file to write");
   app.add_option("--filter", filter, "run only the rows whose name contains this");

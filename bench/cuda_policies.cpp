@@ -1,0 +1,293 @@
+// The adaptive policies on a CUDA device, all stages counted, against the exact plan in the same run: on the operands
+// of the shipped model's layers at context 16384, and on random normal ones, where nothing is worth saving.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "adaattn/adaattn.hpp"
+#include "cuda_call.h"
+#include "engine/attention.h"
+#include "engine/cuda/compute.h"
+#include "engine/tokenizer.h"
+#include "harness.h"
+#include "peers.h"
+#include "reference/number.h"
+
+namespace adaattn::bench {
+namespace {
+
+constexpr int64_t kBatch = 4, kContext = 16384;
+constexpr int64_t kRandomContexts[] = {8192, 32768};
+// Heads found dense are looked at in every eighth call: random operands are timed over that many.
+constexpr int kRandomCalls = 8;
+constexpr int kTurns = 3;
+
+struct NamedPolicy {
+  const char* name;
+  adaattn_policy_t policy;
+};
+constexpr NamedPolicy kPolicies[] = {
+    {"quality", ADAATTN_POLICY_QUALITY}, {"balanced", ADAATTN_POLICY_BALANCED}, {"speed", ADAATTN_POLICY_SPEED}};
+// Where nothing is worth saving, all of them find the same.
+constexpr NamedPolicy kRandomPolicies[] = {{"balanced", ADAATTN_POLICY_BALANCED}};
+
+// Device memory that frees itself, whoever allocated it.
+using Memory = std::shared_ptr<void>;
+struct Operands {
+  Memory q, k, v;
+};
+
+struct Calls {
+  Shape shape;
+  std::vector<Operands> layers;
+  int rounds = 1;  // in one timed run
+};
+
+size_t elements(const Shape& s, int64_t heads) {
+  return static_cast<size_t>(s.batch * s.seqlen_q * heads * s.head_dim);
+}
+
+// Runs the model with exact attention over the first windows of its manual.txt, side by side.
+Calls capture_layers() {
+  using namespace generate;
+  const std::string folder = ADAATTN_BENCH_MODEL;
+  std::ifstream stream(folder + "/manual.txt", std::ios::binary);
+  const std::string text{std::istreambuf_iterator<char>(stream), {}};
+  const ModelConfig config = read_config(folder);
+  const std::vector<int32_t> tokens = tokenize(config, text);
+  constexpr int64_t kRows = kBatch * kContext;
+  if (static_cast<int64_t>(tokens.size()) < kRows)
+    throw std::runtime_error(folder + "/manual.txt is too short for the windows of this suite");
+  const std::unique_ptr<Compute> compute =
+      make_cuda_compute(config, load_weights(config, Checkpoint(folder)), DType::kBf16);
+  ThreadPool pool(1);
+  generate::Attention attention(config, DType::kBf16, ADAATTN_ISA_AUTO, {}, *compute, pool);
+  Calls calls = {
+      {kBatch, config.heads, config.kv_heads, kContext, kContext, config.head_dim, ADAATTN_MASK_CAUSAL}, {}, 1};
+  const auto take = [&](int64_t heads) { return compute->allocate(elements(calls.shape, heads) * 2); };
+  const Buffer x = compute->allocate(static_cast<size_t>(kRows * config.hidden_size) * sizeof(float));
+  const Buffer o = take(config.heads);
+  const Step step = {kBatch, kContext, 0};
+  compute->embed(std::span(tokens).first(kRows), x.f32());
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const Buffer q = take(config.heads), k = take(config.kv_heads), v = take(config.kv_heads);
+    compute->project_qkv(layer, step, x.f32(), q.get(), {k.get(), v.get(), kContext});
+    attention.run(layer, step, q.get(), {k.get(), v.get(), kContext}, o.get());
+    compute->finish_layer(layer, step, o.get(), x.f32());
+    calls.layers.push_back({q.memory, k.memory, v.memory});
+  }
+  compute->clock_seconds();  // waits
+  return calls;
+}
+
+Calls random_layer(int64_t seqlen) {
+  Calls calls = {{kBatch, 6, 2, seqlen, seqlen, 128, ADAATTN_MASK_CAUSAL}, {}, kRandomCalls};
+  const auto take = [&](int64_t heads, uint64_t seed) {
+    const auto buffer = std::make_shared<CudaBuffer>(elements(calls.shape, heads) * 2, ADAATTN_DTYPE_BF16, seed);
+    return Memory(buffer, buffer->data());
+  };
+  calls.layers.push_back({take(6, 1), take(2, 2), take(2, 3)});
+  return calls;
+}
+
+// A plan for each layer, of one policy.
+class Runner {
+ public:
+  Runner(Context& context, const Calls& calls, adaattn_policy_t policy) : calls_(calls) {
+    const Shape& s = calls.shape;
+    AttnDesc desc;
+    desc.max_batch = s.batch;
+    desc.max_seqlen_q = desc.max_seqlen_k = s.seqlen_q;
+    desc.heads_q = s.heads_q;
+    desc.heads_kv = s.heads_kv;
+    desc.head_dim_qk = s.head_dim;
+    desc.dtype_q = ADAATTN_DTYPE_BF16;
+    desc.mask = s.mask;
+    AdaptiveDesc adaptive;
+    adaptive.policy = policy;
+    for (size_t i = 0; i < calls.layers.size(); ++i) {
+      plans_.push_back(context.make_plan(desc, policy == ADAATTN_POLICY_EXACT ? nullptr : &adaptive).value());
+      o_.push_back(std::make_unique<CudaBuffer>(elements(s, s.heads_q) * 2));
+    }
+    workspace_ = std::make_unique<CudaBuffer>(plans_[0].workspace_size().value());
+  }
+
+  void run(cudaStream_t stream) {
+    for (int round = 0; round < calls_.rounds; ++round) {
+      for (size_t i = 0; i < plans_.size(); ++i) {
+        Io io;
+        io.q = view(calls_.layers[i].q.get(), calls_.shape.heads_q);
+        io.k = view(calls_.layers[i].k.get(), calls_.shape.heads_kv);
+        io.v = view(calls_.layers[i].v.get(), calls_.shape.heads_kv);
+        io.o = view(o_[i]->data(), calls_.shape.heads_q);
+        plans_[i].execute(io, {workspace_->data(), workspace_->bytes()}, stream).or_throw();
+      }
+    }
+  }
+
+  void time() {
+    times_.push_back(measure_on_device([this](cudaStream_t stream) { run(stream); }, false));
+  }
+  // Of all layers once.
+  Timing median() const {
+    std::vector<Timing> sorted = times_;
+    std::sort(sorted.begin(), sorted.end(), [](const Timing& a, const Timing& b) { return a.us < b.us; });
+    Timing middle = sorted[sorted.size() / 2];
+    middle.us /= calls_.rounds;
+    return middle;
+  }
+
+  // One sequence of a layer.
+  std::vector<char> output(size_t layer) const {
+    const size_t bytes = o_[layer]->bytes() / static_cast<size_t>(kBatch);
+    std::vector<char> host(bytes);
+    check(cudaMemcpy(host.data(), static_cast<const char*>(o_[layer]->data()) + layer % kBatch * bytes, bytes,
+                     cudaMemcpyDeviceToHost));
+    return host;
+  }
+
+  // Means over the calls so far.
+  std::map<std::string, double> details() const {
+    adaattn_plan_stats_t sum = {};
+    for (const Plan& plan : plans_) {
+      const adaattn_plan_stats_t s = plan.stats().value();
+      sum.calls += s.calls;
+      sum.heads += s.heads;
+      sum.heads_dense += s.heads_dense;
+      sum.tiles += s.tiles;
+      sum.tiles_kept += s.tiles_kept;
+      sum.rank_v_sum += s.rank_v_sum;
+      sum.predicted_error_sum += s.predicted_error_sum;
+      sum.verified_heads += s.verified_heads;
+      sum.measured_error_sum += s.measured_error_sum;
+      sum.heads_over_tolerance += s.heads_over_tolerance;
+    }
+    const auto heads = static_cast<double>(sum.heads);
+    std::map<std::string, double> d;
+    d["tiles_kept"] = static_cast<double>(sum.tiles_kept) / static_cast<double>(sum.tiles);
+    d["dense_heads"] = static_cast<double>(sum.heads_dense) / heads;
+    d["mean_rank_v"] = sum.rank_v_sum / heads;
+    d["predicted_error"] = sum.predicted_error_sum / heads;
+    if (sum.verified_heads > 0) {
+      d["measured_error"] = sum.measured_error_sum / static_cast<double>(sum.verified_heads);
+      d["heads_over_tolerance"] = static_cast<double>(sum.heads_over_tolerance) / static_cast<double>(sum.calls);
+    }
+    return d;
+  }
+
+ private:
+  adaattn_tensor_t view(void* data, int64_t heads) const {
+    return tensor(data, ADAATTN_DTYPE_BF16, {calls_.shape.batch, calls_.shape.seqlen_q, heads, calls_.shape.head_dim},
+                  {}, {ADAATTN_DEVICE_CUDA, 0});
+  }
+
+  const Calls& calls_;
+  std::vector<Plan> plans_;
+  std::vector<std::unique_ptr<CudaBuffer>> o_;
+  std::unique_ptr<CudaBuffer> workspace_;
+  std::vector<Timing> times_;
+};
+
+// ||o - exact|| / ||exact|| over all layers.
+double relative_error(const Runner& ours, const Runner& exact, size_t layers) {
+  double wrong = 0, all = 0;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const std::vector<char> o = ours.output(layer), e = exact.output(layer);
+    for (int64_t i = 0; i < static_cast<int64_t>(e.size() / 2); ++i) {
+      const double x = reference::load(e.data(), ADAATTN_DTYPE_BF16, i);
+      const double shift = reference::load(o.data(), ADAATTN_DTYPE_BF16, i) - x;
+      wrong += shift * shift;
+      all += x * x;
+    }
+  }
+  return std::sqrt(wrong / all);
+}
+
+void compare(Report& report, const Calls& calls, std::span<const NamedPolicy> policies, const std::string& prefix,
+             const nlohmann::json& peers) {
+  Config config;
+  config.device = ADAATTN_DEVICE_CUDA;
+  Context context = Context::create(config).value();
+  Runner exact(context, calls, ADAATTN_POLICY_EXACT);
+  std::vector<std::unique_ptr<Runner>> runners;
+  for (const NamedPolicy& p : policies) runners.push_back(std::make_unique<Runner>(context, calls, p.policy));
+  // In turns: the card's clock follows its power, and that follows what ran before.
+  for (int turn = 0; turn < kTurns; ++turn) {
+    exact.time();
+    for (const auto& runner : runners) runner->time();
+  }
+  const auto layers = static_cast<double>(calls.layers.size());
+  double cudnn_us = 0;
+  if (peers["rows"].contains(prefix)) {
+    for (const auto& [peer, us] : peers["rows"][prefix].items())
+      if (peer.starts_with("cudnn")) cudnn_us = layers * us.get<double>();
+  }
+  const Shape& s = calls.shape;
+  const double pairs = static_cast<double>(s.seqlen_q) * static_cast<double>(s.seqlen_q + 1) / 2;
+  const double flops = 4.0 * layers * static_cast<double>(s.batch * s.heads_q * s.head_dim) * pairs;
+  const auto add = [&](const std::string& name, const Runner& runner, Row row) {
+    row.name = prefix + "/" + name;
+    row.time = runner.median();
+    row.rate = flops / row.time.us * 1e-6;
+    row.unit = "TFLOP/s";
+    if (cudnn_us > 0) row.details["of_cudnn"] = row.time.us / cudnn_us;
+    report.add(row);
+  };
+  add("exact", exact, {});
+  for (size_t i = 0; i < runners.size(); ++i) {
+    Row row;
+    row.error = relative_error(*runners[i], exact, calls.layers.size());
+    row.peer = "own-exact";
+    row.peer_us = exact.median().us;
+    row.details = runners[i]->details();
+    row.details["of_exact"] = runners[i]->median().us / row.peer_us;
+    add(policies[i].name, *runners[i], row);
+  }
+}
+
+}  // namespace
+
+void run_cuda_policies(Report& report) {
+  const CudaContext context(report);
+  struct Case {
+    std::string name;
+    int64_t seqlen;
+    bool model;
+  };
+  std::vector<Case> cases;
+  nlohmann::json request = nlohmann::json::array();
+  const auto add = [&](bool model, int64_t seqlen) {
+    const Shape shape = {kBatch, 6, 2, seqlen, seqlen, 128, ADAATTN_MASK_CAUSAL};
+    const std::string name = (model ? "model/" : "random/") + shape_name(shape, "bf16");
+    if (!report.wants(name)) return;
+    cases.push_back({name, seqlen, model});
+    request.push_back({{"name", name},
+                       {"dtype", "bf16"},
+                       {"batch", shape.batch},
+                       {"heads_q", shape.heads_q},
+                       {"heads_kv", shape.heads_kv},
+                       {"seqlen_q", seqlen},
+                       {"seqlen_k", seqlen},
+                       {"head_dim", shape.head_dim},
+                       {"causal", true},
+                       {"cold", false}});
+  };
+  add(true, kContext);
+  for (const int64_t seqlen : kRandomContexts) add(false, seqlen);
+  const nlohmann::json peers = run_peers(ADAATTN_BENCH_PEERS, request);
+  for (const Case& c : cases) {
+    if (c.model)
+      compare(report, capture_layers(), kPolicies, c.name, peers);
+    else
+      compare(report, random_layer(c.seqlen), kRandomPolicies, c.name, peers);
+  }
+}
+
+}  // namespace adaattn::bench
