@@ -86,20 +86,14 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int
   if (unit.map != nullptr) std::copy_n(x.mask, mask_words(s), unit.map + index * mask_words(s));
 }
 
-SampledRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
-  SampledRows rows;
-  rows.count = std::min<int64_t>(call.problem.adaptive.verify_rows, unit.seq.len_q);
-  if (rows.count == 0) return rows;
-  rows.step = unit.seq.len_q / rows.count;
-  // A different phase every call, so that calls together see every row: multiples of the golden ratio fill evenly.
-  const uint64_t turn = (call.call_index + call.problem.adaptive.seed) * 0x9e3779b97f4a7c15u;
-  rows.first = static_cast<int64_t>((turn >> 32) * static_cast<uint64_t>(rows.step) >> 32);
-  return rows;
+SpreadRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
+  const decide::Options& o = call.problem.adaptive;
+  return spread_rows(call.call_index + o.seed, o.verify_rows, unit.seq.len_q);
 }
 
 void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   const UnitShape& s = call.shape;
-  const SampledRows sample = sampled_rows(call, unit);
+  const SpreadRows sample = sampled_rows(call, unit);
   Arena arena(scratch);
   const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
   const int64_t total = sample.count * s.group;
@@ -126,7 +120,7 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
 
 void measure_error(const AdaptiveCall& call, Unit& unit, char* scratch) {
   const UnitShape& s = call.shape;
-  const SampledRows sample = sampled_rows(call, unit);
+  const SpreadRows sample = sampled_rows(call, unit);
   Arena arena(scratch);
   lay_out_attend(arena, s, call.exact, call.kernels);
   float* row = take_rows(arena, s);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "core/spread_rows.h"
 #include "cpu_fallback/adaptive/kernels.h"
 #include "cpu_fallback/adaptive/schedule.h"
 #include "cpu_fallback/adaptive/unit.h"
@@ -67,11 +68,8 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int
 void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendItem& item, char* scratch);
 
 // ---- verify
-// Rows of a unit that are checked: `count` queries from `first` on, `step` apart.
-struct SampledRows {
-  int64_t first = 0, step = 1, count = 0;
-};
-SampledRows sampled_rows(const AdaptiveCall& call, const Unit& unit);
+// Queries of a unit that are checked.
+SpreadRows sampled_rows(const AdaptiveCall& call, const Unit& unit);
 void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch);
 void measure_error(const AdaptiveCall& call, Unit& unit, char* scratch);
 

@@ -29,13 +29,25 @@ struct UnitStats {
   int32_t usable = 0;      // 0: not finite, or nothing varies: computed exactly
 };
 
-// What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start. Calls that share
-// it may overlap.
+// When the stages of the call at hand began, in nanoseconds of the device: noted by the first CTA of a stage's first
+// kernel.
+enum Stage : int32_t { kAnalyzeStage, kDecideStage, kAttendStage, kVerifyStage, kStages };
+struct StageClock {
+  unsigned long long start[kStages];
+};
+
+// What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start but for the
+// multipliers. Calls that share it may overlap.
 struct AdaptiveState {
   double* basis = nullptr;                   // state_basis_doubles()
   int32_t* warm = nullptr;                   // [units]
+  int32_t* dense_calls = nullptr;            // [units]: calls for which it is computed exactly without a look; or null
   decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
+  unsigned long long* calls = nullptr;       // done so far
+  StageClock* clock = nullptr;               // null: not wanted
 };
+// A unit that was judged dense is looked at again after this many calls.
+inline constexpr int32_t kDenseCalls = 8;
 
 // The statistics between analyze and decide, and the writable views of AdaptiveTables' arrays. In the workspace.
 struct AnalyzeTables {

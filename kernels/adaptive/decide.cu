@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "adaptive/analyze.h"
+#include "adaptive/stage_clock.cuh"
 #include "attend/launch.h"
 #include "core/error.h"
 #include "decide/choose.h"
@@ -238,6 +239,7 @@ __device__ __forceinline__ QueryTile estimate_head(const AnalyzeArgs& args, cons
 
 template <int kTiles>
 __global__ __launch_bounds__(kThreads) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
+  begin_stage(args.state, kDecideStage);
   const TableShape& s = args.shape;
   const Space<kTiles> space(s);
   const int first = blockIdx.y * kTiles, head = blockIdx.x % s.heads_q, b = blockIdx.x / s.heads_q;
@@ -376,6 +378,9 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
     *choice = {at, rank, false, error, cost};
     return found;
   };
+  int32_t* const dense_calls = args.state.dense_calls != nullptr ? args.state.dense_calls + unit : nullptr;
+  const bool unseen = dense_calls != nullptr && *dense_calls > 0;
+  bool all_dense = true;
   // Groups of more than 64 choose in pieces, as the host's do.
   for (int first = 0; first < s.group; first += 64) {
     const int last = min(first + 64, s.group);
@@ -392,7 +397,8 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
     // choose_group() goes through the classes in order, and the exact one is the first.
     const bool take_rank = rank_feasible && (!exact_feasible || rank_cost < exact_cost);
     const bool dense =
-        (!exact_feasible && !rank_feasible) || (take_rank ? rank_cost : exact_cost) * kMinGain > dense_cost;
+        unseen || (!exact_feasible && !rank_feasible) || (take_rank ? rank_cost : exact_cost) * kMinGain > dense_cost;
+    all_dense = all_dense && (dense || stats.usable == 0);
     for (int member = first; member < last; ++member) {
       HeadChoice chosen;
       best_of(member, &chosen);
@@ -405,6 +411,12 @@ __global__ __launch_bounds__(kThreads) void choose_kernel(const __grid_constant_
       t.choice[heads + member] = stats.usable != 0 ? chosen : HeadChoice{};
     }
   }
+  if (lane != 0 || dense_calls == nullptr) return;
+  if (unseen) {
+    --*dense_calls;
+  } else if (all_dense) {
+    *dense_calls = kDenseCalls - 1;
+  }
 }
 
 __device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
@@ -414,6 +426,7 @@ __device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
 
 template <int kTiles>
 __global__ __launch_bounds__(kThreads) void mask_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile) {
+  if (first_tile > 0) begin_stage(args.state, kDecideStage);
   const TableShape& s = args.shape;
   const Space<kTiles> space(s);
   const int first = first_tile + blockIdx.y * kTiles, head = blockIdx.x % s.heads_q, b = blockIdx.x / s.heads_q;
@@ -452,6 +465,7 @@ __global__ __launch_bounds__(kThreads) void mask_kernel(const __grid_constant__ 
 
 // Counting sort of the wave's items by the tiles they keep.
 __global__ __launch_bounds__(kThreads) void order_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile) {
+  begin_stage(args.state, kAttendStage);
   __shared__ uint32_t start[decide::kRankClasses][kWorkBuckets];
   const TableShape& s = args.shape;
   const int64_t heads = int64_t{s.batch} * s.heads_q, items = args.p.batch * s.heads_q * int64_t{s.wave_tiles};

@@ -2,6 +2,7 @@
 #include "adaptive/analyze.h"
 #include "adaptive/rows.cuh"
 #include "adaptive/sample.h"
+#include "adaptive/stage_clock.cuh"
 #include "attend/launch.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/subspace.h"
@@ -58,6 +59,7 @@ __device__ void gather(const TokenRows<T>& rows, const Sampling& sampling, int p
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void gather_kernel(const __grid_constant__ AnalyzeArgs args) {
+  begin_stage(args.state, kAnalyzeStage);
   const TableShape& s = args.shape;
   const int unit = blockIdx.x, part = blockIdx.y, b = unit / s.heads_kv, head = unit % s.heads_kv;
   const Sequence seq = sequence_of(args.p, b);

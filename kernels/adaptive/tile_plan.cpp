@@ -1,13 +1,11 @@
 #include "adaptive/tile_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
-#include <limits>
 #include <utility>
 
-#include "adaptive/analyze.h"
-#include "adaptive/tile_tally.h"
+#include "adaptive/tile_plan_sizes.h"
+#include "adaptive/tile_statistics.h"
 #include "attend/plan.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
@@ -17,101 +15,22 @@
 namespace adaattn::cuda {
 namespace {
 
-using decide::Options;
-
-constexpr int64_t kHeadDim = 128;
-// Masks that exist at a time; longer problems are computed in waves of query tiles.
-constexpr size_t kMaskBytes = size_t{64} << 20;
-
-size_t whole(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 template <class... Arguments>
 [[noreturn]] void refuse(const char* format, const Arguments&... arguments) {
   fail(ADAATTN_ERROR_NOT_SUPPORTED, format, arguments...);
 }
 
-Problem exact_problem(const Problem& problem) {
-  Problem exact = problem;
-  exact.adaptive = {};
-  return exact;
-}
-
-// What block statistics cannot see, or too short to be worth looking at.
-bool always_exact(const Problem& p) {
-  return p.softcap > 0 || p.alibi || p.bias || p.max_seqlen_q * (p.heads_q / p.heads_kv) <= 16 ||
-         p.max_seqlen_k < 4 * decide::kTileK;
-}
-
-// There is no probe here, nor feedback: the named policies keep the mass instead that bounds the reference model's loss
-// without them (context 8192, two texts: at most +0.04, +0.15 and +0.82 per cent; 0.98 0.93 0.85: +0.04, +0.54, +1.36).
-Options device_options(const Options& given) {
-  Options o = given;
-  o.probe = decide::Probe::kOff;
-  if (given.policy == decide::Policy::kCustom) return o;
-  const double mass = given.policy == decide::Policy::kQuality ? 0.98
-                      : given.policy == decide::Policy::kSpeed ? 0.90
-                                                               : 0.95;
-  o.min_level = std::max(o.min_level, decide::level_for_mass(mass));
-  return o;
-}
-
-void check_options(const Options& o) {
-  if (o.recompute)
-    refuse("adaptive.on_exceed is %d; CUDA contexts do not verify: set ADAATTN_ON_EXCEED_REPORT (%d)",
-           ADAATTN_ON_EXCEED_RECOMPUTE, ADAATTN_ON_EXCEED_REPORT);
-  if (o.policy != decide::Policy::kCustom) return;
-  if (o.probe != decide::Probe::kOff)
-    refuse("adaptive.probe is %d; CUDA contexts have no probe: set ADAATTN_PROBE_OFF (%d)",
-           static_cast<int>(o.probe) + ADAATTN_PROBE_OFF, ADAATTN_PROBE_OFF);
-  if (o.verify_rows > 0) refuse("adaptive.verify_rows is %d; CUDA contexts do not verify: set -1", o.verify_rows);
-}
-
-void check_shape(const Problem& p, const DeviceTraits& device) {
-  if (device.compute_capability != 90)
-    refuse("adaptive.policy: skipping tiles needs a device of compute capability 9.0, this one has %d.%d",
-           device.compute_capability / 10, device.compute_capability % 10);
-  if (p.dtype_q != Dtype::kBF16 || p.dtype_o != Dtype::kBF16)
-    refuse("dtype_q: adaptive attention on CUDA takes and writes BF16");
-  if (p.d_qk != kHeadDim || p.d_v != kHeadDim)
-    refuse("head_dim_qk: %lld with head_dim_v %lld; adaptive attention on CUDA takes 128 for both",
-           static_cast<long long>(p.d_qk), static_cast<long long>(p.d_v));
-  if (!(p.scale > 0)) refuse("scale: %g; adaptive attention on CUDA takes scales > 0", static_cast<double>(p.scale));
-  if (p.want_entropy) refuse("outputs: ENTROPY; adaptive attention on CUDA does not compute it for every row");
-  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED; adaptive attention on CUDA takes BSHD, BHSD and THD");
-}
-
-size_t workspace_bytes(const TableShape& s, bool far_field) {
-  const int64_t items = int64_t{s.batch} * s.heads_q * s.wave_tiles;
-  return whole(analyze_bytes(s)) +
-         (far_field ? whole(static_cast<size_t>(items) * sm90::kWalkShares * sizeof(float)) : 0);
-}
-
-// As many query tiles at a time as the masks' bound and the caller's limit leave room for.
-TableShape shape_of(const Problem& problem) {
-  const Options& o = problem.adaptive;
-  TableShape s = table_shape(problem, 0);
-  const size_t mask_bytes =
-      size_t{8} * static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_q) * static_cast<size_t>(s.mask_words);
-  s.wave_tiles = std::clamp<int32_t>(static_cast<int32_t>(std::min(kMaskBytes / mask_bytes, size_t{1} << 24)), 1,
-                                     std::max(s.query_tiles, 1));
-  if (o.max_workspace_bytes == 0) return s;
-  while (s.wave_tiles > 1 && workspace_bytes(s, o.far_field) > o.max_workspace_bytes)
-    s.wave_tiles = (s.wave_tiles + 1) / 2;
-  if (workspace_bytes(s, o.far_field) > o.max_workspace_bytes)
-    refuse("adaptive.max_workspace_bytes is %llu; the tables of this problem take %zu",
-           static_cast<unsigned long long>(o.max_workspace_bytes), workspace_bytes(s, o.far_field));
-  return s;
-}
-
 // Device memory that lasts as long as a plan, zero at first, and a stream to look at it that waits for no other.
 class PlanMemory {
  public:
+  PlanMemory() = default;  // takes count, and give nothing
   explicit PlanMemory(size_t bytes) {
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "the adaptive plan's stream");
     check(cudaMalloc(&data_, bytes), "the adaptive plan's memory");
     clear(data_, bytes);
   }
   ~PlanMemory() {
+    if (data_ == nullptr) return;
     cudaFree(data_);  // waits for the work that may still use it
     cudaStreamDestroy(stream_);
   }
@@ -120,8 +39,13 @@ class PlanMemory {
   template <typename T>
   T* take(size_t count) {
     T* const array = reinterpret_cast<T*>(static_cast<char*>(data_) + used_);
-    used_ += whole(count * sizeof(T));
+    used_ += (count * sizeof(T) + 255) / 256 * 256;
     return array;
+  }
+  size_t used() const { return used_; }
+  void write(void* device, const void* host, size_t bytes) const {
+    check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), "the adaptive plan's memory");
+    check(cudaStreamSynchronize(stream_), "the adaptive plan's memory");
   }
   void read(void* host, const void* device, size_t bytes) const {
     check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), "reading the plan's statistics");
@@ -138,30 +62,40 @@ class PlanMemory {
   size_t used_ = 0;
 };
 
+// What the device writes for the host to read whenever it likes.
+class Outlook {
+ public:
+  Outlook() {
+    check(cudaHostAlloc(reinterpret_cast<void**>(&word_), sizeof *word_, cudaHostAllocMapped | cudaHostAllocPortable),
+          "the adaptive plan's memory");
+    *word_ = 0;
+  }
+  ~Outlook() { cudaFreeHost(word_); }
+  Outlook(const Outlook&) = delete;
+  Outlook& operator=(const Outlook&) = delete;
+  unsigned long long* device() const { return word_; }
+  uint64_t read() const { return *static_cast<volatile unsigned long long*>(word_); }
+
+ private:
+  unsigned long long* word_ = nullptr;
+};
+
 class TilePlan final : public AttentionPlan {
  public:
   TilePlan(const Problem& problem, const DeviceTraits& device, int32_t device_id, std::shared_ptr<RecordPool> records)
-      : problem_(problem), device_(device), device_id_(device_id), info_(tile_plan_info(problem, device)) {
-    if (always_exact(problem)) {
-      exact_plan_ = make_plan(exact_problem(problem), device, device_id, std::move(records));
-      return;
-    }
+      : problem_(problem),
+        device_(device),
+        device_id_(device_id),
+        info_(tile_plan_info(problem, device)),
+        exact_plan_(make_plan(exact_problem(problem), device, device_id, records)) {
+    if (always_exact(problem)) return;
     records_ = std::move(records);
     problem_.adaptive = device_options(problem.adaptive);
-    shape_ = shape_of(problem_);
+    sizes_ = tile_plan_sizes(problem_, device);
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
-    const size_t units = static_cast<size_t>(shape_.batch) * static_cast<size_t>(shape_.heads_kv);
-    const size_t heads = static_cast<size_t>(shape_.batch) * static_cast<size_t>(shape_.heads_q);
-    const size_t basis = std::max<size_t>(1, state_basis_doubles(shape_));
-    memory_ = std::make_unique<PlanMemory>(whole(basis * sizeof(double)) + whole(units * sizeof(int32_t)) +
-                                           whole(heads * sizeof(HeadTally)) +
-                                           whole(heads * sizeof(decide::HeadChoice)) + whole(sizeof(TileTotals)));
-    state_.basis = memory_->take<double>(basis);
-    state_.warm = memory_->take<int32_t>(units);
-    tallies_ = memory_->take<HeadTally>(heads);
-    frozen_choices_ = memory_->take<decide::HeadChoice>(heads);
-    totals_ = memory_->take<TileTotals>(1);
+    prepare_verify();
+    take_memory();
     record_ = records_->acquire();
   }
   ~TilePlan() override {
@@ -171,23 +105,29 @@ class TilePlan final : public AttentionPlan {
   const PlanInfo& info() const override { return info_; }
 
   void execute(const AttnParams& params, void* workspace, size_t bytes, adaattn_stream_t stream) override {
-    if (exact_plan_ != nullptr) {
+    newest_batch_ = params.batch;
+    if (memory_ == nullptr) {
       exact_plan_->execute(params, workspace, bytes, stream);
-      count_exact(params);
+      add_exact_call(params, problem_.dtype_q, &exact_counters_);
       return;
     }
     ++calls_;
-    newest_batch_ = params.batch;
     if (params.batch == 0 || params.seqlen_q == 0 || params.total_q == 0) return;
     if ((call_features(params) & kUnaligned) != 0)
       refuse("q, k, v, o: adaptive attention on CUDA needs rows that start on 16 bytes");
     const DeviceScope scope(device_id_);
     Launch launch;
     AttendArgs common = make_args(params, problem_, launch, nullptr);
-    run(common.p, workspace, stream);
-    const bool lengths_on_host =
-        params.cu_seqlens_q == nullptr && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr;
-    if (lengths_on_host) {
+    if (unseen(params, stream)) {
+      const AnalyzeArgs args = analyze_args(common.p, workspace);
+      check(launch_unseen_begin(args, stream), "statistics");
+      exact_plan_->execute(params, workspace, bytes, stream);
+      check(launch_unseen_end(args, targets_, stream), "statistics");
+    } else {
+      run(analyze_args(common.p, workspace), workspace, stream);
+    }
+    ++runs_;
+    if (lengths_on_host(params)) {
       rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);
       pairs_ += static_cast<uint64_t>(params.batch * params.heads_q * visible_pairs(params, sequence_of(params, 0)));
     } else {
@@ -199,13 +139,22 @@ class TilePlan final : public AttentionPlan {
 
   PlanCounters counters(bool wait, bool reset) override;
   std::vector<HeadRecord> head_records() override;
-  TileMap tile_map(int64_t, int64_t) override {
-    refuse("adaptive plans on CUDA keep no tile maps; a CPU context does");
-  }
+  TileMap tile_map(int64_t batch, int64_t head) override;
 
  private:
-  void run(const AttnParams& p, void* workspace, cudaStream_t stream);
-  void count_exact(const AttnParams& p);
+  static bool lengths_on_host(const AttnParams& p) {
+    return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr;
+  }
+  void take_memory();
+  AnalyzeArgs analyze_args(const AttnParams& p, void* workspace) const;
+  void run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream);
+  bool unseen(const AttnParams& p, cudaStream_t stream);
+  template <typename T>
+  std::vector<T> read(const T* device, size_t count) const {
+    std::vector<T> host(count);
+    if (count > 0) memory_->read(host.data(), device, count * sizeof(T));
+    return host;
+  }
 
   Problem problem_;
   DeviceTraits device_;
@@ -214,42 +163,94 @@ class TilePlan final : public AttentionPlan {
   std::unique_ptr<AttentionPlan> exact_plan_;
   std::shared_ptr<RecordPool> records_;
   RecordSlot record_;
-  TableShape shape_;
-  std::unique_ptr<PlanMemory> memory_;
+  TilePlanSizes sizes_;
+  std::unique_ptr<PlanMemory> memory_;  // null: every call is the exact plan's
+  std::unique_ptr<Outlook> outlook_;
   AdaptiveState state_;
-  HeadTally* tallies_ = nullptr;
+  TallyTargets targets_;
   decide::HeadChoice* frozen_choices_ = nullptr;
-  TileTotals* totals_ = nullptr;
   uint64_t calls_ = 0, launches_ = 0, rows_ = 0, pairs_ = 0;
+  uint64_t runs_ = 0;        // calls of the device, whatever statistics were reset
+  uint64_t same_since_ = 0;  // the first of the newest runs of equal extents
+  int64_t same_batch_ = 0, same_q_ = 0, same_k_ = 0;
   int64_t newest_batch_ = 0;
-  bool frozen_ = false;
+  bool frozen_ = false, captured_ = false;
   AdaptiveCounters exact_counters_;
 };
 
-void TilePlan::run(const AttnParams& p, void* workspace, cudaStream_t stream) {
-  const Options& o = problem_.adaptive;
+void TilePlan::take_memory() {
+  const TableShape& s = sizes_.shape;
+  const size_t units = static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_kv);
+  const size_t heads = static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_q);
+  const size_t map = tile_map_bytes(s), basis = std::max<size_t>(1, state_basis_doubles(s));
+  const size_t ranges = map > 0 ? heads * static_cast<size_t>(s.query_tiles) : 0;
+  // Twice: to learn how much it is, and to take it.
+  const auto lay_out = [&](PlanMemory& memory) {
+    state_.basis = memory.take<double>(basis);
+    state_.warm = memory.take<int32_t>(units);
+    state_.dense_calls = memory.take<int32_t>(units);
+    state_.feedback = memory.take<decide::HeadFeedback>(heads);
+    state_.calls = memory.take<unsigned long long>(1);
+    state_.clock = memory.take<StageClock>(1);
+    targets_.heads = memory.take<HeadTally>(heads);
+    targets_.totals = memory.take<TileTotals>(1);
+    targets_.map = memory.take<uint64_t>(map / sizeof(uint64_t));
+    targets_.map_ranges = memory.take<decide::TileRow>(ranges);
+    frozen_choices_ = memory.take<decide::HeadChoice>(heads);
+  };
+  PlanMemory measure;
+  lay_out(measure);
+  memory_ = std::make_unique<PlanMemory>(measure.used());
+  lay_out(*memory_);
+  const std::vector<decide::HeadFeedback> start(heads);
+  memory_->write(state_.feedback, start.data(), heads * sizeof start[0]);
+  if (map == 0) targets_.map = nullptr;
+  const decide::Options& o = problem_.adaptive;
+  if (!o.feedback || o.verify_rows == 0) state_.feedback = nullptr;
+  if (o.freeze) state_.dense_calls = nullptr;
+  outlook_ = std::make_unique<Outlook>();
+  targets_.outlook = outlook_->device();
+}
+
+AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   AnalyzeArgs args;
   args.p = p;
-  args.shape = shape_;
-  args.options = o;
-  args.costs = device_costs(shape_, o);
-  args.tables = analyze_layout(shape_, workspace);
+  args.shape = sizes_.shape;
+  args.options = problem_.adaptive;
+  args.costs = device_costs(sizes_.shape, args.options);
+  args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
-  float* const far_share =
-      o.far_field ? reinterpret_cast<float*>(static_cast<char*>(workspace) + whole(analyze_bytes(shape_))) : nullptr;
-  const int64_t units = int64_t{shape_.batch} * shape_.heads_kv, heads = int64_t{shape_.batch} * shape_.heads_q;
+  return args;
+}
+
+// Whether this call will find every unit among those judged dense and not due for another look: then the exact kernel
+// gives the same bits as walking full masks. The device said so when some earlier call ended; what it says later about
+// the calls until then is the same, so that results do not depend on when the host reads it.
+bool TilePlan::unseen(const AttnParams& p, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capture), "stream");
+  // Replays of a captured call advance the device's count of calls behind the host's back.
+  captured_ = captured_ || capture != cudaStreamCaptureStatusNone;
+  if (p.batch != same_batch_ || p.seqlen_q != same_q_ || p.seqlen_k != same_k_ || !lengths_on_host(p)) {
+    same_since_ = runs_;
+    same_batch_ = p.batch;
+    same_q_ = p.seqlen_q;
+    same_k_ = lengths_on_host(p) ? p.seqlen_k : -1;
+  }
+  if (captured_ || problem_.adaptive.freeze || exact_plan_->info().splits != 1) return false;
+  const uint64_t word = outlook_->read(), calls = word >> kOutlookBits, ahead = word & ((1u << kOutlookBits) - 1);
+  return runs_ >= calls && runs_ - calls < ahead && calls + ahead >= same_since_ + kDenseCalls;
+}
+
+void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream) {
+  const decide::Options& o = problem_.adaptive;
+  const TableShape& s = sizes_.shape;
+  char* const space = static_cast<char*>(workspace);
+  float* const far_share = o.far_field ? reinterpret_cast<float*>(space + sizes_.far_share) : nullptr;
+  const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
   // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
   if (o.freeze) check(cudaMemsetAsync(state_.warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
-  // Centroids of tiles beyond a shorter sequence's end are read with weight 0.
-  if (o.far_field && (p.cu_seqlens_k != nullptr || p.seqused_k != nullptr ||
-                      p.seqlen_k <= int64_t{shape_.key_tiles - 1} * decide::kTileK)) {
-    const size_t groups = static_cast<size_t>(units * shape_.key_groups()) * sizeof(__nv_bfloat16);
-    check(cudaMemsetAsync(args.tables.group_v, 0, groups * static_cast<size_t>(shape_.d_v), stream), "analyze");
-    if (shape_.max_rank > 0)
-      check(cudaMemsetAsync(args.tables.group_v_low, 0, groups * static_cast<size_t>(shape_.max_rank), stream),
-            "analyze");
-  }
   analyze(args, stream);
   decide_heads(args, stream);
   if (o.freeze) {
@@ -261,41 +262,29 @@ void TilePlan::run(const AttnParams& p, void* workspace, cudaStream_t stream) {
   }
 
   sm90::WalkCall walk;
-  walk.p = p;
+  walk.p = args.p;
   walk.far_field = o.far_field;
   walk.far_share = far_share;
   walk.multiprocessors = device_.multiprocessors;
-  const int32_t query_tiles = static_cast<int32_t>((p.seqlen_q + decide::kTileQ - 1) / decide::kTileQ);
-  for (int32_t first = 0; first < query_tiles; first += shape_.wave_tiles) {
+  const int32_t query_tiles = static_cast<int32_t>((args.p.seqlen_q + decide::kTileQ - 1) / decide::kTileQ);
+  for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
     write_schedule(args, first, stream);
     walk.tables = tables_of(args, first);
     for (int c = 0; c < decide::kRankClasses; ++c) {
-      if (c != 0 && decide::rank_of_class(c) > shape_.max_rank) continue;
+      if (c != 0 && decide::rank_of_class(c) > s.max_rank) continue;
       walk.rank_class = c;
       walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
       check(sm90::launch_walk(walk, stream), "walk");
     }
-    check(launch_tally(args, first, far_share, tallies_, stream), "statistics");
+    check(launch_tally(args, first, far_share, targets_, stream), "statistics");
   }
-  check(launch_total(args, tallies_, totals_, stream), "statistics");
-}
-
-void TilePlan::count_exact(const AttnParams& p) {
-  newest_batch_ = p.batch;
-  const uint64_t heads = static_cast<uint64_t>(p.batch * p.heads_q);
-  AdaptiveCounters& a = exact_counters_;
-  a.heads += heads;
-  a.heads_dense += heads;
-  (problem_.dtype_q == Dtype::kF32   ? a.heads_f32
-   : problem_.dtype_q == Dtype::kF16 ? a.heads_f16
-                                     : a.heads_bf16) += heads;
-  a.rank_v_sum += static_cast<double>(heads) * static_cast<double>(p.d_v);
-  a.entropy_max = 1;
-  a.entropy_sum += static_cast<double>(heads);
+  if (sizes_.verify.rows > 0)
+    check(launch_verify(args, sizes_.verify, space + sizes_.verify_parts, targets_.heads, stream), "verify");
+  check(launch_total(args, targets_, stream), "statistics");
 }
 
 PlanCounters TilePlan::counters(bool wait, bool reset) {
-  if (exact_plan_ != nullptr) {
+  if (memory_ == nullptr) {
     PlanCounters out = exact_plan_->counters(wait, reset);
     out.adaptive = exact_counters_;
     if (reset) exact_counters_ = {};
@@ -304,8 +293,6 @@ PlanCounters TilePlan::counters(bool wait, bool reset) {
   const DeviceScope scope(device_id_);
   if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
   const PlanRecord snapshot = records_->read(record_, reset);
-  TileTotals t;
-  memory_->read(&t, totals_, sizeof t);
   PlanCounters out;
   out.calls = calls_;
   out.query_rows = rows_ + snapshot.query_rows;
@@ -313,21 +300,9 @@ PlanCounters TilePlan::counters(bool wait, bool reset) {
   out.violation.field = static_cast<Field>(snapshot.violation >> 32);
   out.violation.value = static_cast<int32_t>(snapshot.violation & 0xffffffffu);
   out.violation.index = static_cast<int64_t>(snapshot.violation_index);
-  AdaptiveCounters& a = out.adaptive;
-  a.heads = a.heads_bf16 = t.heads;
-  a.heads_dense = t.heads_dense;
-  a.heads_low_rank = t.heads_low_rank;
-  a.tiles = t.tiles;
-  a.tiles_kept = t.kept;
-  a.flops_done = t.flops;
-  a.rank_v_sum = t.rank_v_sum;
-  a.entropy_sum = t.entropy_sum;
-  a.entropy_min = t.entropy_min;
-  a.entropy_max = t.entropy_max;
-  a.predicted_error_sum = t.predicted_sum;
-  a.dropped_mass_sum = t.far_sum;
+  out.adaptive = counters_of(read(targets_.totals, 1)[0]);
   if (reset) {
-    memory_->clear(totals_, sizeof t);
+    memory_->clear(targets_.totals, sizeof(TileTotals));
     calls_ = rows_ = pairs_ = 0;
   }
   return out;
@@ -335,43 +310,33 @@ PlanCounters TilePlan::counters(bool wait, bool reset) {
 
 std::vector<HeadRecord> TilePlan::head_records() {
   const size_t heads = static_cast<size_t>(newest_batch_ * problem_.heads_q);
-  std::vector<HeadRecord> list(heads);
-  std::vector<HeadTally> tallies(heads);
-  if (exact_plan_ == nullptr && heads > 0) {
-    const DeviceScope scope(device_id_);
-    check(cudaDeviceSynchronize(), "waiting for the plan's work");
-    memory_->read(tallies.data(), tallies_, heads * sizeof(HeadTally));
-  }
-  for (size_t i = 0; i < heads; ++i) {
-    HeadRecord& record = list[i];
-    const HeadTally& tally = tallies[i];
-    record.batch = static_cast<int64_t>(i) / problem_.heads_q;
-    record.head = static_cast<int64_t>(i) % problem_.heads_q;
-    record.measured_error = std::numeric_limits<double>::quiet_NaN();
-    record.rank_v = problem_.d_v;
-    record.precision = problem_.dtype_q == Dtype::kF32   ? ADAATTN_PRECISION_F32
-                       : problem_.dtype_q == Dtype::kF16 ? ADAATTN_PRECISION_F16
-                                                         : ADAATTN_PRECISION_BF16;
-    record.entropy = 1;
-    if (exact_plan_ != nullptr) continue;
-    record.entropy = static_cast<double>(tally.entropy);
-    record.kept_tiles = tally.tiles > 0 ? static_cast<double>(tally.kept) / static_cast<double>(tally.tiles) : 1;
-    record.dropped_mass = tally.rows > 0 ? tally.far_share / static_cast<double>(tally.rows) : 0;
-    record.predicted_error = static_cast<double>(tally.predicted_error);
-    record.dense = tally.dense != 0;
-    if (tally.rank_class != 0) record.rank_v = decide::rank_of_class(tally.rank_class);
-    record.rank_energy = static_cast<double>(tally.rank_energy);
-  }
-  return list;
+  if (memory_ == nullptr || heads == 0) return exact_records(problem_, newest_batch_);
+  const DeviceScope scope(device_id_);
+  check(cudaDeviceSynchronize(), "waiting for the plan's work");
+  return records_of(read(targets_.heads, heads), problem_);
+}
+
+TileMap TilePlan::tile_map(int64_t batch, int64_t head) {
+  if (memory_ == nullptr) return AttentionPlan::tile_map(batch, head);
+  const TableShape& s = sizes_.shape;
+  if (targets_.map == nullptr)
+    refuse("the tile maps of all heads of this plan take more than the %zu bytes that are kept", kMaxTileMapBytes);
+  if (batch >= newest_batch_) return {};
+  const DeviceScope scope(device_id_);
+  check(cudaDeviceSynchronize(), "waiting for the plan's work");
+  const int64_t index = batch * problem_.heads_q + head, tiles = s.query_tiles;
+  const HeadTally tally = read(targets_.heads + index, 1)[0];
+  return map_of(tally, read(targets_.map + index * tiles * s.mask_words, static_cast<size_t>(tiles * s.mask_words)),
+                read(targets_.map_ranges + index * tiles, static_cast<size_t>(tiles)), s.mask_words);
 }
 
 }  // namespace
 
 PlanInfo tile_plan_info(const Problem& problem, const DeviceTraits& device) {
-  check_options(problem.adaptive);
+  check_tile_options(problem.adaptive);
   PlanInfo info = plan_info(exact_problem(problem), device);
   if (always_exact(problem)) return info;
-  check_shape(problem, device);
+  check_tile_problem(problem, device);
   Problem with_options = problem;
   with_options.adaptive = device_options(problem.adaptive);
   info.kernel = "sm90_walk_bf16_d128";
@@ -380,7 +345,7 @@ PlanInfo tile_plan_info(const Problem& problem, const DeviceTraits& device) {
   info.tile_k = decide::kTileK;
   info.splits = 1;
   info.exact = false;
-  info.workspace_bytes = workspace_bytes(shape_of(with_options), with_options.adaptive.far_field);
+  info.workspace_bytes = tile_plan_sizes(with_options, device).workspace_bytes;
   return info;
 }
 

@@ -1,3 +1,4 @@
+#include "adaptive/stage_clock.cuh"
 #include "adaptive/tile_tally.h"
 #include "attend/launch.h"
 #include "attend/sm90/walk.h"
@@ -23,12 +24,32 @@ __device__ T block_sum(T x, T* shared) {
 
 // One CTA per (sequence, query head).
 __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
-                                                         const float* far_share, HeadTally* heads) {
+                                                         const float* far_share, TallyTargets targets) {
   __shared__ unsigned long long integers[kThreads];
   __shared__ double reals[kThreads];
   const TableShape& s = args.shape;
   const int head = static_cast<int>(blockIdx.x), b = head / s.heads_q;
-  const int64_t len_q = sequence_of(args.p, b).len_q;
+  const Sequence seq = sequence_of(args.p, b);
+  const int64_t len_q = seq.len_q;
+  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0) {
+    StageClock& clock = *args.state.clock;
+    const unsigned long long now = device_nanoseconds();
+    unsigned long long* const ns = targets.totals->stage_ns;
+    // A later wave begins with decide.
+    if (first_tile == 0) ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
+    ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
+    ns[kAttendStage] += now - clock.start[kAttendStage];
+    clock.start[kVerifyStage] = now;
+  }
+  if (targets.map != nullptr) {
+    const int tiles = min(s.wave_tiles, s.query_tiles - first_tile);
+    const uint64_t* const masks = args.tables.mask + int64_t{head} * s.wave_tiles * s.mask_words;
+    uint64_t* const map = targets.map + (int64_t{head} * s.query_tiles + first_tile) * s.mask_words;
+    for (int i = static_cast<int>(threadIdx.x); i < tiles * s.mask_words; i += kThreads) map[i] = masks[i];
+    const int64_t first = int64_t{head} * s.query_tiles + first_tile;
+    for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
+      targets.map_ranges[first + i] = args.tables.tile_range[first + i];
+  }
   unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0;
   double far = 0;
   for (int t = first_tile + static_cast<int>(threadIdx.x); t < min(first_tile + s.wave_tiles, s.query_tiles);
@@ -53,10 +74,13 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   rows_far = block_sum(rows_far, integers);
   far = block_sum(far, reals);
   if (threadIdx.x != 0) return;
-  HeadTally tally = heads[head];
+  HeadTally tally = targets.heads[head];
   if (first_tile == 0) {
     const decide::HeadChoice& choice = args.tables.choice[head];
     tally = {};
+    tally.len_q = len_q;
+    tally.len_k = seq.len_k;
+    tally.feedback = args.state.feedback != nullptr ? args.state.feedback[head].multiplier[choice.rank_class] : 1.0f;
     tally.entropy = args.tables.head_entropy[head];
     tally.predicted_error = choice.predicted_error;
     tally.rank_class = choice.rank_class;
@@ -70,21 +94,22 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   tally.rows_kept += rows_kept;
   tally.rows_far += rows_far;
   tally.far_share += far;
-  heads[head] = tally;
+  targets.heads[head] = tally;
 }
 
 // In one CTA and a fixed order.
-__global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__ AnalyzeArgs args,
-                                                         const HeadTally* heads, TileTotals* totals) {
+__global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__ AnalyzeArgs args, TallyTargets targets,
+                                                         bool unseen_call) {
   __shared__ unsigned long long integers[kThreads];
   __shared__ double reals[kThreads];
   const TableShape& s = args.shape;
   const int count = static_cast<int>(args.p.batch) * s.heads_q;
+  TileTotals* const totals = targets.totals;
   TileTotals sum{};
   sum.entropy_min = INFINITY;
   sum.entropy_max = -INFINITY;
   for (int h = static_cast<int>(threadIdx.x); h < count; h += kThreads) {
-    const HeadTally& x = heads[h];
+    const HeadTally& x = targets.heads[h];
     const double rank = x.rank_class == 0 ? s.d_v : decide::rank_of_class(x.rank_class);
     sum.heads += 1;
     sum.heads_dense += x.dense != 0;
@@ -97,6 +122,15 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
     sum.entropy_max = fmax(sum.entropy_max, static_cast<double>(x.entropy));
     sum.predicted_sum += x.predicted_error;
     sum.far_sum += x.rows > 0 ? x.far_share / static_cast<double>(x.rows) : 0;
+    if (x.verified_rows > 0) {
+      const auto error = static_cast<double>(x.measured_error);
+      sum.verified_heads += 1;
+      sum.verified_rows += x.verified_rows;
+      sum.over_tolerance += x.measured_error > args.options.tolerance;
+      sum.measured_sum += error;
+      sum.measured_max = fmax(sum.measured_max, error);
+      sum.measured_row_max = fmax(sum.measured_row_max, static_cast<double>(x.measured_row_error));
+    }
     if (x.dense != 0) {
       sum.flops += 2.0 * static_cast<double>(s.d_qk + s.d_v) *
                    static_cast<double>(visible_pairs(args.p, sequence_of(args.p, h / s.heads_q)));
@@ -107,21 +141,26 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
                         static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
                         (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
   }
-  const double low = sum.entropy_min, high = sum.entropy_max;
-  sum.heads = block_sum(sum.heads, integers);
-  sum.heads_dense = block_sum(sum.heads_dense, integers);
-  sum.heads_low_rank = block_sum(sum.heads_low_rank, integers);
-  sum.tiles = block_sum(sum.tiles, integers);
-  sum.kept = block_sum(sum.kept, integers);
-  for (double* x : {&sum.flops, &sum.rank_v_sum, &sum.entropy_sum, &sum.predicted_sum, &sum.far_sum})
+  const auto block_max = [&](double x) {
+    reals[threadIdx.x] = x;
+    __syncthreads();
+    for (int i = 0; i < kThreads; ++i) x = fmax(x, reals[i]);
+    __syncthreads();
+    return x;
+  };
+  for (unsigned long long* x : {&sum.heads, &sum.heads_dense, &sum.heads_low_rank, &sum.tiles, &sum.kept,
+                                &sum.verified_heads, &sum.verified_rows, &sum.over_tolerance})
+    *x = block_sum(*x, integers);
+  for (double* x : {&sum.flops, &sum.rank_v_sum, &sum.entropy_sum, &sum.predicted_sum, &sum.far_sum, &sum.measured_sum})
     *x = block_sum(*x, reals);
-  reals[threadIdx.x] = low;
-  __syncthreads();
-  for (int i = 0; i < kThreads; ++i) sum.entropy_min = fmin(sum.entropy_min, reals[i]);
-  __syncthreads();
-  reals[threadIdx.x] = high;
-  __syncthreads();
-  for (int i = 0; i < kThreads; ++i) sum.entropy_max = fmax(sum.entropy_max, reals[i]);
+  sum.entropy_min = -block_max(-sum.entropy_min);
+  sum.entropy_max = block_max(sum.entropy_max);
+  sum.measured_max = block_max(sum.measured_max);
+  sum.measured_row_max = block_max(sum.measured_row_max);
+  int unseen = kDenseCalls;
+  for (int u = static_cast<int>(threadIdx.x); u < static_cast<int>(args.p.batch) * s.heads_kv; u += kThreads)
+    unseen = args.state.dense_calls == nullptr ? 0 : min(unseen, args.state.dense_calls[u] -= unseen_call ? 1 : 0);
+  unseen = -static_cast<int>(block_max(-unseen));
   if (threadIdx.x != 0) return;
   const bool first = totals->heads == 0;
   totals->heads += sum.heads;
@@ -136,18 +175,40 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
   totals->entropy_max = first ? sum.entropy_max : fmax(totals->entropy_max, sum.entropy_max);
   totals->predicted_sum += sum.predicted_sum;
   totals->far_sum += sum.far_sum;
+  totals->verified_heads += sum.verified_heads;
+  totals->verified_rows += sum.verified_rows;
+  totals->over_tolerance += sum.over_tolerance;
+  totals->measured_sum += sum.measured_sum;
+  totals->measured_max = fmax(totals->measured_max, sum.measured_max);
+  totals->measured_row_max = fmax(totals->measured_row_max, sum.measured_row_max);
+  if (args.state.clock != nullptr) {
+    const Stage last = unseen_call ? kAttendStage : kVerifyStage;
+    totals->stage_ns[last] += device_nanoseconds() - args.state.clock->start[last];
+  }
+  const unsigned long long calls = ++*args.state.calls;
+  *static_cast<volatile unsigned long long*>(targets.outlook) = calls << kOutlookBits | static_cast<unsigned>(unseen);
 }
+
+__global__ void unseen_begin_kernel(const __grid_constant__ AnalyzeArgs args) { begin_stage(args.state, kAttendStage); }
 
 }  // namespace
 
-cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share, HeadTally* heads,
-                         cudaStream_t stream) {
+cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
+                         const TallyTargets& targets, cudaStream_t stream) {
   return launch_grid(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads, 0, stream,
-                     args, first_tile, far_share, heads);
+                     args, first_tile, far_share, targets);
 }
 
-cudaError_t launch_total(const AnalyzeArgs& args, const HeadTally* heads, TileTotals* totals, cudaStream_t stream) {
-  return launch_grid(total_kernel, dim3(1), kThreads, 0, stream, args, heads, totals);
+cudaError_t launch_total(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
+  return launch_grid(total_kernel, dim3(1), kThreads, 0, stream, args, targets, false);
+}
+
+cudaError_t launch_unseen_begin(const AnalyzeArgs& args, cudaStream_t stream) {
+  return launch_grid(unseen_begin_kernel, dim3(1), 1, 0, stream, args);
+}
+
+cudaError_t launch_unseen_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
+  return launch_grid(total_kernel, dim3(1), kThreads, 0, stream, args, targets, true);
 }
 
 }  // namespace adaattn::cuda

@@ -14,20 +14,44 @@ struct HeadTally {
   uint64_t tiles, kept;                // with a visible key; computed exactly
   uint64_t rows, rows_kept, rows_far;  // query rows; times tiles kept; times tiles that entered as centroids
   double far_share;                    // sum over rows of the far field's share
+  int64_t len_q, len_k;
   float entropy, predicted_error, rank_energy;
+  float feedback;  // the multiplier that the next prediction takes
   int32_t rank_class, dense;
+  int32_t verified_rows;  // 0: not verified
+  float measured_error, measured_row_error;
 };
 
 // Sums over the heads of all calls.
 struct TileTotals {
   unsigned long long heads, heads_dense, heads_low_rank, tiles, kept;
+  unsigned long long verified_heads, verified_rows, over_tolerance;
+  unsigned long long stage_ns[kStages];
   double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, far_sum;
+  double measured_sum, measured_max, measured_row_max;
 };
 
+// Where the counts go, in memory that lasts as long as the plan.
+struct TallyTargets {
+  HeadTally* heads = nullptr;             // [batch, heads_q]
+  TileTotals* totals = nullptr;           // one
+  uint64_t* map = nullptr;                // [batch, heads_q, query_tiles, mask_words]; null: not kept
+  decide::TileRow* map_ranges = nullptr;  // [batch, heads_q, query_tiles]
+  // In host memory that the device writes: calls so far, and for how many more every unit will be computed exactly
+  // without a look (kOutlookBits).
+  unsigned long long* outlook = nullptr;
+};
+inline constexpr int kOutlookBits = 8;
+
 // Adds one wave to the heads' tallies, the first wave anew. far_share: of walk.h, null where there is no far field.
-cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share, HeadTally* heads,
-                         cudaStream_t stream);
-// Adds a call's heads to the totals, when all its waves have been tallied.
-cudaError_t launch_total(const AnalyzeArgs& args, const HeadTally* heads, TileTotals* totals, cudaStream_t stream);
+cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
+                         const TallyTargets& targets, cudaStream_t stream);
+// Ends a call: adds its heads to the totals when all its waves have been tallied and verified.
+cudaError_t launch_total(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream);
+
+// A call that finds all units among those computed exactly without a look: what begins it, and what ends it with the
+// tallies of the call before, which was the same.
+cudaError_t launch_unseen_begin(const AnalyzeArgs& args, cudaStream_t stream);
+cudaError_t launch_unseen_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

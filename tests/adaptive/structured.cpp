@@ -1,11 +1,34 @@
 #include "adaptive/structured.h"
 
+#include <gtest/gtest.h>
+
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 #include "support/random.h"
 
 namespace adaattn::test {
+namespace {
+
+constexpr int64_t kTile = 128;
+
+// By the definition of the mask, over all pairs of the tile.
+bool any_visible(const AttentionData& data, int64_t b, int64_t q, int64_t k) {
+  const adaattn_attn_desc_t& d = data.desc;
+  const int64_t offset = d.mask == ADAATTN_MASK_CAUSAL ? data.len_k(b) - data.len_q(b) : 0;
+  for (int64_t i = q * kTile; i < std::min((q + 1) * kTile, data.len_q(b)); ++i) {
+    for (int64_t j = k * kTile; j < std::min((k + 1) * kTile, data.len_k(b)); ++j) {
+      const bool future = d.mask == ADAATTN_MASK_CAUSAL && j > i + offset;
+      const bool outside = d.window_left >= 0 && j < i + offset - d.window_left;
+      if (!future && !outside) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
 
 void make_structured(AttentionData& data, const Structure& s, uint64_t seed) {
   Random random(seed);
@@ -126,6 +149,34 @@ double head_error(const AttentionData& data, const Tensor& exact, int64_t b, int
     }
   }
   return std::sqrt(error / static_cast<double>(data.len_q(b)) / spread);
+}
+
+int64_t check_maps(const AdaptivePlan& plan, const AttentionData& data) {
+  int64_t all_skipped = 0;
+  const auto heads = plan.heads();
+  EXPECT_EQ(heads.size(), static_cast<size_t>(data.batch() * data.desc.heads_q));
+  for (const adaattn_head_stats_t& head : heads) {
+    SCOPED_TRACE("sequence " + std::to_string(head.batch) + ", head " + std::to_string(head.head));
+    const AdaptivePlan::TileMap map = plan.tile_map(head.batch, head.head);
+    EXPECT_EQ(map.query_tiles, (data.len_q(head.batch) + kTile - 1) / kTile);
+    EXPECT_EQ(map.key_tiles, (data.len_k(head.batch) + kTile - 1) / kTile);
+    int64_t visible = 0, kept = 0, wrong = 0;
+    for (int64_t q = 0; q < map.query_tiles; ++q) {
+      for (int64_t k = 0; k < map.key_tiles; ++k) {
+        const uint8_t state = map.at(q, k);
+        wrong += state > 2 || (state != 0) != any_visible(data, head.batch, q, k);
+        visible += state != 0;
+        kept += state == 2;
+      }
+    }
+    EXPECT_EQ(wrong, 0);
+    EXPECT_DOUBLE_EQ(head.kept_tiles, static_cast<double>(kept) / static_cast<double>(visible));
+    if (head.dense) {
+      EXPECT_EQ(kept, visible);
+    }
+    all_skipped += visible - kept;
+  }
+  return all_skipped;
 }
 
 }  // namespace adaattn::test

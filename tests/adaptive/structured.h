@@ -49,4 +49,8 @@ class AdaptivePlan {
 Tensor exact_output(const Context& context, const AttentionData& data);
 double head_error(const AttentionData& data, const Tensor& exact, int64_t b, int64_t h);
 
+// Expects of the maps of the newest call what the mask and the statistics of each head say. Returns the number of
+// skipped tiles.
+int64_t check_maps(const AdaptivePlan& plan, const AttentionData& data);
+
 }  // namespace adaattn::test

@@ -1,49 +1,8 @@
-// Adaptive plans on a CUDA device, through the C API: errors, statistics, capture, waves.
-#include <cmath>
-
-#include "adaptive/structured.h"
-#include "attention/fixture.h"
-#include "gpu/device.h"
+// Adaptive plans on a CUDA device, through the C API: errors, capture, waves.
+#include "gpu/tile_plans.h"
 
 namespace adaattn::test {
 namespace {
-
-class TilePlans : public OnHopper {};
-
-AttentionCase causal_case(int64_t seqlen) {
-  AttentionCase c = {.name = "Causal", .batch = 2, .heads_q = 4, .heads_kv = 2, .seqlen_q = seqlen, .seqlen_k = seqlen};
-  c.d_qk = c.d_v = 128;
-  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
-  return c;
-}
-
-AttentionData structured(const AttentionCase& c, const Structure& structure = {}, uint64_t offset = 0) {
-  AttentionData data(c, kBf16All, run_seed() + offset, ADAATTN_OUTPUT_LSE);
-  make_structured(data, structure, run_seed() + offset + 1);
-  return data;
-}
-
-size_t workspace_size(const AdaptivePlan& plan) {
-  size_t bytes = 0;
-  EXPECT_TRUE(succeeded(adaattn_plan_workspace_size(plan.get(), &bytes)));
-  return bytes;
-}
-
-// Executes with a workspace full of NaN.
-void execute(const AdaptivePlan& plan, AttentionData& data) {
-  const DeviceMemory workspace(workspace_size(plan));
-  data.poison_outputs();
-  data.upload(kDevice);
-  const adaattn_io_t io = data.io(kDevice);
-  ASSERT_TRUE(succeeded(adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), nullptr)));
-  require(cudaDeviceSynchronize());
-  data.download(kDevice);
-}
-
-uint64_t causal_tiles(const AttentionCase& c) {
-  const auto blocks = static_cast<uint64_t>((c.seqlen_q + 127) / 128);
-  return static_cast<uint64_t>(c.batch * c.heads_q) * blocks * (blocks + 1) / 2;
-}
 
 TEST_F(TilePlans, PoliciesKeepTheirToleranceAndSkipTiles) {
   const Context host, context(kCuda);
@@ -92,7 +51,6 @@ TEST_F(TilePlans, ClassesOfCustomPlans) {
       adaptive.tolerance = 1;
       adaptive.tile_mass = 0.9;
       adaptive.probe = ADAATTN_PROBE_OFF;
-      adaptive.verify_rows = -1;
       adaptive.far_field = far_field ? ADAATTN_SWITCH_ON : ADAATTN_SWITCH_OFF;
       adaptive.rank_mode = rank ? ADAATTN_RANK_ENERGY : ADAATTN_RANK_OFF;
       const AdaptivePlan plan(context, data.desc, adaptive);
@@ -212,8 +170,6 @@ TEST_F(TilePlans, WhatIsNotServedIsRefusedByName) {
   };
   adaattn_adaptive_desc_t custom = adaptive_desc(ADAATTN_POLICY_CUSTOM);
   expect_refused(data.desc, custom, "adaptive.probe");
-  custom.probe = ADAATTN_PROBE_OFF;
-  expect_refused(data.desc, custom, "adaptive.verify_rows");
   adaattn_adaptive_desc_t speed = adaptive_desc(ADAATTN_POLICY_SPEED);
   speed.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
   expect_refused(data.desc, speed, "adaptive.on_exceed");
