@@ -161,12 +161,13 @@ def policy_table(exact, runs):
 def page(exact, runs, sweep):
     heads = newest_window(runs[SHOWN])
     say = {key: html.escape(str(exact[key])) for key in ("model", "text", "device", "isa", "library", "dtype")}
+    threads = "" if exact["isa"].startswith("sm_") else f", {exact['threads']} threads"
     size = f"{exact['windows']} windows of {exact['context']} tokens"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Adaptive attention: {say['model']}</title><style>{STYLE}</style>
 <h1>Adaptive attention, head by head</h1>
 <p class="about">{say['model']} on the first {size} of {say['text']}<br>
-{say['device']}, {say['isa']}, {exact['threads']} threads, {say['dtype']} · {say['library']}</p>
+{say['device']}, {say['isa']}{threads}, {say['dtype']} · {say['library']}</p>
 {policy_table(exact, runs)}
 <p class="about">Errors are relative to the spread of V: 0 is exact, 1 is as wrong as the mean of V everywhere.</p>
 <h2>Error and time</h2>
