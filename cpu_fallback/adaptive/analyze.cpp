@@ -220,8 +220,10 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   row.full_end = static_cast<int32_t>(end_min / decide::kTileK);
 
   estimate_tiles(call, unit, member, tile, estimate);
-  const int first_level = call.problem.adaptive.tiles ? call.problem.adaptive.min_level : decide::kDenseLevel;
-  decide::measure_levels(estimate, static_cast<float>(seen) / static_cast<float>(n), mass, &levels, first_level);
+  const decide::Options& o = call.problem.adaptive;
+  const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
+  decide::measure_levels(estimate, static_cast<float>(seen) / static_cast<float>(n), 0, mass, &levels,
+                         first_level);
 }
 
 }  // namespace adaattn::cpu

@@ -87,7 +87,8 @@ struct AnalyzeArgs {
   decide::CostTable costs;
   AnalyzeTables tables;
   AdaptiveState state;
-  float scale_log2 = 0;  // scale log2(e)
+  float scale_log2 = 0;     // scale log2(e)
+  uint32_t keep_share = 0;  // decide::share_threshold()
 };
 
 // wave_tiles: at most this many query tiles of a head at a time; 0: all.

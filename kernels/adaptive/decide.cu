@@ -116,7 +116,7 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 
 // decide::measure_levels by one warp; the sums are of integers, only the entropy's order differs.
 __device__ __forceinline__ void measure_levels(const float* estimate, uint32_t* mass, float visible,
-                                               decide::TileLevels* levels) {
+                                               uint32_t keep_share, decide::TileLevels* levels) {
   using namespace decide;
   const int lane = threadIdx.x % 32;
   const TileRow row = levels->row;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void measure_levels(const float* estimate, uint32_t* 
     }
     if (pair_sum(sum) >= wanted) x = candidate;
   }
-  if (level == kDenseLevel) x = 0;
+  x = level == kDenseLevel ? 0 : min(x, share_threshold(total, keep_share));
   uint64_t kept = 0, dropped = 0;
   for (int b = parity; b < tiles; b += 2) {
     const bool keep = mass[b] >= x || is_forced(row, row.begin + b);
@@ -250,7 +250,7 @@ __global__ __launch_bounds__(kThreads) void levels_kernel(const __grid_constant_
   levels.row = q.row;
   float* estimate = space.estimate + warp * s.key_tiles + q.row.begin;
   // A mass takes the place of its estimate.
-  measure_levels(estimate, reinterpret_cast<uint32_t*>(estimate), q.visible, &levels);
+  measure_levels(estimate, reinterpret_cast<uint32_t*>(estimate), q.visible, args.keep_share, &levels);
   if (threadIdx.x % 32 != 0) return;
   const int64_t index = (int64_t{b} * s.heads_q + head) * s.query_tiles + first + warp;
   args.tables.levels[index] = levels;

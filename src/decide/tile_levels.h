@@ -19,10 +19,19 @@ struct TileLevels {
   uint32_t dropped[kLevels] = {};    // mass of the others, in units of 2^-16
 };
 
+// A tile that holds this share of its query tile's mass, in units of 2^-24, may be kept at every level: the least
+// integer mass that does, more than any tile's for share 0.
+ADAATTN_HD inline uint32_t share_threshold(uint64_t total, uint32_t share) {
+  if (share == 0) return 1u << 23;
+  const uint64_t x = (total * share + ((1u << 24) - 1)) >> 24;
+  return x < (1u << 23) ? static_cast<uint32_t>(x) : 1u << 23;
+}
+
 // estimate: log2 of the mass of each tile of levels->row, first to last, any common offset. visible: mean number of
-// keys that a row of the block sees. mass: scratch for one integer per tile. Levels under first_level stay 0.
-ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint32_t* mass, TileLevels* levels,
-                                      int first_level = 0) {
+// keys that a row of the block sees. mass: scratch for one integer per tile. keep_share: of share_threshold(). Levels under
+// first_level stay 0.
+ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint32_t keep_share, uint32_t* mass,
+                                      TileLevels* levels, int first_level = 0) {
   const TileRow row = levels->row;
   const int64_t tiles = row.end - row.begin;
   if (tiles <= 0) return;
@@ -50,9 +59,11 @@ ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint
   }
   const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
   levels->entropy = uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
-  uint32_t x = (1u << 23) - 1;
+  const uint32_t highest = share_threshold(total, keep_share);
+  uint32_t covering = (1u << 23) - 1;
   for (int level = first_level; level < kLevels; ++level) {
-    x = mass_threshold(mass, tiles, total, level, x);
+    covering = mass_threshold(mass, tiles, total, level, covering);
+    const uint32_t x = covering < highest ? covering : highest;
     uint32_t kept = 0;
     uint64_t dropped = 0;
     for (int64_t b = 0; b < tiles; ++b) {

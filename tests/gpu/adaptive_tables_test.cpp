@@ -275,7 +275,7 @@ HostDecisions decide_on_host(const Analysis& a) {
         levels.row = row_of(a.host, seq, tile, &visible);
         if (levels.row.begin < levels.row.end) {
           estimates(b, h, tile, levels.row);
-          decide::measure_levels(estimate.data(), visible, mass.data(), &levels);
+          decide::measure_levels(estimate.data(), visible, a.args.keep_share, mass.data(), &levels);
         }
         decide::add_block(levels, &out.head_levels[static_cast<size_t>(b * s.heads_q + h)]);
       }
