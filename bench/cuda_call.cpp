@@ -31,8 +31,7 @@ CudaBuffer::CudaBuffer(size_t bytes, adaattn_dtype_t dtype, uint64_t seed) : Cud
                      cudaMemcpyHostToDevice));
 }
 
-Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold) {
-  constexpr int kRuns = 15;
+std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int runs, bool cold) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   int l2_bytes = 0;
@@ -41,10 +40,8 @@ Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool col
   cudaEvent_t start = nullptr, stop = nullptr;
   check(cudaEventCreate(&start));
   check(cudaEventCreate(&stop));
-  for (int i = 0; i < 3; ++i) call(stream);
-  check(cudaStreamSynchronize(stream));
   std::vector<double> us;
-  for (int i = 0; i < kRuns; ++i) {
+  for (int i = 0; i < runs; ++i) {
     std::atomic<bool> go{false};
     const auto hold = [](void* flag) {
       while (!static_cast<std::atomic<bool>*>(flag)->load()) {
@@ -64,6 +61,13 @@ Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool col
   check(cudaEventDestroy(start));
   check(cudaEventDestroy(stop));
   check(cudaStreamDestroy(stream));
+  return us;
+}
+
+Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold) {
+  constexpr int kRuns = 15;
+  times_on_device(call, 3, cold);
+  std::vector<double> us = times_on_device(call, kRuns, cold);
   std::sort(us.begin(), us.end());
   const double median = us[us.size() / 2];
   return {median, (us.back() - us.front()) / median};

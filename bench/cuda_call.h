@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <functional>
+#include <vector>
 
 #include "attention_call.h"
 #include "harness.h"
@@ -28,8 +29,11 @@ class CudaBuffer {
   size_t bytes_;
 };
 
-// Device time of `call` on `stream`: the stream is held until everything is enqueued, so launch costs do not show.
-// cold: the L2 cache is overwritten before each run.
+// Device times of `call` in microseconds, one run after another: the stream is held until everything of a run is
+// enqueued, so launch costs do not show. cold: the L2 cache is overwritten before each run.
+std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int runs, bool cold);
+
+// Their median, after a few runs to warm up.
 Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold);
 
 // A context on device 0, whose name the report gets.

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -25,8 +26,8 @@ namespace {
 
 constexpr int64_t kBatch = 4, kContext = 16384;
 constexpr int64_t kRandomContexts[] = {8192, 32768};
-// Heads found dense are looked at in every eighth call: random operands are timed over that many.
-constexpr int kRandomCalls = 8;
+// Heads found dense are looked at in every eighth call: random operands are timed over whole rounds of that many.
+constexpr int kRound = 8, kRounds = 3;
 constexpr int kTurns = 3;
 
 struct NamedPolicy {
@@ -47,7 +48,7 @@ struct Operands {
 struct Calls {
   Shape shape;
   std::vector<Operands> layers;
-  int rounds = 1;  // in one timed run
+  bool mean = false;  // of a round of calls, where they differ; else the median of equal ones
 };
 
 size_t elements(const Shape& s, int64_t heads) {
@@ -70,7 +71,7 @@ Calls capture_layers() {
   ThreadPool pool(1);
   generate::Attention attention(config, DType::kBf16, ADAATTN_ISA_AUTO, {}, *compute, pool);
   Calls calls = {
-      {kBatch, config.heads, config.kv_heads, kContext, kContext, config.head_dim, ADAATTN_MASK_CAUSAL}, {}, 1};
+      {kBatch, config.heads, config.kv_heads, kContext, kContext, config.head_dim, ADAATTN_MASK_CAUSAL}, {}, false};
   const auto take = [&](int64_t heads) { return compute->allocate(elements(calls.shape, heads) * 2); };
   const Buffer x = compute->allocate(static_cast<size_t>(kRows * config.hidden_size) * sizeof(float));
   const Buffer o = take(config.heads);
@@ -88,7 +89,7 @@ Calls capture_layers() {
 }
 
 Calls random_layer(int64_t seqlen) {
-  Calls calls = {{kBatch, 6, 2, seqlen, seqlen, 128, ADAATTN_MASK_CAUSAL}, {}, kRandomCalls};
+  Calls calls = {{kBatch, 6, 2, seqlen, seqlen, 128, ADAATTN_MASK_CAUSAL}, {}, true};
   const auto take = [&](int64_t heads, uint64_t seed) {
     const auto buffer = std::make_shared<CudaBuffer>(elements(calls.shape, heads) * 2, ADAATTN_DTYPE_BF16, seed);
     return Memory(buffer, buffer->data());
@@ -120,28 +121,36 @@ class Runner {
   }
 
   void run(cudaStream_t stream) {
-    for (int round = 0; round < calls_.rounds; ++round) {
-      for (size_t i = 0; i < plans_.size(); ++i) {
-        Io io;
-        io.q = view(calls_.layers[i].q.get(), calls_.shape.heads_q);
-        io.k = view(calls_.layers[i].k.get(), calls_.shape.heads_kv);
-        io.v = view(calls_.layers[i].v.get(), calls_.shape.heads_kv);
-        io.o = view(o_[i]->data(), calls_.shape.heads_q);
-        plans_[i].execute(io, {workspace_->data(), workspace_->bytes()}, stream).or_throw();
-      }
+    for (size_t i = 0; i < plans_.size(); ++i) {
+      Io io;
+      io.q = view(calls_.layers[i].q.get(), calls_.shape.heads_q);
+      io.k = view(calls_.layers[i].k.get(), calls_.shape.heads_kv);
+      io.v = view(calls_.layers[i].v.get(), calls_.shape.heads_kv);
+      io.o = view(o_[i]->data(), calls_.shape.heads_q);
+      plans_[i].execute(io, {workspace_->data(), workspace_->bytes()}, stream).or_throw();
     }
   }
 
   void time() {
-    times_.push_back(measure_on_device([this](cudaStream_t stream) { run(stream); }, false));
+    const auto call = [this](cudaStream_t stream) { run(stream); };
+    if (!calls_.mean) {
+      times_.push_back(measure_on_device(call, false));
+      return;
+    }
+    times_on_device(call, kRound, false);
+    std::vector<double> means;
+    for (int round = 0; round < kRounds; ++round) {
+      const std::vector<double> us = times_on_device(call, kRound, false);
+      means.push_back(std::accumulate(us.begin(), us.end(), 0.0) / kRound);
+    }
+    std::sort(means.begin(), means.end());
+    times_.push_back({means[kRounds / 2], (means.back() - means.front()) / means[kRounds / 2]});
   }
   // Of all layers once.
   Timing median() const {
     std::vector<Timing> sorted = times_;
     std::sort(sorted.begin(), sorted.end(), [](const Timing& a, const Timing& b) { return a.us < b.us; });
-    Timing middle = sorted[sorted.size() / 2];
-    middle.us /= calls_.rounds;
-    return middle;
+    return sorted[sorted.size() / 2];
   }
 
   // One sequence of a layer.
@@ -168,6 +177,10 @@ class Runner {
       sum.verified_heads += s.verified_heads;
       sum.measured_error_sum += s.measured_error_sum;
       sum.heads_over_tolerance += s.heads_over_tolerance;
+      sum.seconds_analyze += s.seconds_analyze;
+      sum.seconds_decide += s.seconds_decide;
+      sum.seconds_attend += s.seconds_attend;
+      sum.seconds_verify += s.seconds_verify;
     }
     const auto heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
@@ -175,6 +188,11 @@ class Runner {
     d["dense_heads"] = static_cast<double>(sum.heads_dense) / heads;
     d["mean_rank_v"] = sum.rank_v_sum / heads;
     d["predicted_error"] = sum.predicted_error_sum / heads;
+    const double microseconds = 1e6 * static_cast<double>(plans_.size()) / static_cast<double>(sum.calls);
+    d["analyze_us"] = microseconds * sum.seconds_analyze;
+    d["decide_us"] = microseconds * sum.seconds_decide;
+    d["attend_us"] = microseconds * sum.seconds_attend;
+    d["verify_us"] = microseconds * sum.seconds_verify;
     if (sum.verified_heads > 0) {
       d["measured_error"] = sum.measured_error_sum / static_cast<double>(sum.verified_heads);
       d["heads_over_tolerance"] = static_cast<double>(sum.heads_over_tolerance) / static_cast<double>(sum.calls);

@@ -221,7 +221,7 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
-  args.keep_share = keep_share_of(args.options.policy);
+  args.keep_share = keep_share(problem_);
   return args;
 }
 
@@ -293,14 +293,11 @@ PlanCounters TilePlan::counters(bool wait, bool reset) {
   }
   const DeviceScope scope(device_id_);
   if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
-  const PlanRecord snapshot = records_->read(record_, reset);
   PlanCounters out;
   out.calls = calls_;
-  out.query_rows = rows_ + snapshot.query_rows;
-  out.score_pairs = pairs_ + snapshot.score_pairs;
-  out.violation.field = static_cast<Field>(snapshot.violation >> 32);
-  out.violation.value = static_cast<int32_t>(snapshot.violation & 0xffffffffu);
-  out.violation.index = static_cast<int64_t>(snapshot.violation_index);
+  out.query_rows = rows_;
+  out.score_pairs = pairs_;
+  add_record(out, records_->read(record_, reset));
   out.adaptive = counters_of(read(targets_.totals, 1)[0]);
   if (reset) {
     memory_->clear(targets_.totals, sizeof(TileTotals));

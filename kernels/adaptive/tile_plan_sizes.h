@@ -17,8 +17,9 @@ void check_tile_options(const decide::Options& options);
 void check_tile_problem(const Problem& problem, const DeviceTraits& device);
 
 decide::Options device_options(const decide::Options& given);
-// The share of its query tile's mass for which a policy keeps a tile whatever the level (decide::share_threshold).
-uint32_t keep_share_of(decide::Policy policy);
+// The share of its query tile's mass for which a named policy keeps a tile whatever the level
+// (decide::share_threshold).
+uint32_t keep_share(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.
 struct TilePlanSizes {

@@ -9,24 +9,46 @@ namespace {
 
 constexpr int kThreads = 128;
 
+constexpr int kWarps = kThreads / 32;
+
 template <typename T>
-__device__ T block_sum(T x, T* shared) {
-  shared[threadIdx.x] = x;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  const T sum = shared[0];
-  __syncthreads();
-  return sum;
+__device__ T shuffled(T x, int step) {
+  return __shfl_xor_sync(0xffffffffu, x, step);
 }
+
+// Of kCount numbers of each thread at a time, in a fixed order; the first warp's lanes have the results.
+template <int kCount, typename T, typename Combine>
+__device__ void block_reduce(T (&x)[kCount], const Combine& combine) {
+  __shared__ T part[kWarps][kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x[i] = combine(x[i], shuffled(x[i], step));
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) part[threadIdx.x / 32][i] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = part[0][i];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) x[i] = combine(x[i], part[w][i]);
+  }
+}
+
+struct Sum {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Largest {
+  __device__ double operator()(double a, double b) const { return fmax(a, b); }
+};
 
 // One CTA per (sequence, query head).
 __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
                                                          const float* far_share, TallyTargets targets) {
-  __shared__ unsigned long long integers[kThreads];
-  __shared__ double reals[kThreads];
   const TableShape& s = args.shape;
   const int head = static_cast<int>(blockIdx.x), b = head / s.heads_q;
   const Sequence seq = sequence_of(args.p, b);
@@ -67,12 +89,10 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
     rows_far += static_cast<unsigned long long>(in_tile) * (seen - exact);
     for (int w = 0; w < sm90::kWalkShares; ++w) far += far_share[item * sm90::kWalkShares + w];
   }
-  tiles = block_sum(tiles, integers);
-  kept = block_sum(kept, integers);
-  rows = block_sum(rows, integers);
-  rows_kept = block_sum(rows_kept, integers);
-  rows_far = block_sum(rows_far, integers);
-  far = block_sum(far, reals);
+  unsigned long long counts[] = {tiles, kept, rows, rows_kept, rows_far};
+  double shares[] = {far};
+  block_reduce(counts, Sum());
+  block_reduce(shares, Sum());
   if (threadIdx.x != 0) return;
   HeadTally tally = targets.heads[head];
   if (first_tile == 0) {
@@ -88,20 +108,18 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
     tally.rank_energy =
         choice.rank_class == 0 ? 1.0f : args.tables.units[b * s.heads_kv + head % s.heads_q / s.group].rank_energy;
   }
-  tally.tiles += tiles;
-  tally.kept += kept;
-  tally.rows += rows;
-  tally.rows_kept += rows_kept;
-  tally.rows_far += rows_far;
-  tally.far_share += far;
+  tally.tiles += counts[0];
+  tally.kept += counts[1];
+  tally.rows += counts[2];
+  tally.rows_kept += counts[3];
+  tally.rows_far += counts[4];
+  tally.far_share += shares[0];
   targets.heads[head] = tally;
 }
 
 // In one CTA and a fixed order.
 __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__ AnalyzeArgs args, TallyTargets targets,
                                                          bool unseen_call) {
-  __shared__ unsigned long long integers[kThreads];
-  __shared__ double reals[kThreads];
   const TableShape& s = args.shape;
   const int count = static_cast<int>(args.p.batch) * s.heads_q;
   TileTotals* const totals = targets.totals;
@@ -141,52 +159,44 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
                         static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
                         (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
   }
-  const auto block_max = [&](double x) {
-    reals[threadIdx.x] = x;
-    __syncthreads();
-    for (int i = 0; i < kThreads; ++i) x = fmax(x, reals[i]);
-    __syncthreads();
-    return x;
-  };
-  for (unsigned long long* x : {&sum.heads, &sum.heads_dense, &sum.heads_low_rank, &sum.tiles, &sum.kept,
-                                &sum.verified_heads, &sum.verified_rows, &sum.over_tolerance})
-    *x = block_sum(*x, integers);
-  for (double* x : {&sum.flops, &sum.rank_v_sum, &sum.entropy_sum, &sum.predicted_sum, &sum.far_sum, &sum.measured_sum})
-    *x = block_sum(*x, reals);
-  sum.entropy_min = -block_max(-sum.entropy_min);
-  sum.entropy_max = block_max(sum.entropy_max);
-  sum.measured_max = block_max(sum.measured_max);
-  sum.measured_row_max = block_max(sum.measured_row_max);
   int unseen = kDenseCalls;
   for (int u = static_cast<int>(threadIdx.x); u < static_cast<int>(args.p.batch) * s.heads_kv; u += kThreads)
     unseen = args.state.dense_calls == nullptr ? 0 : min(unseen, args.state.dense_calls[u] -= unseen_call ? 1 : 0);
-  unseen = -static_cast<int>(block_max(-unseen));
+  unsigned long long counts[] = {sum.heads, sum.heads_dense,    sum.heads_low_rank, sum.tiles,
+                                 sum.kept,  sum.verified_heads, sum.verified_rows,  sum.over_tolerance};
+  double sums[] = {sum.flops, sum.rank_v_sum, sum.entropy_sum, sum.predicted_sum, sum.far_sum, sum.measured_sum};
+  double largest[] = {-sum.entropy_min, sum.entropy_max, sum.measured_max, sum.measured_row_max,
+                      -static_cast<double>(unseen)};
+  block_reduce(counts, Sum());
+  block_reduce(sums, Sum());
+  block_reduce(largest, Largest());
   if (threadIdx.x != 0) return;
   const bool first = totals->heads == 0;
-  totals->heads += sum.heads;
-  totals->heads_dense += sum.heads_dense;
-  totals->heads_low_rank += sum.heads_low_rank;
-  totals->tiles += sum.tiles;
-  totals->kept += sum.kept;
-  totals->flops += sum.flops;
-  totals->rank_v_sum += sum.rank_v_sum;
-  totals->entropy_sum += sum.entropy_sum;
-  totals->entropy_min = first ? sum.entropy_min : fmin(totals->entropy_min, sum.entropy_min);
-  totals->entropy_max = first ? sum.entropy_max : fmax(totals->entropy_max, sum.entropy_max);
-  totals->predicted_sum += sum.predicted_sum;
-  totals->far_sum += sum.far_sum;
-  totals->verified_heads += sum.verified_heads;
-  totals->verified_rows += sum.verified_rows;
-  totals->over_tolerance += sum.over_tolerance;
-  totals->measured_sum += sum.measured_sum;
-  totals->measured_max = fmax(totals->measured_max, sum.measured_max);
-  totals->measured_row_max = fmax(totals->measured_row_max, sum.measured_row_max);
+  totals->heads += counts[0];
+  totals->heads_dense += counts[1];
+  totals->heads_low_rank += counts[2];
+  totals->tiles += counts[3];
+  totals->kept += counts[4];
+  totals->verified_heads += counts[5];
+  totals->verified_rows += counts[6];
+  totals->over_tolerance += counts[7];
+  totals->flops += sums[0];
+  totals->rank_v_sum += sums[1];
+  totals->entropy_sum += sums[2];
+  totals->predicted_sum += sums[3];
+  totals->far_sum += sums[4];
+  totals->measured_sum += sums[5];
+  totals->entropy_min = first ? -largest[0] : fmin(totals->entropy_min, -largest[0]);
+  totals->entropy_max = first ? largest[1] : fmax(totals->entropy_max, largest[1]);
+  totals->measured_max = fmax(totals->measured_max, largest[2]);
+  totals->measured_row_max = fmax(totals->measured_row_max, largest[3]);
   if (args.state.clock != nullptr) {
     const Stage last = unseen_call ? kAttendStage : kVerifyStage;
     totals->stage_ns[last] += device_nanoseconds() - args.state.clock->start[last];
   }
   const unsigned long long calls = ++*args.state.calls;
-  *static_cast<volatile unsigned long long*>(targets.outlook) = calls << kOutlookBits | static_cast<unsigned>(unseen);
+  *static_cast<volatile unsigned long long*>(targets.outlook) =
+      calls << kOutlookBits | static_cast<unsigned>(-largest[4]);
 }
 
 __global__ void unseen_begin_kernel(const __grid_constant__ AnalyzeArgs args) { begin_stage(args.state, kAttendStage); }

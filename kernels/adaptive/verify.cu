@@ -1,6 +1,6 @@
 // The queries that all heads of a unit sample are the rows of one problem, sample by sample with the heads interleaved.
-// As in decoding, its time is that of reading K and V: each warp walks keys of its own through its own stages, and the
-// parts that a tile's keys are split into meet when the rows are judged.
+// As in decoding, its time is that of reading K and V: a CTA reads a part of them once for as many tiles of rows as it
+// has warps, and the parts meet when the rows are judged.
 #include <algorithm>
 
 #include "adaptive/verify.h"
@@ -18,12 +18,11 @@ namespace {
 using T = __nv_bfloat16;
 constexpr int kD = 128, kM = 16;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kKeys = 16;  // of one stage of one warp
+constexpr int kKeys = 64;  // of one stage
 constexpr int kStages = 3;
-constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes, kWarpBytes = kStages * kStageBytes;
-constexpr int kSharedBytes = kWarps * kWarpBytes;
+constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes, kSharedBytes = kStages * kStageBytes;
 constexpr int kMaxSplits = 64;
-static_assert(kM * kD * 4 <= kWarpBytes, "a warp's partial output replaces its stages");
+constexpr int kJudges = 16;  // warps
 
 // A row's part: maximum in log2 units (-inf: no key seen), sum of 2^(x - maximum), and the values with these weights.
 struct Part {
@@ -43,22 +42,21 @@ __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_const
                                                               VerifyShape verify, Part* parts) {
   using Layout = TileLayout<kD>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  __shared__ float2 warp_statistics[kWarps][kM];
   const AttnParams& p = args.p;
-  const int group = args.shape.group, unit = blockIdx.x / verify.row_tiles;
+  const int ctas = (verify.row_tiles + kWarps - 1) / kWarps, group = args.shape.group, unit = blockIdx.x / ctas;
   const int b = unit / args.shape.heads_kv, head_kv = unit % args.shape.heads_kv, first_head = head_kv * group;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, split = blockIdx.y;
   const Sequence s = sequence_of(p, b);
   const SpreadRows sample = rows_of(args, verify, s);
-  const int rows = static_cast<int>(sample.count) * group, m0 = blockIdx.x % verify.row_tiles * kM;
+  const int rows = static_cast<int>(sample.count) * group, first_row = blockIdx.x % ctas * kWarps * kM;
   bool approximate = false;
   for (int i = thread; i < group; i += kThreads)
     approximate = approximate || !args.tables.choice[int64_t{b} * args.shape.heads_q + first_head + i].dense;
-  if (m0 >= rows || __syncthreads_or(approximate) == 0) return;
+  if (first_row >= rows || __syncthreads_or(approximate) == 0) return;
 
   const auto position_of = [&](int m) { return sample.first + m / group * sample.step; };
-  const int64_t low = visible_keys(p, s, position_of(m0)).begin;
-  const int64_t high = visible_keys(p, s, position_of(min(m0 + kM, rows) - 1)).end;
+  const int64_t low = visible_keys(p, s, position_of(first_row)).begin;
+  const int64_t high = visible_keys(p, s, position_of(min(first_row + kWarps * kM, rows) - 1)).end;
   const int first_block = static_cast<int>(low / kKeys), last_block = static_cast<int>((high + kKeys - 1) / kKeys);
   const int per_split = max(0, (last_block - first_block + verify.splits - 1) / verify.splits);
   const int begin = first_block + split * per_split, end = min(begin + per_split, last_block);
@@ -67,22 +65,28 @@ __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_const
   const T* const v_base =
       static_cast<const T*>(p.v.data) + b * p.v.stride_b + s.k_start * p.v.stride_s + head_kv * p.v.stride_h;
 
-  const uint32_t stages = shared_address(shared_memory) + warp * kWarpBytes;
+  const uint32_t stages = shared_address(shared_memory);
   const auto load_stage = [&](int stage, int block) {
     if (block < end) {
       const uint32_t to = stages + stage * kStageBytes;
       const int64_t first_key = int64_t{block} * kKeys;
-      const RowSpan valid{0, static_cast<int>(min(int64_t{kKeys}, s.len_k - first_key))};
-      load_rows<kD, kKeys, 32, false>(to, lane, kD, valid, true,
-                                      [&](int r) { return k_base + (first_key + r) * p.k.stride_s; });
-      load_rows<kD, kKeys, 32, false>(to + kTileBytes, lane, kD, valid, true,
-                                      [&](int r) { return v_base + (first_key + r) * p.v.stride_s; });
+      const T *k = k_base + first_key * p.k.stride_s, *v = v_base + first_key * p.v.stride_s;
+      if (first_key + kKeys <= s.len_k) {
+        load_whole_rows<kD, kKeys, kThreads>(to, thread, k, p.k.stride_s);
+        load_whole_rows<kD, kKeys, kThreads>(to + kTileBytes, thread, v, p.v.stride_s);
+      } else {
+        const RowSpan valid{0, static_cast<int>(s.len_k - first_key)};
+        load_rows<kD, kKeys, kThreads, false>(to, thread, kD, valid, true, [&](int r) { return k + r * p.k.stride_s; });
+        load_rows<kD, kKeys, kThreads, false>(to + kTileBytes, thread, kD, valid, true,
+                                              [&](int r) { return v + r * p.v.stride_s; });
+      }
     }
     cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load_stage(i, begin + warp + i * kWarps);
+  for (int i = 0; i < kStages - 1; ++i) load_stage(i, begin + i);
 
+  const int m0 = first_row + warp * kM;
   // Query rows of this thread: fragments hold columns 2(lane%4) + {0, 1, 8, 9} of each 16.
   uint32_t q[kD / 16][4];
   KeyRange span[2];
@@ -105,101 +109,83 @@ __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_const
   const uint32_t k_lane = stages + Layout::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
   const uint32_t v_lane = stages + kTileBytes + Layout::offset(lane & 15, lane >> 4);
   float out[kD / 8][4] = {}, top[2] = {kNegInf, kNegInf}, sum[2] = {0, 0};
-  int stage = 0;
-  for (int block = begin + warp; block < end; block += kWarps) {
+  const int64_t own_end = m0 < rows ? visible_keys(p, s, position_of(min(m0 + kM, rows) - 1)).end : 0;
+  for (int block = begin; block < end; ++block) {
     cp_async_wait<kStages - 2>();
-    __syncwarp();  // this block is there, and all lanes are done with the one before
-    load_stage(stage == 0 ? kStages - 1 : stage - 1, block + (kStages - 1) * kWarps);
-    const uint32_t shift = stage * kStageBytes;
-    float score[2][4] = {};
+    __syncthreads();  // this block is there, and all warps are done with the one before
+    load_stage((block - begin + kStages - 1) % kStages, block + kStages - 1);
+    const int64_t first_key = int64_t{block} * kKeys;
+#pragma unroll 1
+    for (int part = 0; part < kKeys / 16 && first_key + 16 * part < own_end; ++part) {
+      const uint32_t shift = (block - begin) % kStages * kStageBytes + part * 16 * Layout::kPitch;
+      float score[2][4] = {};
 #pragma unroll
-    for (int k = 0; k < kD / 16; ++k) {
-      uint32_t keys[4];
-      ldmatrix_x4(keys, Layout::advance(k_lane + shift, k));
-      mma_m16n8k16<T>(score[0], q[k], keys[0], keys[1]);
-      mma_m16n8k16<T>(score[1], q[k], keys[2], keys[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float highest = top[i];
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = score[j][2 * i + e];
-          const int64_t key = int64_t{block} * kKeys + 8 * j + 2 * (lane % 4) + e;
-          x = key >= span[i].begin && key < span[i].end ? x * args.scale_log2 : kNegInf;
-          highest = fmaxf(highest, x);
-        }
-      highest = quad_max(highest);
-      const float base = highest == kNegInf ? 0.0f : highest, shrink = exp2_approx(top[i] - base);
-      top[i] = highest;
-      sum[i] *= shrink;
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j) {
-        out[j][2 * i] *= shrink;
-        out[j][2 * i + 1] *= shrink;
+      for (int k = 0; k < kD / 16; ++k) {
+        uint32_t keys[4];
+        ldmatrix_x4(keys, Layout::advance(k_lane + shift, k));
+        mma_m16n8k16<T>(score[0], q[k], keys[0], keys[1]);
+        mma_m16n8k16<T>(score[1], q[k], keys[2], keys[3]);
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < 2; ++i) {
+        float highest = top[i];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = score[j][2 * i + e];
-          x = exp2_approx(x - base);
-          sum[i] += x;
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = score[j][2 * i + e];
+            const int64_t key = first_key + 16 * part + 8 * j + 2 * (lane % 4) + e;
+            x = key >= span[i].begin && key < span[i].end ? x * args.scale_log2 : kNegInf;
+            highest = fmaxf(highest, x);
+          }
+        highest = quad_max(highest);
+        const float base = highest == kNegInf ? 0.0f : highest, shrink = exp2_approx(top[i] - base);
+        top[i] = highest;
+        sum[i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < kD / 8; ++j) {
+          out[j][2 * i] *= shrink;
+          out[j][2 * i + 1] *= shrink;
         }
-    }
-    const uint32_t weights[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
-                                 pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
 #pragma unroll
-    for (int j = 0; j < kD / 8; j += 2) {
-      uint32_t values[4];
-      ldmatrix_x4_trans(values, Layout::advance(v_lane + shift, j / 2));
-      mma_m16n8k16<T>(out[j], weights, values[0], values[1]);
-      mma_m16n8k16<T>(out[j + 1], weights, values[2], values[3]);
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = score[j][2 * i + e];
+            x = exp2_approx(x - base);
+            sum[i] += x;
+          }
+      }
+      const uint32_t weights[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
+                                   pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
+#pragma unroll
+      for (int j = 0; j < kD / 8; j += 2) {
+        uint32_t values[4];
+        ldmatrix_x4_trans(values, Layout::advance(v_lane + shift, j / 2));
+        mma_m16n8k16<T>(out[j], weights, values[0], values[1]);
+        mma_m16n8k16<T>(out[j + 1], weights, values[2], values[3]);
+      }
     }
-    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
-
   cp_async_wait<0>();
-  __syncwarp();
-  float* const own = reinterpret_cast<float*>(shared_memory + warp * kWarpBytes);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int r = lane / 4 + 8 * i;
+    const int m = m0 + lane / 4 + 8 * i;
     const float total = quad_sum(sum[i]);
-    if (lane % 4 == 0) warp_statistics[warp][r] = {top[i], total};
+    if (m >= rows) continue;
+    Part* const to = part_of(parts, verify, unit, m, split);
+    if (lane % 4 == 0) to->statistics = {top[i], total};
 #pragma unroll
     for (int j = 0; j < kD / 8; ++j)
-      *reinterpret_cast<float2*>(own + r * kD + 8 * j + 2 * (lane % 4)) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
-  }
-  __syncthreads();
-  for (int r = warp; r < kM && m0 + r < rows; r += kWarps) {
-    float highest = kNegInf, total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_statistics[w][r].x);
-    float4 x{0, 0, 0, 0};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 part = warp_statistics[w][r];
-      if (part.y == 0) continue;
-      const float weight = exp2f(part.x - highest);
-      const float4 y = reinterpret_cast<const float4*>(shared_memory + w * kWarpBytes)[r * (kD / 4) + lane];
-      total += weight * part.y;
-      x = {fmaf(weight, y.x, x.x), fmaf(weight, y.y, x.y), fmaf(weight, y.z, x.z), fmaf(weight, y.w, x.w)};
-    }
-    Part* const to = part_of(parts, verify, unit, m0 + r, split);
-    if (lane == 0) to->statistics = {highest, total};
-    *reinterpret_cast<float2*>(to->o + 4 * lane) = {x.x, x.y};
-    *reinterpret_cast<float2*>(to->o + 4 * lane + 2) = {x.z, x.w};
+      *reinterpret_cast<float2*>(to->o + 8 * j + 2 * (lane % 4)) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
   }
 }
 
 // One CTA per (sequence, query head), one warp per row.
-__global__ __launch_bounds__(kThreads) void judge_kernel(const __grid_constant__ AnalyzeArgs args, VerifyShape verify,
-                                                         Part* parts, HeadTally* heads) {
-  __shared__ double warp_sum[kWarps];
-  __shared__ float warp_worst[kWarps];
+__global__ __launch_bounds__(32 * kJudges) void judge_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                             VerifyShape verify, Part* parts, HeadTally* heads) {
+  __shared__ double warp_sum[kJudges];
+  __shared__ float warp_worst[kJudges];
   const AttnParams& p = args.p;
   const int b = blockIdx.x / args.shape.heads_q, head = blockIdx.x % args.shape.heads_q, group = args.shape.group;
   const int unit = b * args.shape.heads_kv + head / group;
@@ -211,20 +197,19 @@ __global__ __launch_bounds__(kThreads) void judge_kernel(const __grid_constant__
   const float sink = p.sinks != nullptr ? p.sinks[head * p.sinks_stride] * kLog2e : kNegInf;
   double sum = 0;
   float worst = 0;
-  for (int i = warp; i < sample.count; i += kWarps) {
+  for (int i = warp; i < sample.count; i += kJudges) {
     const int row = i * group + head % group;
-    float2 part{kNegInf, 0};
     float top = sink;
     for (int x = lane; x < verify.splits; x += 32) top = fmaxf(top, part_of(parts, verify, unit, row, x)->statistics.x);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     float total = sink == kNegInf ? 0.0f : exp2f(sink - top);
     float exact[4] = {};
+#pragma unroll 4
     for (int x = 0; x < verify.splits; ++x) {
       const Part& from = *part_of(parts, verify, unit, row, x);
-      part = from.statistics;
-      if (part.y == 0) continue;
-      const float weight = exp2f(part.x - top);
+      const float2 part = from.statistics;
+      const float weight = part.y == 0 ? 0.0f : exp2f(part.x - top);
       total += weight * part.y;
 #pragma unroll
       for (int c = 0; c < 4; ++c) exact[c] = fmaf(weight, from.o[lane + 32 * c], exact[c]);
@@ -248,7 +233,7 @@ __global__ __launch_bounds__(kThreads) void judge_kernel(const __grid_constant__
   }
   __syncthreads();
   if (threadIdx.x != 0 || sample.count == 0) return;
-  for (int w = 1; w < kWarps; ++w) {
+  for (int w = 1; w < kJudges; ++w) {
     sum += warp_sum[w];
     worst = fmaxf(worst, warp_worst[w]);
   }
@@ -270,10 +255,10 @@ VerifyShape verify_shape(const TableShape& s, int32_t rows, int32_t multiprocess
   if (rows == 0) return v;
   v.rows = rows;
   v.row_tiles = (std::min(rows, s.query_tiles * decide::kTileQ) * s.group + kM - 1) / kM;
-  // Two CTAs run on a multiprocessor at a time, and a warp should have some keys to walk.
-  const int64_t tiles = int64_t{s.batch} * s.heads_kv * v.row_tiles;
-  const int64_t wanted = (2 * int64_t{multiprocessors} + tiles - 1) / tiles;
-  const int64_t most = std::max<int64_t>(1, s.key_rows() / (8 * kKeys * kWarps));
+  // Two CTAs run on a multiprocessor at a time.
+  const int64_t ctas = int64_t{s.batch} * s.heads_kv * ((v.row_tiles + kWarps - 1) / kWarps);
+  const int64_t wanted = (2 * int64_t{multiprocessors} + ctas - 1) / ctas;
+  const int64_t most = std::max<int64_t>(1, s.key_rows() / (2 * kKeys));
   v.splits = static_cast<int32_t>(std::min({wanted, most, int64_t{kMaxSplits}}));
   return v;
 }
@@ -285,12 +270,13 @@ size_t verify_bytes(const TableShape& s, const VerifyShape& v) {
 cudaError_t launch_verify(const AnalyzeArgs& args, const VerifyShape& verify, void* partial, HeadTally* heads,
                           cudaStream_t stream) {
   Part* const parts = static_cast<Part*>(partial);
-  const dim3 grid(static_cast<unsigned>(args.p.batch * args.shape.heads_kv * verify.row_tiles),
-                  static_cast<unsigned>(verify.splits));
+  const dim3 grid(
+      static_cast<unsigned>(args.p.batch * args.shape.heads_kv * ((verify.row_tiles + kWarps - 1) / kWarps)),
+      static_cast<unsigned>(verify.splits));
   const cudaError_t error = launch_grid(exact_rows_kernel, grid, kThreads, kSharedBytes, stream, args, verify, parts);
   if (error != cudaSuccess) return error;
-  return launch_grid(judge_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads, 0, stream,
-                     args, verify, parts, heads);
+  return launch_grid(judge_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), 32 * kJudges, 0,
+                     stream, args, verify, parts, heads);
 }
 
 void prepare_verify() {

@@ -62,7 +62,7 @@ TEST_F(TilePlans, AMillionTokensGoInWaves) {
   const auto fill = [](const DeviceMemory& to, const std::vector<uint16_t>& from) {
     require(cudaMemcpy(to.data(), from.data(), to.bytes(), cudaMemcpyHostToDevice));
   };
-  fill(q, rows(kQueryHeads, 64, 3, 1.5f, 1.0f, run_seed()));
+  fill(q, rows(kQueryHeads, 128, 3, 1.5f, 1.0f, run_seed()));
   fill(k, rows(1, 128, 5, 0.5f, 1.0f, run_seed() + 1));
   fill(v, rows(1, 128, 5, 1.0f, 0.5f, run_seed() + 2));
 
@@ -98,7 +98,6 @@ TEST_F(TilePlans, AMillionTokensGoInWaves) {
   EXPECT_EQ(stats.tiles, 2 * kQueryHeads * tiles);
   EXPECT_LT(static_cast<double>(stats.tiles_kept), 0.2 * static_cast<double>(stats.tiles));
   EXPECT_EQ(stats.heads_dense, 0u);
-  EXPECT_THROW(plan.tile_map(0, 0), std::runtime_error);  // larger than what is kept
 
   const std::vector<uint16_t> ours = download(o), theirs = download(exact), values = download(v);
   double spread = 0;
