@@ -108,6 +108,8 @@ struct Bf16Tiles {
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out);
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out);
   void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean, uint16_t* out);
+  size_t (*probe_tile_bytes)(int64_t rank);
+  void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
 };
 
 #if defined(__x86_64__)

@@ -90,12 +90,31 @@ HWY_INLINE void set_thresholds(const AdaptiveTileArgs& args, TileScratch& x, int
 HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, int64_t tile) {
   const KeyTables& keys = args.keys;
   const char* probe = keys.probe_tiles == nullptr ? nullptr : keys.probe_tiles + tile * keys.probe_tile_bytes;
+#if defined(ADAATTN_UNIT_AMX)
+  const bool ranked = probe != nullptr;
+  const float query_factor = score_rule(args.rows).query_factor;
+  if (ranked || query_factor > 0) {
+    const int64_t d = round_up(ranked ? keys.probe_rank : args.rows.d_qk, 32);
+    RowMaximum rows{ranked ? reinterpret_cast<const uint16_t*>(probe) : keys.packed_k + tile * kTileKeys * d, d,
+                    ranked ? x.probe_words : x.words, x.s};
+    const F32 factor = hn::Set(kF32, ranked ? 1.0f : query_factor);
+    return rows.any(panels, [&](int64_t panel, const F32* max) {
+      bool hit = false;
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const F32 base = ranked ? hn::Load(kF32, x.base[panel] + v * kLanes) : hn::Zero(kF32);
+        const F32 threshold = hn::Load(kF32, x.threshold + panel * kPanel + v * kLanes);
+        hit = hit || !hn::AllFalse(kF32, hn::Ge(hn::MulAdd(max[v], factor, base), threshold));
+      }
+      return hit;
+    });
+  }
+#endif
   for (int64_t i = 0; i < panels; ++i) {
     clear_max(x.block_max);
     if (probe != nullptr) {
-#if defined(ADAATTN_UNIT_INT8)
+#if defined(ADAATTN_PROBE_INT8)
       int8_maximum(probe, keys.probe_rank, x.int8_q[i], x.block_max);
-#else
+#elif !defined(ADAATTN_UNIT_AMX)
       score_panel(reinterpret_cast<const float*>(probe), packed_stride(keys.probe_rank + 1), kTileKeys, x.probe_q[i],
                   keys.probe_rank + 1, x.s, x.block_max);
 #endif
@@ -110,11 +129,83 @@ HWY_INLINE bool probe_tile(const AdaptiveTileArgs& args, TileScratch& x, int64_t
   return false;
 }
 
+#if defined(ADAATTN_UNIT_BF16)
+// Rows of f32, n by kPanel with n even, as words of pairs.
+HWY_INLINE void pair_rows(const float* rows, int64_t n, uint32_t* words) {
+  for (int64_t t = 0; t < n / 2 * kPanel; t += kLanes) {
+    const float* row = rows + t / kPanel * 2 * kPanel + t % kPanel;
+    _mm512_store_si512(words + t, pair_weights(_mm512_load_ps(row), _mm512_load_ps(row + kPanel)));
+  }
+}
+
+// Products of the queries, in units of log2, with the mean of K, and those that the rank probe takes.
+HWY_INLINE void project_queries(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, bool probe) {
+  const KeyTables& keys = args.keys;
+  const int64_t d = round_up(keys.d_qk, 32), rank = probe ? keys.probe_rank : 0;
+  const int64_t rows = kMeanRows + round_up(rank, 32);
+  pack_rows(keys.k_mean, 1, kMeanRows, keys.d_qk, 0, x.query_rows);
+  // What rounding the mean to bf16 took away: queries move all their scores by it.
+  for (int64_t c = 0; c < keys.d_qk; ++c)
+    x.query_rows[d + c] = round_to_brain(keys.k_mean[c] - to_float(Brain{x.query_rows[c]}));
+  if (rank > 0) pack_rows(keys.probe_basis, rank, rows - kMeanRows, keys.d_qk, keys.d_qk, x.query_rows + kMeanRows * d);
+  const F32 factor = hn::Set(kF32, score_rule(args.rows).query_factor);
+  for (int64_t i = 0; i < panels; ++i) {
+    TileProduct product;
+    product.start_scores(x.query_rows, d, rows, x.words[i], d, x.query_products);
+    product.finish();
+    float* projected = x.query_products + kMeanRows * kPanel;
+    for (int64_t t = 0; t < (rows - kMeanRows) * kPanel; t += kLanes)
+      hn::Store(hn::Mul(hn::Load(kF32, projected + t), factor), kF32, projected + t);
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+      const float* mean = x.query_products + lane;
+      const F32 base = hn::Mul(hn::Add(hn::Load(kF32, mean), hn::Load(kF32, mean + kPanel)), factor);
+      hn::Store(base, kF32, x.base[i] + lane);
+    }
+    if (rank == 0) continue;
+#if defined(ADAATTN_UNIT_AMX)
+    pair_rows(projected, rows - kMeanRows, x.probe_words[i]);
+#else
+    memcpy(projected + rank * kPanel, x.base[i], kPanel * sizeof(float));
+    quantize_queries(projected, rank, x.int8_q[i]);
+#endif
+  }
+}
+
+HWY_INLINE void prepare_up(const KeyTables& keys, TileScratch& x) {
+  pack_rows(keys.basis, keys.d_v, round_up(keys.d_v, 32), keys.rank, keys.rank, x.up_rows);
+}
+
+// The product with the basis of V, [d_v][kPanel]. Ranks are multiples of 32.
+HWY_INLINE void multiply_up(const KeyTables& keys, TileScratch& x, const Panel& p) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(x.s);
+  static_assert(kScoreFloats >= 128 / 2 * kPanel);
+  pair_rows(p.ot, keys.rank, words);
+  TileProduct product;
+  product.start_scores(x.up_rows, keys.rank, round_up(keys.d_v, 32), words, keys.rank, x.up);
+  product.finish();
+}
+#else
+HWY_INLINE void project_queries(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, bool probe) {
+  const KeyTables& keys = args.keys;
+  for (int64_t i = 0; i < panels && probe; ++i) {
+    score_panel(keys.probe_basis, keys.d_qk, keys.probe_rank + 1, x.panels[i].qt, keys.d_qk, x.probe_q[i], x.block_max);
+#if defined(ADAATTN_PROBE_INT8)
+    quantize_queries(x.probe_q[i], keys.probe_rank, x.int8_q[i]);
+#endif
+  }
+}
+
+HWY_INLINE void prepare_up(const KeyTables&, TileScratch&) {}
+
+HWY_INLINE void multiply_up(const KeyTables& keys, TileScratch& x, const Panel& p) {
+  score_panel(keys.basis, keys.rank, keys.d_v, p.ot, keys.rank, x.up, x.block_max);
+}
+#endif
+
 // O' of rank r back to d_v columns: U O' + (sum of weights) mean of V.
 HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& p) {
   const KeyTables& keys = args.keys;
-  clear_max(x.block_max);
-  score_panel(keys.basis, keys.rank, keys.d_v, p.ot, keys.rank, x.up, x.block_max);
+  multiply_up(keys, x, p);
   for (int64_t c = 0; c < keys.d_v; ++c) {
     const F32 mean = hn::Set(kF32, keys.v_mean[c]);
     for (int64_t lane = 0; lane < kPanel; lane += kLanes)
@@ -125,7 +216,6 @@ HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& 
 
 AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   const KeyTables& keys = args.keys;
-  const ScoreRule rule = score_rule(args.rows);
   Arena arena{args.scratch};
   TileScratch x;
   lay_out(arena, x, args.rows.d_qk, args.rows.d_v, keys.probe_rank);
@@ -145,9 +235,10 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
   for (int64_t i = 0; i < panels; ++i) {
     start_panel(prefill, x.panels[i], i * kPanel);
-    fill_queries(prefill, rule, finish, x.panels[i]);
 #if defined(ADAATTN_UNIT_BF16)
     fill_query_words(prefill, finish, x.panels[i], round_up(args.rows.d_qk, 32), x.words[i]);
+#else
+    fill_queries(prefill, score_rule(args.rows), finish, x.panels[i]);
 #endif
   }
 
@@ -164,17 +255,8 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
     t += count;  // not kept, or behind the last
   }
   const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
+  if (skipped > 0) project_queries(args, x, panels, args.probe && keys.probe_tiles != nullptr);
   if (args.probe && skipped > 0) {
-    if (keys.probe_tiles != nullptr) {
-      for (int64_t i = 0; i < panels; ++i) {
-        clear_max(x.block_max);
-        score_panel(keys.probe_basis, keys.d_qk, keys.probe_rank + 1, x.panels[i].qt, keys.d_qk, x.probe_q[i],
-                    x.block_max);
-#if defined(ADAATTN_UNIT_INT8)
-        quantize_queries(x.probe_q[i], keys.probe_rank, x.int8_q[i]);
-#endif
-      }
-    }
     set_thresholds(args, x, panels);
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
@@ -186,6 +268,7 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
     result.kept += result.probed_in;
   }
   if (args.far_field && result.probed_in < skipped) result.far_mass = far_field(args, x, values, panels);
+  if (low_rank) prepare_up(keys, x);
   for (int64_t i = 0; i < panels; ++i) {
     if (low_rank) project_up(args, x, x.panels[i]);
     finish_panel(prefill, finish, x.panels[i]);

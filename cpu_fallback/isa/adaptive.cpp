@@ -16,6 +16,8 @@ const Bf16Tiles ADAATTN_TILES = {
     .pack_keys = pack_keys,
     .pack_values = pack_values,
     .pack_groups = pack_groups,
+    .probe_tile_bytes = probe_tile_bytes,
+    .pack_probe = pack_probe,
 };
 
 #else

@@ -17,7 +17,15 @@ constexpr float kGroupBonus = 5.0f;  // log2(kGroupK)
 // The second-order term v/2 of a group's log weight overshoots where scores spread over more than a few nats, because
 // 32 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
 constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
+#if defined(ADAATTN_UNIT_BF16)
+constexpr int64_t kMeanRows = 32;  // of TileScratch::query_rows
+#endif
 static_assert(decide::kGroupK == 32 && kTileKeys <= kKeyBlock && kTileRows == decide::kTileQ);
+
+// With tiles the rank probe takes bf16 instead.
+#if defined(ADAATTN_UNIT_INT8) && !defined(ADAATTN_UNIT_AMX)
+#define ADAATTN_PROBE_INT8
+#endif
 
 // Neighbouring groups of skipped tiles.
 struct GroupRun {
@@ -29,12 +37,16 @@ struct TileScratch {
   float *s, *row, *alpha, *block_max, *threshold, *far_v, *far_s, *up;
   GroupRun* far_runs;
   float **far_q, **probe_q;  // per panel
-#if defined(ADAATTN_UNIT_INT8)
+#if defined(ADAATTN_PROBE_INT8)
   Int8Queries* int8_q;  // per panel
 #endif
 #if defined(ADAATTN_UNIT_BF16)
-  uint32_t **words, **squares;  // per panel: queries as fill_query_words() leaves them, and their squares
-  float** far_base;             // per panel: products with the mean of K
+  // Per panel: queries as fill_query_words() leaves them, projected for the rank probe, and squared.
+  uint32_t **words, **probe_words, **squares;
+  float** base;           // per panel: products with the mean of K
+  uint16_t* query_rows;   // the mean of K as two rows that add up to it, 30 zeros, and the basis of the rank probe
+  float* query_products;  // of query_rows with one panel
+  uint16_t* up_rows;      // the basis of V
   uint16_t *far_means, *far_variances;
   uint32_t* far_values;
 #endif
@@ -47,7 +59,7 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.panels = arena.take<Panel>(kPanelsPerTile);
   x.far_q = arena.take<float*>(kPanelsPerTile);
   x.probe_q = arena.take<float*>(kPanelsPerTile);
-#if defined(ADAATTN_UNIT_INT8)
+#if defined(ADAATTN_PROBE_INT8)
   x.int8_q = arena.take<Int8Queries>(kPanelsPerTile);
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
     Int8Queries unused;
@@ -62,21 +74,28 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.far_runs = arena.take<GroupRun>(kTileKeys / kGroupsPerTile);
   x.far_v = arena.take<float>(kTileKeys * packed_stride(d_v));
   x.far_s = arena.take<float>(kTileKeys * kPanel);
-  x.up = arena.take<float>(d_v * kPanel);
+  x.up = arena.take<float>(round_up(d_v, 32) * kPanel);
   x.before = arena.take<float>(kPanelsPerTile * 2 * kPanel);
 #if defined(ADAATTN_UNIT_BF16)
   x.words = arena.take<uint32_t*>(kPanelsPerTile);
+  x.probe_words = arena.take<uint32_t*>(kPanelsPerTile);
   x.squares = arena.take<uint32_t*>(kPanelsPerTile);
-  x.far_base = arena.take<float*>(kPanelsPerTile);
+  x.base = arena.take<float*>(kPanelsPerTile);
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
     uint32_t* words = arena.take<uint32_t>(round_up(d_qk, 32) / 2 * kPanel);
+    uint32_t* probe_words = arena.take<uint32_t>(round_up(probe_rank, 32) / 2 * kPanel);
     uint32_t* squares = arena.take<uint32_t>(round_up(d_qk, 32) / 2 * kPanel);
     float* base = arena.take<float>(kPanel);
     if (x.words == nullptr) continue;
     x.words[i] = words;
+    x.probe_words[i] = probe_words;
     x.squares[i] = squares;
-    x.far_base[i] = base;
+    x.base[i] = base;
   }
+  const int64_t query_rows = kMeanRows + round_up(probe_rank, 32);
+  x.query_rows = arena.take<uint16_t>(query_rows * round_up(d_qk, 32));
+  x.query_products = arena.take<float>((query_rows + 1) * kPanel);
+  x.up_rows = arena.take<uint16_t>(round_up(d_v, 32) * packed_width(d_v));
   x.far_means = arena.take<uint16_t>(packed_elements(d_qk));
   x.far_variances = arena.take<uint16_t>(packed_elements(d_qk));
   x.far_values = arena.take<uint32_t>(packed_elements(d_v) / 2);

@@ -26,7 +26,7 @@ struct FarExtra {
     spreads.finish();
     const F32 limit = hn::Set(kF32, kSpreadLimit), one = hn::Set(kF32, 1.0f), f2 = hn::Set(kF32, factor * factor);
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      const F32 base = hn::Add(hn::Load(kF32, x.far_base[panel] + lane), hn::Set(kF32, kGroupBonus));
+      const F32 base = hn::Add(hn::Load(kF32, x.base[panel] + lane), hn::Set(kF32, kGroupBonus));
       for (int64_t j = 0; j < rows; ++j) {
         float* at = s + j * kPanel + lane;
         const F32 spread = hn::Mul(hn::Load(kF32, x.far_s + j * kPanel + lane), f2);
@@ -67,7 +67,7 @@ HWY_INLINE void absorb_far(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
 }
 
-// Squares of the queries, and their products with the mean of K.
+// Squares of the queries.
 HWY_INLINE void prepare_far(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel) {
   const int64_t pairs = round_up(args.rows.d_qk, 32) / 2;
   const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
@@ -76,12 +76,6 @@ HWY_INLINE void prepare_far(const AdaptiveTileArgs& args, TileScratch& x, int64_
     const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
     const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(word, high_half));
     _mm512_store_si512(x.squares[panel] + t, pair_weights(_mm512_mul_ps(low, low), _mm512_mul_ps(high, high)));
-  }
-  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-    F32 sum = hn::Zero(kF32);
-    for (int64_t c = 0; c < args.rows.d_qk; ++c)
-      sum = hn::MulAdd(hn::Set(kF32, args.keys.k_mean[c]), hn::Load(kF32, x.panels[panel].qt + c * kPanel + lane), sum);
-    hn::Store(sum, kF32, x.far_base[panel] + lane);
   }
 }
 #else

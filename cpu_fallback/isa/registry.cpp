@@ -34,6 +34,8 @@ AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   kernels.pack_keys = tiles.pack_keys;
   kernels.pack_values = tiles.pack_values;
   kernels.pack_groups = tiles.pack_groups;
+  kernels.probe_tile_bytes = tiles.probe_tile_bytes;
+  kernels.pack_probe = tiles.pack_probe;
   return kernels;
 }
 

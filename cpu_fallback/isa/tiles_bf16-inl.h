@@ -10,8 +10,6 @@ namespace {
 constexpr int64_t kTileKeys = decide::kTileK;
 static_assert(kTileKeys % kStepKeys == 0);
 
-#include "cpu_fallback/isa/probe_int8-inl.h"
-
 // Sixteen columns of row j from column c on, zeros beyond the matrix.
 HWY_INLINE __m512 load_corner(const float* rows, int64_t n, int64_t d, int64_t stride, int64_t j, int64_t c) {
   const int64_t columns = d - c < kLanes ? d - c : kLanes;
@@ -19,14 +17,19 @@ HWY_INLINE __m512 load_corner(const float* rows, int64_t n, int64_t d, int64_t s
   return _mm512_maskz_loadu_ps(mask, rows + j * stride + c);
 }
 
-void pack_keys(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) {
+// n rows as rows of round_up(d, 32), followed by zeros up to `count` rows.
+HWY_INLINE void pack_rows(const float* rows, int64_t n, int64_t count, int64_t d, int64_t stride, uint16_t* out) {
   const int64_t padded = round_up(d, 32);
-  for (int64_t j = 0; j < kTileKeys; ++j) {
+  for (int64_t j = 0; j < count; ++j) {
     for (int64_t c = 0; c < padded; c += kLanes) {
       const __m256bh x = _mm512_cvtneps_pbh(load_corner(rows, n, d, stride, j, c));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * padded + c), reinterpret_cast<__m256i>(x));
     }
   }
+}
+
+void pack_keys(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) {
+  pack_rows(rows, n, kTileKeys, d, stride, out);
 }
 
 void pack_values(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) {
@@ -56,6 +59,11 @@ void pack_groups(const float* groups, int64_t n, int64_t d, int64_t stride, cons
     }
   }
 }
+
+#include "cpu_fallback/isa/probe_bf16-inl.h"
+#if !defined(ADAATTN_UNIT_AMX)
+#include "cpu_fallback/isa/probe_int8-inl.h"
+#endif
 
 }  // namespace
 }  // namespace adaattn::cpu
