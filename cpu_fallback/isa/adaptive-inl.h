@@ -41,9 +41,7 @@ HWY_INLINE void exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const 
 // The largest score of each query over a tile's 128 keys.
 HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
   const int64_t d = round_up(args.rows.d_qk, 32);
-  TileProduct scores;
-  scores.start_scores(args.keys.packed_k + tile * kTileKeys * d, d, kTileKeys, x.words[panel], d, x.s);
-  scores.finish();
+  multiply_scores(args.keys.packed_k + tile * kTileKeys * d, d, kTileKeys, x.words[panel], d, x.s);
   scale_scores(x.s, kTileKeys, score_rule(args.rows).query_factor);
   block_maximum(x.s, kTileKeys, x.block_max);
 }
@@ -150,9 +148,7 @@ HWY_INLINE void project_queries(const AdaptiveTileArgs& args, TileScratch& x, in
   if (rank > 0) pack_rows(keys.probe_basis, rank, rows - kMeanRows, keys.d_qk, keys.d_qk, x.query_rows + kMeanRows * d);
   const F32 factor = hn::Set(kF32, score_rule(args.rows).query_factor);
   for (int64_t i = 0; i < panels; ++i) {
-    TileProduct product;
-    product.start_scores(x.query_rows, d, rows, x.words[i], d, x.query_products);
-    product.finish();
+    multiply_scores(x.query_rows, d, rows, x.words[i], d, x.query_products);
     float* projected = x.query_products + kMeanRows * kPanel;
     for (int64_t t = 0; t < (rows - kMeanRows) * kPanel; t += kLanes)
       hn::Store(hn::Mul(hn::Load(kF32, projected + t), factor), kF32, projected + t);
@@ -180,9 +176,7 @@ HWY_INLINE void multiply_up(const KeyTables& keys, TileScratch& x, const Panel& 
   uint32_t* words = reinterpret_cast<uint32_t*>(x.s);
   static_assert(kScoreFloats >= 128 / 2 * kPanel);
   pair_rows(p.ot, keys.rank, words);
-  TileProduct product;
-  product.start_scores(x.up_rows, keys.rank, round_up(keys.d_v, 32), words, keys.rank, x.up);
-  product.finish();
+  multiply_scores(x.up_rows, keys.rank, round_up(keys.d_v, 32), words, keys.rank, x.up);
 }
 #else
 HWY_INLINE void project_queries(const AdaptiveTileArgs& args, TileScratch& x, int64_t panels, bool probe) {

@@ -20,17 +20,16 @@ struct FarExtra {
   HWY_INLINE void add_values(const uint32_t*, int64_t, int64_t) {}
 
   HWY_INLINE void change_scores(float* s, int64_t first, int64_t keys) {
-    TileProduct spreads;
     const int64_t rows = round_up(keys, kStepKeys);
-    spreads.start_scores(x.far_variances + first * d, d, rows, x.squares[panel], d, x.far_s);
-    spreads.finish();
+    multiply_scores(x.far_variances + first * d, d, rows, x.squares[panel], d, x.far_s);
     const F32 limit = hn::Set(kF32, kSpreadLimit), one = hn::Set(kF32, 1.0f), f2 = hn::Set(kF32, factor * factor);
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
       const F32 base = hn::Add(hn::Load(kF32, x.base[panel] + lane), hn::Set(kF32, kGroupBonus));
       for (int64_t j = 0; j < rows; ++j) {
         float* at = s + j * kPanel + lane;
         const F32 spread = hn::Mul(hn::Load(kF32, x.far_s + j * kPanel + lane), f2);
-        const F32 score = hn::Add(hn::Load(kF32, at), hn::Div(spread, hn::MulAdd(limit, spread, one)));
+        const F32 score =
+            hn::Add(hn::Load(kF32, at), hn::Mul(spread, hn::ApproximateReciprocal(hn::MulAdd(limit, spread, one))));
         hn::Store(j < keys ? hn::Add(score, base) : hn::Set(kF32, -infinity()), kF32, at);
       }
     }

@@ -8,13 +8,12 @@ struct RowMaximum {
   int64_t d;               // a multiple of 32, of the rows and the queries
   uint32_t* const* words;  // per panel, as fill_query_words() leaves them
   float* buffer;
-  TileProduct product = {};
 
   static constexpr int64_t kSteps = kTileKeys / kStepKeys;  // of a panel
 
   HWY_INLINE const float* start(int64_t step) {
     float* to = buffer + step % 2 * kStepKeys * kPanel;
-    product.start_scores(rows + step % kSteps * kStepKeys * d, d, kStepKeys, words[step / kSteps], d, to);
+    multiply_scores(rows + step % kSteps * kStepKeys * d, d, kStepKeys, words[step / kSteps], d, to);
     return to;
   }
 
@@ -22,7 +21,6 @@ struct RowMaximum {
   template <class Hit>
   HWY_INLINE bool any(int64_t panels, Hit&& hit) {
     const float* next = start(0);
-    product.finish();
     for (int64_t step = 0, panel = 0; panel < panels; ++panel) {
       F32 max[2][kPanelVectors];
       ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) max[0][v] = max[1][v] = hn::Set(kF32, -infinity());
@@ -30,7 +28,6 @@ struct RowMaximum {
         const float* s = next;
         if (step + 1 < panels * kSteps) {
           next = start(step + 1);
-          product.finish();
         }
         for (int64_t j = 0; j < kStepKeys; j += 2) {
           ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {

@@ -19,14 +19,10 @@ HWY_INLINE Word* value_tile(Word* vt, int64_t d_v, int64_t row, int64_t key) {
   return vt + (key * (d_v / kTileValues) + row) * kTileWords;
 }
 
-// A product on its way. start() names the operands, which stay untouched until finish().
 #if defined(ADAATTN_UNIT_AMX)
 
 // Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
-constexpr int64_t kScoreKeys = 32, kValueKeys = 128;
-// Tile and vector instructions overlap where they lie within one reorder window: the scores of the keys to come and
-// the product with V of those before are computed in steps between the exponentials.
-constexpr bool kProductsOverlap = true;
+constexpr int64_t kScoreKeys = 128, kValueKeys = 2 * kKeyBlock;
 
 // Layout of the operand of LDTILECFG: Intel SDM volume 2.
 struct alignas(64) TileConfig {
@@ -55,110 +51,71 @@ HWY_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 static_assert(kPanel == 32);
 
-// C [rows][kPanel] = A B or C += A B, 32 rows at a time, 32 terms of the sum per step. Tiles 0 to 3 are
-// the accumulators, 4 and 5 hold rows of A, 6 and 7 columns of B. Two products may take turns where both have come to
-// the end of a block of C.
-struct TileProduct {
-  const char *a = nullptr, *b = nullptr;
-  float* c = nullptr;
-  int64_t a_row = 0, a_tile = 0, a_step = 0;  // bytes between rows, tiles of 16 rows, and steps
-  int64_t steps = 1;                          // per block
-  int64_t left = 0;                           // steps, in all
-  int64_t at = 0;
-  bool accumulate = false;
-
-  HWY_INLINE void start_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
-                               float* s) {
-    a_row = k_stride * 2;
-    a_tile = 16 * a_row;
-    a_step = 64;
-    start(k, q, s, keys, d, false);
-  }
-
-  HWY_INLINE void start_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
-                               float* ot) {
-    a_row = 64;
-    a_tile = kTileWords * 4;
-    a_step = d_v / kTileValues * a_tile;
-    start(value_tile(vt, d_v, 0, first_tile), p, ot, d_v, keys, true);
-  }
-
-  HWY_INLINE void finish() {
-    while (left > 0) step();
-    finish_stores();
-  }
-
-  HWY_INLINE void step() {
-    constexpr int64_t kBytes = kPanel * 4;
-    if (at == 0) {
-      if (accumulate) {
-        _tile_loadd(0, c, kBytes);
-        _tile_loadd(1, c + 16, kBytes);
-        _tile_loadd(2, c + 16 * kPanel, kBytes);
-        _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-    }
-    const char *ta = a + at * a_step, *tb = b + at * (16 * kBytes);
-    _tile_loadd(4, ta, a_row);
-    _tile_loadd(6, tb, kBytes);
+// Columns of C are those of a panel. Tiles 0 to 3 are 32 rows of C, 4 and 5 hold rows of A, 6 and 7 columns of B, 32
+// terms of the sum at a time. Memory is read and written behind the compiler's back: callers begin and end with
+// finish_stores().
+HWY_INLINE void multiply_tiles(const char* a, int64_t a_row, int64_t a_tile, int64_t a_step, const char* b,
+                               int64_t steps) {
+  constexpr int64_t kBytes = kPanel * 4;
+  for (int64_t t = 0; t < steps; ++t) {
+    _tile_loadd(4, a, a_row);
+    _tile_loadd(6, b, kBytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, tb + 64, kBytes);
+    _tile_loadd(7, b + 64, kBytes);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, ta + a_tile, a_row);
+    _tile_loadd(5, a + a_tile, a_row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    --left;
-    if (++at < steps) return;
-    _tile_stored(0, c, kBytes);
-    _tile_stored(1, c + 16, kBytes);
-    _tile_stored(2, c + 16 * kPanel, kBytes);
-    _tile_stored(3, c + 16 * kPanel + 16, kBytes);
-    at = 0;
-    c += 32 * kPanel;
-    a += 2 * a_tile;
+    a += a_step;
+    b += 16 * kBytes;
   }
+}
 
- private:
-  HWY_INLINE void start(const void* a_from, const void* b_from, float* to, int64_t rows, int64_t terms, bool add) {
-    finish_stores();
-    a = static_cast<const char*>(a_from);
-    b = static_cast<const char*>(b_from);
-    c = to;
-    steps = terms / 32;
-    left = rows / 32 * steps;
-    at = 0;
-    accumulate = add;
+HWY_INLINE void store_tiles(float* c) {
+  constexpr int64_t kBytes = kPanel * 4;
+  _tile_stored(0, c, kBytes);
+  _tile_stored(1, c + 16, kBytes);
+  _tile_stored(2, c + 16 * kPanel, kBytes);
+  _tile_stored(3, c + 16 * kPanel + 16, kBytes);
+}
+
+HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                                  float* s) {
+  finish_stores();
+  const int64_t row = k_stride * 2;
+  for (int64_t j = 0; j < keys; j += 32) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    multiply_tiles(reinterpret_cast<const char*>(k + j * k_stride), row, 16 * row, 64, reinterpret_cast<const char*>(q),
+                   d / 32);
+    store_tiles(s + j * kPanel);
   }
-};
+  finish_stores();
+}
 
-// Spreads the scores, then `values_steps` of the product with V, over `ticks` calls of tick().
-struct Interleave {
-  TileProduct &scores, &values;
-  int64_t ticks, total, credit = 0;
-
-  HWY_INLINE Interleave(TileProduct& scores_of_next, TileProduct& values_of_last, int64_t values_steps, int64_t n)
-      : scores(scores_of_next), values(values_of_last), ticks(n), total(scores_of_next.left + values_steps) {}
-
-  HWY_INLINE void tick() {
-    for (credit += total; credit >= ticks; credit -= ticks) {
-      if (scores.left > 0) {
-        scores.step();
-      } else {
-        values.step();
-      }
-    }
+HWY_NOINLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+                                  float* ot) {
+  constexpr int64_t kBytes = kPanel * 4, kTileBytes = kTileWords * 4;
+  finish_stores();
+  for (int64_t row = 0; row < d_v; row += 32) {
+    float* c = ot + row * kPanel;
+    _tile_loadd(0, c, kBytes);
+    _tile_loadd(1, c + 16, kBytes);
+    _tile_loadd(2, c + 16 * kPanel, kBytes);
+    _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
+    const uint32_t* tile = value_tile(const_cast<uint32_t*>(vt), d_v, row / kTileValues, first_tile);
+    multiply_tiles(reinterpret_cast<const char*>(tile), 64, kTileBytes, d_v / kTileValues * kTileBytes,
+                   reinterpret_cast<const char*>(p), keys / 32);
+    store_tiles(c);
   }
-};
+  finish_stores();
+}
 
 #else
 
 constexpr int64_t kScoreKeys = kKeyBlock, kValueKeys = kKeyBlock;
-constexpr bool kProductsOverlap = false;
 
 struct TileScope {};
 
@@ -207,45 +164,36 @@ HWY_NOINLINE void value_pairs(const uint32_t* vt, int64_t row, int64_t first_til
   }
 }
 
-// At once: there is no second unit to leave the products to.
-struct TileProduct {
-  static constexpr int64_t left = 0, steps = 1;
-
-  HWY_INLINE void start_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
-                               float* s) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(k);
-    const int64_t stride = k_stride / 2;
-    for (int64_t j = 0; j < keys;) {
-      if (next_rows(keys - j) == 6) {
-        score_pairs<6>(words + j * stride, stride, q, d / 2, s + j * kPanel);
-        j += 6;
-      } else {
-        score_pairs<2>(words + j * stride, stride, q, d / 2, s + j * kPanel);
-        j += 2;
-      }
+HWY_INLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t keys, const uint32_t* q, int64_t d,
+                                float* s) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(k);
+  const int64_t stride = k_stride / 2;
+  for (int64_t j = 0; j < keys;) {
+    if (next_rows(keys - j) == 6) {
+      score_pairs<6>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+      j += 6;
+    } else {
+      score_pairs<2>(words + j * stride, stride, q, d / 2, s + j * kPanel);
+      j += 2;
     }
   }
+}
 
-  HWY_INLINE void start_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
-                               float* ot) {
-    for (int64_t row = 0; row < d_v; row += kTileValues) {
-      value_pairs<6>(vt, row, first_tile, d_v, p, keys, ot);
-      value_pairs<6>(vt, row + 6, first_tile, d_v, p, keys, ot);
-      value_pairs<4>(vt, row + 12, first_tile, d_v, p, keys, ot);
-    }
+HWY_INLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+                                float* ot) {
+  for (int64_t row = 0; row < d_v; row += kTileValues) {
+    value_pairs<6>(vt, row, first_tile, d_v, p, keys, ot);
+    value_pairs<6>(vt, row + 6, first_tile, d_v, p, keys, ot);
+    value_pairs<4>(vt, row + 12, first_tile, d_v, p, keys, ot);
   }
-
-  HWY_INLINE void finish() {}
-};
-
-struct Interleave {
-  HWY_INLINE Interleave(TileProduct&, TileProduct&, int64_t, int64_t) {}
-  HWY_INLINE void tick() {}
-};
+}
 
 #endif
 
 static_assert(kValueKeys % kScoreKeys == 0 && kScoreKeys % kStepKeys == 0);
+// Weights lie behind the scores where a batch of them is longer, and in the place of the scores otherwise.
+constexpr bool kScoresStay = kValueKeys > kScoreKeys;
+static_assert(kScoreFloats >= (kScoresStay ? kScoreKeys + kValueKeys / 2 : kScoreKeys) * kPanel);
 
 }  // namespace
 }  // namespace adaattn::cpu

@@ -6,18 +6,20 @@
 namespace adaattn::cpu {
 namespace {
 
-// A row's reference moves when a score exceeds it by more than so many powers of two: weights stay below 2^kSlack, far
-// from overflow, and rounding does not depend on the reference.
+// A row's reference moves when a score exceeds it by more than so many powers of two: weights stay far from overflow,
+// and rounding does not depend on the reference.
 constexpr float kSlack = 8;
+// Where scores outlive their weights, maxima are looked at only where these keys' weights add up to more than this:
+// then one of them has left the slack, and until then weights stay below it.
+constexpr float kMostWeight = kScoreKeys * 256;
 
-// 2^x with a relative error below 4e-6, a thousandth of what rounding to bf16 adds; 2^0 is 1, 2^-inf 0, NaN stays. The
+// 2^x with a relative error below 9e-5, a twentieth of what rounding to bf16 adds; 2^0 is 1, 2^-inf 0, NaN stays. The
 // polynomial is for the fraction in [0, 1].
 HWY_INLINE __m512 exp2_weight(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0.013426685705780983f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.052242472767829895f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2412802129983902f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6930448412895203f));
+  __m512 p = _mm512_set1_ps(0.0770672f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.22764482f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69511682f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, x);
 }
@@ -63,6 +65,14 @@ HWY_INLINE bool reference_moves(const Panel& p, const float* block_max, float fa
   return moves;
 }
 
+// Whether some row has not seen a key yet.
+HWY_INLINE bool is_fresh(const Panel& p) {
+  bool fresh = false;
+  for (int64_t at = 0; at < kPanel; at += kLanes)
+    fresh = fresh || !hn::AllFalse(kF32, hn::Eq(hn::Load(kF32, p.max + at), hn::Set(kF32, -infinity())));
+  return fresh;
+}
+
 // Moves the references that have to, and what was summed up to now along with them.
 HWY_NOINLINE void move_reference(Panel& p, const float* block_max, float factor, int64_t d_v) {
   for (int64_t at = 0; at < kPanel; at += kLanes) {
@@ -88,21 +98,19 @@ HWY_NOINLINE void move_reference(Panel& p, const float* block_max, float factor,
 }
 
 // Scores, to be multiplied by `factor`, to weights in words [keys / 2][kPanel]; keys is even. The words may lie where
-// the scores do: word row t is written when score rows 2t and 2t + 1 have been read.
+// the scores do: word row t is written when score rows 2t and 2t + 1 have been read. Returns false, and leaves the
+// row's sums as they are, if the weights of these keys add up to more than `limit` in some row, or to NaN.
 template <bool kEntropy>
-HWY_NOINLINE void weigh_pairs(Panel& p, const float* s, int64_t keys, float factor, uint32_t* words,
-                              Interleave& products) {
+HWY_NOINLINE bool weigh_pairs(Panel& p, const float* s, int64_t keys, float factor, float limit, uint32_t* words) {
   const __m512 f = _mm512_set1_ps(factor), none = _mm512_set1_ps(-infinity());
   __m512 reference[kPanelVectors], sum[kPanelVectors], entropy[kPanelVectors];
   ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
     const __m512 max = _mm512_load_ps(p.max + v * kLanes);
     // A lane that has seen nothing yet: any finite reference gives weights 2^-inf = 0.
     reference[v] = _mm512_mask_mov_ps(max, _mm512_cmp_ps_mask(max, none, _CMP_EQ_OQ), _mm512_setzero_ps());
-    sum[v] = _mm512_load_ps(p.sum + v * kLanes);
-    entropy[v] = _mm512_load_ps(p.entropy_sum + v * kLanes);
+    sum[v] = entropy[v] = _mm512_setzero_ps();
   }
   for (int64_t j = 0; j < keys; j += 2) {
-    products.tick();
     ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
       const float* at = s + j * kPanel + v * kLanes;
       const __m512 x0 = _mm512_fmsub_ps(_mm512_load_ps(at), f, reference[v]);
@@ -119,10 +127,18 @@ HWY_NOINLINE void weigh_pairs(Panel& p, const float* s, int64_t keys, float fact
       _mm512_store_si512(words + j / 2 * kPanel + v * kLanes, pair_weights(w0, w1));
     }
   }
+  __mmask16 over = 0;
   ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
-    _mm512_store_ps(p.sum + v * kLanes, sum[v]);
-    _mm512_store_ps(p.entropy_sum + v * kLanes, entropy[v]);
+    over |= _mm512_cmp_ps_mask(sum[v], _mm512_set1_ps(limit), _CMP_NLE_UQ);
   }
+  if (over != 0 && limit < infinity()) return false;
+  ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+    _mm512_store_ps(p.sum + v * kLanes, _mm512_add_ps(_mm512_load_ps(p.sum + v * kLanes), sum[v]));
+    if (kEntropy)
+      _mm512_store_ps(p.entropy_sum + v * kLanes,
+                      _mm512_add_ps(_mm512_load_ps(p.entropy_sum + v * kLanes), entropy[v]));
+  }
+  return true;
 }
 
 }  // namespace

@@ -75,31 +75,28 @@ struct KeyWalk {
   float *s, *block_max;       // kScoreFloats, kPanel
   float factor;               // of the products, to units of log2
   Extra& extra;
-  TileProduct scores = {}, values = {};
   int64_t batch = 0;    // first key of the weights that wait for the product with V
   int64_t waiting = 0;  // their number
-  int64_t buffer = 0;   // of the weights
-
-  HWY_INLINE float* score_buffer(int64_t i) { return s + (kProductsOverlap ? i % 2 * kScoreKeys * kPanel : 0); }
 
   HWY_INLINE uint32_t* weights() {
-    uint32_t* base = reinterpret_cast<uint32_t*>(s);
-    // In place of the scores, unless those of the next keys are under way.
-    return kProductsOverlap ? base + 2 * kScoreKeys * kPanel + buffer * kValueKeys / 2 * kPanel : base;
+    uint32_t* base = reinterpret_cast<uint32_t*>(kScoresStay ? s + kScoreKeys * kPanel : s);
+    return base + waiting / 2 * kPanel;
   }
 
-  HWY_INLINE void start_scores(int64_t key, int64_t keys, int64_t i) {
-    scores.start_scores(k + (key - origin) * d_qk, d_qk, keys, q, d_qk, score_buffer(i));
-  }
-
-  HWY_INLINE void start_values() {
-    values.finish();
+  HWY_INLINE void add_values() {
     if (waiting == 0) return;
-    extra.add_values(weights(), batch, waiting);
-    values.start_values(vt, (batch - origin) / kStepKeys, d_v, weights(), waiting, p.ot);
-    buffer ^= 1;
-    batch += waiting;
+    const int64_t keys = waiting;
     waiting = 0;
+    extra.add_values(weights(), batch, keys);
+    multiply_values(vt, (batch - origin) / kStepKeys, d_v, weights(), keys, p.ot);
+    batch += keys;
+  }
+
+  // Before weights are taken: references that the maxima in block_max have left behind.
+  HWY_INLINE void settle(float f) {
+    if (!reference_moves(p, block_max, f)) return;
+    add_values();
+    move_reference(p, block_max, f, d_v);
   }
 
   // Keys [begin, end); begin is a multiple of 32, and rows are packed up to the next multiple of it.
@@ -107,44 +104,34 @@ struct KeyWalk {
   HWY_INLINE void run(int64_t begin, int64_t end) {
     const bool plain = !extra.changes_scores() && factor > 0;
     const float f = plain ? factor : 1.0f;
-    // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
-    const auto group_end = [&](int64_t key) {
-      const int64_t next = (key / kScoreKeys + 1) * kScoreKeys;
-      return next < round_up(end, kStepKeys) ? next : round_up(end, kStepKeys);
-    };
     batch = begin;
-    start_scores(begin, group_end(begin) - begin, 0);
-    scores.finish();
-    for (int64_t key = begin, i = 0; key < end; ++i) {
-      const int64_t next = group_end(key), keys = next - key;
-      float* at = score_buffer(i);
+    for (int64_t key = begin; key < end;) {
+      // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
+      const int64_t group = (key / kScoreKeys + 1) * kScoreKeys, packed = round_up(end, kStepKeys);
+      const int64_t next = group < packed ? group : packed, keys = next - key;
       extra.before_group();
+      multiply_scores(k + (key - origin) * d_qk, d_qk, keys, q, d_qk, s);
       if (!plain) {
-        scale_scores(at, keys, factor);
-        extra.change_scores(at, key, (next < end ? next : end) - key);
+        scale_scores(s, keys, factor);
+        extra.change_scores(s, key, (next < end ? next : end) - key);
       }
-      if (Extra::kMasks && (!plain || key < p.all_first || next > p.all_last)) {
-        mask_block(p, at, key, keys, block_max);
-      } else {
-        block_maximum(at, keys, block_max);
+      const bool masked = Extra::kMasks && (!plain || key < p.all_first || next > p.all_last);
+      if (masked) mask_block(p, s, key, keys, block_max);
+      const bool looked = masked || !kScoresStay || is_fresh(p);
+      if (looked) {
+        if (!masked) block_maximum(s, keys, block_max);
+        settle(f);
       }
-      if (reference_moves(p, block_max, f)) {
-        start_values();
-        values.finish();
-        move_reference(p, block_max, f, d_v);
+      if (!weigh_pairs<kEntropy>(p, s, keys, f, looked ? infinity() : kMostWeight, weights())) {
+        block_maximum(s, keys, block_max);
+        settle(f);
+        weigh_pairs<kEntropy>(p, s, keys, f, infinity(), weights());
       }
-      if (kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
-      // Whole blocks of O^T, so that the scores find the tiles free again.
-      const int64_t blocks = values.left / values.steps, groups = (kValueKeys - waiting) / kScoreKeys;
-      Interleave products(scores, values, (blocks + groups - 1) / groups * values.steps, keys / 2);
-      weigh_pairs<kEntropy>(p, at, keys, f, weights() + waiting / 2 * kPanel, products);
-      scores.finish();
       waiting += keys;
-      if (waiting == kValueKeys || !kProductsOverlap || next >= end) start_values();
-      if (!kProductsOverlap && next < end) start_scores(next, group_end(next) - next, i + 1);
+      if (waiting == kValueKeys || !kScoresStay) add_values();
       key = next;
     }
-    values.finish();
+    add_values();
   }
 };
 
