@@ -19,6 +19,24 @@ int64_t group_rows(const Unit& unit, int64_t group) {
   return std::min<int64_t>(decide::kGroupK, unit.seq.len_k - group * decide::kGroupK);
 }
 
+// Rows of one tile of keys in f32: those of the unit, or, where it keeps none, some that the next tile overwrites.
+struct TileRows {
+  float *k = nullptr, *v = nullptr, *v_low = nullptr;
+};
+
+TileRows rows_of_tile(const UnitShape& s, const Unit& unit, int64_t tile, Arena& arena) {
+  TileRows rows;
+  if (s.packs) {
+    rows.k = arena.take<float>(decide::kTileK * s.k_stride);
+    rows.v = arena.take<float>(decide::kTileK * s.v_stride);
+    rows.v_low = arena.take<float>(decide::kTileK * s.low_stride);
+  } else {
+    const int64_t first = tile * decide::kTileK;
+    rows = {unit.k + first * s.k_stride, unit.v + first * s.v_stride, unit.v_low + first * s.low_stride};
+  }
+  return rows;
+}
+
 }  // namespace
 
 size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
@@ -28,6 +46,10 @@ size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
   tile.take<uint32_t>(s.key_tiles);
   tile.take<int32_t>(2 * decide::kTileQ);
   tile.take<double>(kGroupsPerTile * (s.d_qk + s.d_v));
+  if (s.packs) {
+    rows_of_tile(s, {}, 0, tile);
+    tile.take<char>(static_cast<int64_t>(kernels.project_scratch(std::max(s.d_qk, s.d_v))));
+  }
   return std::max(basis_scratch(s, kernels), tile.used() + Arena::kAlignment);
 }
 
@@ -36,29 +58,27 @@ void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scr
   const int64_t first = tile * decide::kTileK, n = tile_rows(unit, tile), group = tile * kGroupsPerTile;
   const KeyOperand k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
   const KeyOperand v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
-  const bool k_finite = call.kernels.load_keys(k, first, n, s.d_qk, unit.k + first * s.k_stride, s.k_stride);
-  const bool v_finite = call.kernels.load_keys(v, first, n, s.d_v, unit.v + first * s.v_stride, s.v_stride);
+  Arena arena(scratch);
+  const TileRows rows = rows_of_tile(s, unit, tile, arena);
+  const bool k_finite = call.kernels.load_keys(k, first, n, s.d_qk, rows.k, s.k_stride);
+  const bool v_finite = call.kernels.load_keys(v, first, n, s.d_v, rows.v, s.v_stride);
   unit.tile_finite[tile] = k_finite && v_finite;
   if (!unit.tile_finite[tile]) return;
   if (s.packs) {
-    call.kernels.pack_keys(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride,
-                           unit.packed_k + tile * packed_elements(s.d_qk));
-    call.kernels.pack_values(unit.v + first * s.v_stride, n, s.d_v, s.v_stride,
-                             unit.packed_v + tile * packed_elements(s.d_v) / 2);
+    call.kernels.pack_keys(rows.k, n, s.d_qk, s.k_stride, unit.packed_k + tile * packed_elements(s.d_qk));
+    call.kernels.pack_values(rows.v, n, s.d_v, s.v_stride, unit.packed_v + tile * packed_elements(s.d_v) / 2);
   }
 
   float* mean = unit.group_k + group * s.group_k_stride;
-  call.kernels.group_stats(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride, mean, s.group_k_stride,
-                           mean + s.d_qk + 1, s.group_k_stride);
-  Arena arena(scratch);
+  call.kernels.group_stats(rows.k, n, s.d_qk, s.k_stride, mean, s.group_k_stride, mean + s.d_qk + 1, s.group_k_stride);
   float* variance = arena.take<float>(kGroupsPerTile * s.d_v);
-  call.kernels.group_stats(unit.v + first * s.v_stride, n, s.d_v, s.v_stride, unit.group_v + group * s.v_stride,
-                           s.v_stride, variance, s.d_v);
+  call.kernels.group_stats(rows.v, n, s.d_v, s.v_stride, unit.group_v + group * s.v_stride, s.v_stride, variance,
+                           s.d_v);
   double within = 0;
   for (int64_t g = 0; g * decide::kGroupK < n; ++g) {
-    const auto rows = static_cast<double>(group_rows(unit, group + g));
-    mean[g * s.group_k_stride + s.d_qk] = static_cast<float>(std::log2(rows));
-    for (int64_t c = 0; c < s.d_v; ++c) within += rows * variance[g * s.d_v + c];
+    const auto count = static_cast<double>(group_rows(unit, group + g));
+    mean[g * s.group_k_stride + s.d_qk] = static_cast<float>(std::log2(count));
+    for (int64_t c = 0; c < s.d_v; ++c) within += count * variance[g * s.d_v + c];
   }
   unit.within[tile] = within;
 }
@@ -142,29 +162,36 @@ void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch) {
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch) {
   const UnitShape& s = call.shape;
   const int64_t first = tile * decide::kTileK, n = tile_rows(unit, tile);
-  if (s.packs) {
-    const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
+  const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
+  Arena arena(scratch);
+  const TileRows rows = rows_of_tile(s, unit, tile, arena);
+  char* const work =
+      s.packs ? arena.take<char>(static_cast<int64_t>(call.kernels.project_scratch(std::max(s.d_qk, s.d_v)))) : nullptr;
+  // Rows of K or V, read once more where the unit does not keep them.
+  const auto project = [&](const Operand& tensor, float* wide, int64_t d, int64_t stride, const float* mean,
+                           const float* basis, int64_t columns, float* y, int64_t y_stride) {
+    if (!s.packs) return call.kernels.project(wide, n, d, stride, mean, basis, columns, y, y_stride);
+    const KeyOperand keys = key_operand(call.params, tensor, unit.b, unit.seq, unit.kv_head);
+    call.kernels.load_keys(keys, first, n, d, wide, stride);
+    return call.kernels.project_tile(wide, n, d, stride, mean, basis, columns, y, y_stride, work);
+  };
+  if (s.packs)
     call.kernels.pack_groups(unit.group_k + group * s.group_k_stride, groups, s.d_qk, s.group_k_stride, unit.k_mean,
                              unit.packed_groups + group * 2 * packed_width(s.d_qk));
-  }
   unit.captured[tile] = 0;
   if (unit.rank_class > 0) {
     const int64_t rank = decide::rank_of_class(static_cast<int>(unit.rank_class));
-    unit.captured[tile] = call.kernels.project(unit.v + first * s.v_stride, n, s.d_v, s.v_stride, unit.v_mean,
-                                               unit.basis, rank, unit.v_low + first * s.low_stride, s.low_stride);
+    unit.captured[tile] =
+        project(call.params.v, rows.v, s.d_v, s.v_stride, unit.v_mean, unit.basis, rank, rows.v_low, s.low_stride);
     if (s.packs)
-      call.kernels.pack_values(unit.v_low + first * s.low_stride, n, rank, s.low_stride,
-                               unit.packed_v_low + tile * packed_elements(rank) / 2);
-    const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
+      call.kernels.pack_values(rows.v_low, n, rank, s.low_stride, unit.packed_v_low + tile * packed_elements(rank) / 2);
     call.kernels.project(unit.group_v + group * s.v_stride, groups, s.d_v, s.v_stride, unit.v_mean, unit.basis, rank,
                          unit.group_v_low + group * s.low_stride, s.low_stride);
   }
   if (unit.keys.probe_rank > 0) {
-    Arena arena(scratch);
     const int64_t columns = padded_rank(s.probe_rank);
     float* y = arena.take<float>(decide::kTileK * columns);
-    call.kernels.project(unit.k + first * s.k_stride, n, s.d_qk, s.k_stride, unit.k_mean, unit.probe_key_basis, columns,
-                         y, columns);
+    project(call.params.k, rows.k, s.d_qk, s.k_stride, unit.k_mean, unit.probe_key_basis, columns, y, columns);
     call.kernels.pack_probe(y, columns, n, s.probe_rank, unit.probe_tiles + tile * s.probe_tile_bytes);
   }
 }

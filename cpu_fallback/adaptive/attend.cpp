@@ -72,7 +72,6 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int
   args.key_end = x.end;
   args.keys = unit.keys;
   args.keys.rank = decide::rank_of_class(choice.rank_class);
-  if (choice.rank_class == 0) args.keys.v_low = nullptr;
   tile_mask(call, unit, member, tile, x.estimate, x.mask);
   args.mask = x.mask;
   args.tile_begin = levels.row.begin;

@@ -70,6 +70,20 @@ double trace_of(const double* matrix, int64_t d) {
   return trace;
 }
 
+// The Gram matrix of some rows of K or V less their mean, in x.gram.
+void gram_of_keys(const AdaptiveCall& call, const Unit& unit, const Operand& tensor, const float* wide, int64_t d,
+                  int64_t stride, const float* mean, BasisScratch& x) {
+  const int64_t n = unit.seq.len_k, step = gram_step(n);
+  if (!call.shape.packs) {
+    call.kernels.gram(wide, n, step, d, stride, mean, x.gram, x.gram_work);
+    return;
+  }
+  const KeyOperand keys = key_operand(call.params, tensor, unit.b, unit.seq, unit.kv_head);
+  int64_t samples = 0;
+  for (int64_t j = 0; j < n; j += step, ++samples) call.kernels.load_keys(keys, j, 1, d, x.rows + samples * d, d);
+  call.kernels.gram(x.rows, samples, 1, d, d, mean, x.gram, x.gram_work);
+}
+
 // Leading eigenvectors of x.matrix, left in `start` where it has room for them; null if the matrix is not finite.
 const double* find_basis(const AdaptiveCall& call, int64_t dim, int64_t rank, uint64_t seed, WarmBasis& start,
                          const Exec& exec, BasisScratch& x) {
@@ -101,7 +115,7 @@ void make_value_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
   Arena arena(scratch);
   BasisScratch x = lay_out_basis(arena, s, call.kernels);
   const Exec exec{nullptr, &call.tools, 1};
-  call.kernels.gram(unit.v, unit.seq.len_k, gram_step(unit.seq.len_k), d, s.v_stride, unit.v_mean, x.gram, x.gram_work);
+  gram_of_keys(call, unit, call.params.v, unit.v, d, s.v_stride, unit.v_mean, x);
   widen(x.gram, d * d, x.matrix);
   const double trace = trace_of(x.matrix, d);
   if (!(trace > 0)) return;
@@ -130,7 +144,7 @@ void make_value_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
 // the directions in which scores vary most. Queries are multiplied by r^-1 W, keys by r^T W.
 void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, char* scratch) {
   const UnitShape& s = call.shape;
-  const int64_t d = s.d_qk, rank = s.probe_rank, n = unit.seq.len_k;
+  const int64_t d = s.d_qk, rank = s.probe_rank;
   Arena arena(scratch);
   BasisScratch x = lay_out_basis(arena, s, call.kernels);
   const Exec exec{nullptr, &call.tools, 1};
@@ -152,7 +166,7 @@ void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
   for (int64_t i = 0; i < d; ++i) x.chol[i * d + i] += kRidge * trace / static_cast<double>(d);
   if (!cholesky(d, x.chol, 1e-12)) return;
 
-  call.kernels.gram(unit.k, n, gram_step(n), d, s.k_stride, unit.k_mean, x.gram, x.gram_work);
+  gram_of_keys(call, unit, call.params.k, unit.k, d, s.k_stride, unit.k_mean, x);
   const ConstMatrix gram{x.gram, d, d, d, 1, false};
   const ConstMatrix r = row_major(x.chol, d, d);
   gemm(exec, x.gemm, r, gram, x.product, d, Precision::kF64);

@@ -14,14 +14,14 @@ namespace adaattn::cpu {
 struct KeyTables {
   int64_t len = 0, tiles = 0, groups = 0;
   int64_t d_qk = 0, d_v = 0;
-  const float* k = nullptr;  // [len][k_stride]
+  const float* k = nullptr;  // [len][k_stride]; k, v and v_low are not kept where bf16 products take their place
   int64_t k_stride = 0;
   const float* v = nullptr;  // [len][v_stride]
   int64_t v_stride = 0;
-  // V - mean of V in the basis, the first `rank` columns in use; null: V is taken as it is.
+  // V - mean of V in the basis, the first `rank` columns in use; 0: V is taken as it is.
+  int64_t rank = 0;
   const float* v_low = nullptr;  // [len][v_low_stride]
   int64_t v_low_stride = 0;
-  int64_t rank = 0;
   // The same for bf16 products, tile after tile as pack_keys() and pack_values() leave them; null without them.
   const uint16_t* packed_k = nullptr;
   const uint32_t *packed_v = nullptr, *packed_v_low = nullptr;
@@ -94,6 +94,10 @@ struct AdaptiveKernels {
   // With bf16 products only, else null: n <= 128 rows of K, or of V or V', as one tile of packed_elements(d) elements.
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) = nullptr;
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) = nullptr;
+  // project() with bf16 products.
+  size_t (*project_scratch)(int64_t d) = nullptr;
+  double (*project_tile)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
+                         int64_t r, float* y, int64_t y_stride, char* scratch) = nullptr;
   // Rows of group_k, as 2 packed_width(d) elements each.
   void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean,
                       uint16_t* out) = nullptr;
@@ -110,6 +114,12 @@ struct Bf16Tiles {
   void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean, uint16_t* out);
   size_t (*probe_tile_bytes)(int64_t rank);
   void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
+  size_t (*gram_scratch)(int64_t n, int64_t d);
+  void (*gram)(const float* rows, int64_t n, int64_t step, int64_t d, int64_t stride, const float* mean, float* gram,
+               char* scratch);
+  size_t (*project_scratch)(int64_t d);
+  double (*project_tile)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
+                         int64_t r, float* y, int64_t y_stride, char* scratch);
 };
 
 #if defined(__x86_64__)

@@ -39,9 +39,10 @@ UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int
 }
 
 void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Unit& u) {
-  u.k = arena.take<float>(s.len_k * s.k_stride);
-  u.v = arena.take<float>(s.len_k * s.v_stride);
-  u.v_low = arena.take<float>(s.len_k * s.low_stride);
+  const int64_t wide_rows = s.packs ? 0 : s.len_k;
+  u.k = arena.take<float>(wide_rows * s.k_stride);
+  u.v = arena.take<float>(wide_rows * s.v_stride);
+  u.v_low = arena.take<float>(wide_rows * s.low_stride);
   const int64_t packed_tiles = s.packs ? s.key_tiles : 0;
   u.packed_k = arena.take<uint16_t>(packed_tiles * packed_elements(s.d_qk));
   u.packed_v = arena.take<uint32_t>(packed_tiles * packed_elements(s.d_v) / 2);

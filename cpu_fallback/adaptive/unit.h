@@ -19,7 +19,7 @@ struct UnitShape {
   int64_t max_rank = 0;     // 0: V is not projected
   int64_t probe_rank = 0;   // 0: no rank probe
   int64_t exact_tiles = 1;  // of kTileRows rows that an item of exact attention may have
-  bool packs = false;       // K and V for bf16 products too
+  bool packs = false;       // K and V are kept for bf16 products, and not in f32
   int64_t term_width() const { return 3 * d_qk; }
 };
 

@@ -236,7 +236,7 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
 #endif
   }
 
-  const bool low_rank = keys.v_low != nullptr;
+  const bool low_rank = keys.rank > 0;
   const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank, keys.packed_v_low}
                                  : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v, keys.packed_v};
   AdaptiveTileResult result;

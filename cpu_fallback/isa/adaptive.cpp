@@ -18,6 +18,10 @@ const Bf16Tiles ADAATTN_TILES = {
     .pack_groups = pack_groups,
     .probe_tile_bytes = probe_tile_bytes,
     .pack_probe = pack_probe,
+    .gram_scratch = gram_tiles_scratch,
+    .gram = gram_tiles,
+    .project_scratch = project_scratch,
+    .project_tile = project_tile,
 };
 
 #else

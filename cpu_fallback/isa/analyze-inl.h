@@ -21,23 +21,52 @@ void load_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, 
     widen_row(row_address(operand, group, first + i), operand.dtype, out + i * d, d, factor);
 }
 
+// Mean and variance of `count` rows, in kVectors vectors of columns.
+template <int kVectors>
+HWY_INLINE void column_stats(const float* HWY_RESTRICT rows, int64_t count, int64_t stride, float inverse,
+                             float* HWY_RESTRICT mean, float* HWY_RESTRICT variance) {
+  const F32 scale = hn::Set(kF32, inverse);
+  F32 sum[kVectors], square[kVectors];
+  ADAATTN_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = square[v] = hn::Zero(kF32);
+  for (int64_t i = 0; i < count; ++i) {
+    ADAATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+      sum[v] = hn::Add(sum[v], hn::LoadU(kF32, rows + i * stride + v * kLanes));
+    }
+  }
+  ADAATTN_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = hn::Mul(sum[v], scale);
+  for (int64_t i = 0; i < count; ++i) {
+    ADAATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const F32 x = hn::Sub(hn::LoadU(kF32, rows + i * stride + v * kLanes), sum[v]);
+      square[v] = hn::MulAdd(x, x, square[v]);
+    }
+  }
+  ADAATTN_UNROLL for (int v = 0; v < kVectors; ++v) {
+    hn::StoreU(sum[v], kF32, mean + v * kLanes);
+    hn::StoreU(hn::Mul(square[v], scale), kF32, variance + v * kLanes);
+  }
+}
+
 void group_stats(const float* HWY_RESTRICT rows, int64_t n, int64_t d, int64_t stride, float* HWY_RESTRICT mean,
                  int64_t mean_stride, float* HWY_RESTRICT variance, int64_t variance_stride) {
   for (int64_t first = 0; first < n; first += decide::kGroupK) {
     const int64_t count = n - first < decide::kGroupK ? n - first : decide::kGroupK;
     const float inverse = 1.0f / static_cast<float>(count);
-    for (int64_t c = 0; c < d; ++c) mean[c] = variance[c] = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < d; ++c) mean[c] += rows[(first + i) * stride + c];
-    }
-    for (int64_t c = 0; c < d; ++c) mean[c] *= inverse;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < d; ++c) {
-        const float x = rows[(first + i) * stride + c] - mean[c];
-        variance[c] += x * x;
+    const float* group = rows + first * stride;
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= d; c += 4 * kLanes)
+      column_stats<4>(group + c, count, stride, inverse, mean + c, variance + c);
+    for (; c + kLanes <= d; c += kLanes) column_stats<1>(group + c, count, stride, inverse, mean + c, variance + c);
+    for (; c < d; ++c) {
+      float sum = 0, square = 0;
+      for (int64_t i = 0; i < count; ++i) sum += group[i * stride + c];
+      sum *= inverse;
+      for (int64_t i = 0; i < count; ++i) {
+        const float x = group[i * stride + c] - sum;
+        square += x * x;
       }
+      mean[c] = sum;
+      variance[c] = square * inverse;
     }
-    for (int64_t c = 0; c < d; ++c) variance[c] *= inverse;
     mean += mean_stride;
     variance += variance_stride;
   }

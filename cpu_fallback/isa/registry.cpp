@@ -36,6 +36,10 @@ AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   kernels.pack_groups = tiles.pack_groups;
   kernels.probe_tile_bytes = tiles.probe_tile_bytes;
   kernels.pack_probe = tiles.pack_probe;
+  kernels.gram_scratch = tiles.gram_scratch;
+  kernels.gram = tiles.gram;
+  kernels.project_scratch = tiles.project_scratch;
+  kernels.project_tile = tiles.project_tile;
   return kernels;
 }
 

@@ -60,6 +60,7 @@ void pack_groups(const float* groups, int64_t n, int64_t d, int64_t stride, cons
   }
 }
 
+#include "cpu_fallback/isa/analyze_bf16-inl.h"
 #include "cpu_fallback/isa/probe_bf16-inl.h"
 #if !defined(ADAATTN_UNIT_AMX)
 #include "cpu_fallback/isa/probe_int8-inl.h"

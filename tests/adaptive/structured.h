@@ -38,6 +38,7 @@ class AdaptivePlan {
     int64_t query_tiles = -1, key_tiles = -1;
     std::vector<uint8_t> tiles;
     uint8_t at(int64_t q, int64_t k) const { return tiles[static_cast<size_t>(q * key_tiles + k)]; }
+    const uint8_t* row(int64_t q) const { return tiles.data() + q * key_tiles; }
   };
   TileMap tile_map(int64_t batch, int64_t head) const;
 
