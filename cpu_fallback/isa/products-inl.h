@@ -22,7 +22,7 @@ HWY_INLINE Word* value_tile(Word* vt, int64_t d_v, int64_t row, int64_t key) {
 #if defined(ADAATTN_UNIT_AMX)
 
 // Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
-constexpr int64_t kScoreKeys = 128, kValueKeys = 2 * kKeyBlock;
+constexpr int64_t kScoreKeys = 64, kValueKeys = kKeyBlock;
 
 // Layout of the operand of LDTILECFG: Intel SDM volume 2.
 struct alignas(64) TileConfig {
@@ -49,9 +49,9 @@ struct TileScope {
 // The compiler does not know that a tile load reads memory.
 HWY_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-static_assert(kPanel == 32);
+static_assert(kPanel % 32 == 0);
 
-// Columns of C are those of a panel. Tiles 0 to 3 are 32 rows of C, 4 and 5 hold rows of A, 6 and 7 columns of B, 32
+// Columns of C are 32 of a panel's. Tiles 0 to 3 are 32 rows of C, 4 and 5 hold rows of A, 6 and 7 columns of B, 32
 // terms of the sum at a time. Memory is read and written behind the compiler's back: callers begin and end with
 // finish_stores().
 HWY_INLINE void multiply_tiles(const char* a, int64_t a_row, int64_t a_tile, int64_t a_step, const char* b,
@@ -84,13 +84,16 @@ HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t k
   finish_stores();
   const int64_t row = k_stride * 2;
   for (int64_t j = 0; j < keys; j += 32) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    multiply_tiles(reinterpret_cast<const char*>(k + j * k_stride), row, 16 * row, 64, reinterpret_cast<const char*>(q),
-                   d / 32);
-    store_tiles(s + j * kPanel);
+    // Rows of K come from first-level cache for all columns but the first 32.
+    for (int64_t column = 0; column < kPanel; column += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      multiply_tiles(reinterpret_cast<const char*>(k + j * k_stride), row, 16 * row, 64,
+                     reinterpret_cast<const char*>(q + column), d / 32);
+      store_tiles(s + j * kPanel + column);
+    }
   }
   finish_stores();
 }
@@ -100,15 +103,17 @@ HWY_NOINLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_
   constexpr int64_t kBytes = kPanel * 4, kTileBytes = kTileWords * 4;
   finish_stores();
   for (int64_t row = 0; row < d_v; row += 32) {
-    float* c = ot + row * kPanel;
-    _tile_loadd(0, c, kBytes);
-    _tile_loadd(1, c + 16, kBytes);
-    _tile_loadd(2, c + 16 * kPanel, kBytes);
-    _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
     const uint32_t* tile = value_tile(const_cast<uint32_t*>(vt), d_v, row / kTileValues, first_tile);
-    multiply_tiles(reinterpret_cast<const char*>(tile), 64, kTileBytes, d_v / kTileValues * kTileBytes,
-                   reinterpret_cast<const char*>(p), keys / 32);
-    store_tiles(c);
+    for (int64_t column = 0; column < kPanel; column += 32) {
+      float* c = ot + row * kPanel + column;
+      _tile_loadd(0, c, kBytes);
+      _tile_loadd(1, c + 16, kBytes);
+      _tile_loadd(2, c + 16 * kPanel, kBytes);
+      _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
+      multiply_tiles(reinterpret_cast<const char*>(tile), 64, kTileBytes, d_v / kTileValues * kTileBytes,
+                     reinterpret_cast<const char*>(p + column), keys / 32);
+      store_tiles(c);
+    }
   }
   finish_stores();
 }
