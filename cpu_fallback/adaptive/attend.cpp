@@ -96,15 +96,19 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   Arena arena(scratch);
   const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
   const int64_t total = sample.count * s.group;
-  PrefillArgs args;
+  AdaptiveTileArgs args;
   args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group, s.group);
   args.rows.q.data =
       static_cast<char*>(args.rows.q.data) + sample.first * args.rows.q.stride_s * dtype_size(args.rows.q.dtype);
   args.rows.q.stride_s *= sample.step;
   args.rows.o = {unit.exact_rows, 0, s.group * s.d_v, s.d_v, Dtype::kF32};
   args.rows.lse = args.rows.entropy = {};
-  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
-  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  // Every tile, from the keys as analyze left them.
+  args.keys = unit.keys;
+  args.keys.rank = 0;
+  std::fill(x.mask, x.mask + mask_words(s), ~uint64_t{0});
+  args.mask = x.mask;
+  args.tile_end = unit.keys.tiles;
   args.key_begin = x.begin;
   args.key_end = x.end;
   args.scratch = x.kernel;
@@ -113,7 +117,7 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
     for (int64_t r = 0; r < args.row_count; ++r)
       fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / s.group * sample.step, 1, x.begin + r,
                   x.end + r);
-    call.exact.prefill(args);
+    call.kernels.tile(args);
   }
 }
 

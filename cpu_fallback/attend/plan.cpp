@@ -105,8 +105,10 @@ void CpuAttentionPlan::prefill(const AttnParams& p, char* memory) {
   pool_.for_each(
       pairs * chunks,
       [&](int64_t lane, int64_t item) {
-        // The last rows first: under a causal mask they are the longest.
-        const int64_t chunk = chunks - 1 - item / pairs, b = item % pairs / p.heads_kv, head = item % p.heads_kv;
+        // One head after another, so that its K and V are still in second-level cache for the next item, and the last
+        // rows first: under a causal mask they are the longest.
+        const int64_t pair = item / chunks, chunk = chunks - 1 - item % chunks;
+        const int64_t b = pair / p.heads_kv, head = pair % p.heads_kv;
         const Sequence s = sequence_of(p, b);
         if (is_decode(s.len_q, group)) return;
         PrefillArgs args;

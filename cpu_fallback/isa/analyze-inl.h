@@ -186,17 +186,27 @@ double project(const float* rows, int64_t n, int64_t d, int64_t stride, const fl
   return total;
 }
 
+template <int kRows>
+HWY_INLINE void dot_some_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t d,
+                              float* HWY_RESTRICT out) {
+  F32 sum[kRows];
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(kF32);
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    const F32 x = hn::LoadU(kF32, a + i);
+    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(x, hn::LoadU(kF32, rows + r * d + i), sum[r]);
+  }
+  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) out[r] = hn::GetLane(hn::SumOfLanes(kF32, sum[r]));
+  for (; i < d; ++i) {
+    for (int r = 0; r < kRows; ++r) out[r] += a[i] * rows[r * d + i];
+  }
+}
+
 void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t n, int64_t d,
               float* HWY_RESTRICT out) {
-  for (int64_t b = 0; b < n; ++b) {
-    F32 sum = hn::Zero(kF32);
-    int64_t i = 0;
-    for (; i + kLanes <= d; i += kLanes)
-      sum = hn::MulAdd(hn::LoadU(kF32, a + i), hn::LoadU(kF32, rows + b * d + i), sum);
-    float total = hn::GetLane(hn::SumOfLanes(kF32, sum));
-    for (; i < d; ++i) total += a[i] * rows[b * d + i];
-    out[b] = total;
-  }
+  int64_t b = 0;
+  for (; b + 4 <= n; b += 4) dot_some_rows<4>(a, rows + b * d, d, out + b);
+  for (; b < n; ++b) dot_some_rows<1>(a, rows + b * d, d, out + b);
 }
 
 #if defined(ADAATTN_UNIT_INT8)

@@ -37,6 +37,15 @@ ADAATTN_HD inline uint32_t integer_mass(float log2_mass, float log2_max) {
   return static_cast<uint32_t>(fixed_exp2(log2_mass - log2_max + 22.0f) + 0.5f);
 }
 
+// Sum of the masses from x on. Compared as signed integers, which vector instructions offer everywhere.
+template <typename Sum>
+ADAATTN_HD inline Sum mass_from(const uint32_t* mass, int64_t tiles, uint32_t x) {
+  Sum sum = 0;
+  for (int64_t b = 0; b < tiles; ++b)
+    sum += static_cast<int32_t>(mass[b]) >= static_cast<int32_t>(x) ? static_cast<Sum>(mass[b]) : Sum{0};
+  return sum;
+}
+
 // The largest x such that the tiles of mass >= x together hold `level` of the total; 0 (keep all) at the dense level.
 // Bitwise search: a pass for each bit, no sorting, the same for any order of the tiles. at_most: a bound on the result,
 // as the threshold of any lower level is.
@@ -48,8 +57,8 @@ ADAATTN_HD inline uint32_t mass_threshold(const uint32_t* mass, int64_t tiles, u
   for (int bit = 22; bit >= 0; --bit) {
     const uint32_t candidate = x | (1u << bit);
     if (candidate > at_most) continue;
-    uint64_t sum = 0;
-    for (int64_t b = 0; b < tiles; ++b) sum += mass[b] >= candidate ? mass[b] : 0;
+    const uint64_t sum =
+        total <= UINT32_MAX ? mass_from<uint32_t>(mass, tiles, candidate) : mass_from<uint64_t>(mass, tiles, candidate);
     if (sum >= wanted) x = candidate;
   }
   return x;
