@@ -29,11 +29,12 @@ class CudaBuffer {
   size_t bytes_;
 };
 
-// Device times of `call` in microseconds, one run after another: the stream is held until everything of a run is
-// enqueued, so launch costs do not show. cold: the L2 cache is overwritten before each run.
-std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int runs, bool cold);
+// Device times of `call` in microseconds, one run after another, when it has run `warm_runs` times: the stream is held
+// until everything of a run is enqueued, so launch costs do not show. cold: the L2 cache is overwritten before each
+// run.
+std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int warm_runs, int runs, bool cold);
 
-// Their median, after a few runs to warm up.
+// Their median.
 Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold);
 
 // A context on device 0, whose name the report gets.

@@ -95,6 +95,7 @@ class TilePlan final : public AttentionPlan {
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
     prepare_verify();
+    prepare_tally();
     take_memory();
     record_ = records_->acquire();
   }

@@ -3,6 +3,7 @@
 #include "attend/launch.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
+#include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
@@ -202,6 +203,13 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
 __global__ void unseen_begin_kernel(const __grid_constant__ AnalyzeArgs args) { begin_stage(args.state, kAttendStage); }
 
 }  // namespace
+
+void prepare_tally() {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, tally_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, total_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, unseen_begin_kernel), "statistics");
+}
 
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
                          const TallyTargets& targets, cudaStream_t stream) {

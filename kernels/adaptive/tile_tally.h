@@ -43,6 +43,9 @@ struct TallyTargets {
 };
 inline constexpr int kOutlookBits = 8;
 
+// Loads the kernels below on the current device: what is loaded at its first launch may have to wait for the device.
+void prepare_tally();
+
 // Adds one wave to the heads' tallies, the first wave anew. far_share: of walk.h, null where there is no far field.
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
                          const TallyTargets& targets, cudaStream_t stream);

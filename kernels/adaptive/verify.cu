@@ -281,6 +281,8 @@ cudaError_t launch_verify(const AnalyzeArgs& args, const VerifyShape& verify, vo
 
 void prepare_verify() {
   check(cudaFuncSetAttribute(exact_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "verify");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, judge_kernel), "verify");
 }
 
 }  // namespace adaattn::cuda
