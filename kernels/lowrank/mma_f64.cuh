@@ -31,4 +31,21 @@ __device__ __forceinline__ void mma_f64_16x16(double (&d)[2][2], const double (&
 #endif
 }
 
+// As above with a (16 x 8) b (8 x 8).
+__device__ __forceinline__ void mma_f64_16x8(double (&d)[2][2], const double (&a)[2][2], const double (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+d"(d[0][0]), "+d"(d[0][1]), "+d"(d[1][0]), "+d"(d[1][1])
+      : "d"(a[0][0]), "d"(a[1][0]), "d"(a[0][1]), "d"(a[1][1]), "d"(b[0]), "d"(b[1]));
+#else
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    mma_f64(d[0], a[0][s], b[s]);
+    mma_f64(d[1], a[1][s], b[s]);
+  }
+#endif
+}
+
 }  // namespace adaattn::cuda

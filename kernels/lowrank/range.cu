@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attend/launch.h"
+#include "core/sampling.h"
 #include "lowrank/eigen.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/left.cuh"

@@ -2,6 +2,8 @@
 #include <type_traits>
 
 #include "attend/launch.h"
+#include "common/ptx.cuh"
+#include "core/sampling.h"
 #include "lowrank/subspace.h"
 #include "lowrank/subspace_steps.cuh"
 #include "lowrank/systolic_jacobi.cuh"
@@ -18,10 +20,13 @@ constexpr int kMaxPasses = 6;
 // A basis this far from orthonormal is set right to first order, which squares the distance.
 constexpr double kFirstOrder = 1e-7, kFirstOrderFast = 1e-3;
 constexpr double kOrthonormal = 1e-13, kOrthonormalFast = 1e-6;
-constexpr int kSweeps = 30, kSweepsFast = 2;
-constexpr int kSweepsWarm = 1;  // the projected matrix is nearly diagonal already
+// In fast mode one sweep leaves a cold start's prefixes with 1 or 2 % more than the least energy left over; warm
+// starts, whose projected matrix is nearly diagonal already, go on from there.
+constexpr int kSweeps = 30, kSweepsFast = 1;
 constexpr double kTolerance = 1e-15;
 constexpr float kToleranceFast = 1e-3f;
+
+constexpr size_t kFewColumns = systolic_floats(5) / 2;  // doubles
 
 struct Layout {
   int width;   // of a vector, padded
@@ -31,15 +36,18 @@ struct Layout {
   explicit __host__ __device__ Layout(int dim, int columns)
       : width(static_cast<int>(subspace_ld(dim))),
         stride(width + 4),
-        ldt((columns + 15) / 16 * 16 + 4),
+        ldt((columns + 15) / 16 * 16 + 8),
         set(static_cast<size_t>(columns) * stride),
-        small(static_cast<size_t>(columns) * ldt) {}
+        small(static_cast<size_t>(columns) * ldt) {
+    // systolic_jacobi() exchanges its columns here; from 3 tiles on there is room enough.
+    if (small < kFewColumns) small = kFewColumns;
+  }
   __host__ __device__ size_t doubles() const { return 2 * set + small; }
 };
 
 struct Shared {
   double scale[kMaxColumns], values[kMaxColumns];
-  Rotation<double> rotations[kMaxColumns / 2];
+  Rotation rotations[kMaxColumns / 2];
   int place[kMaxColumns];
   uint16_t marks[kMaxTiles];
   unsigned long long excess;
@@ -56,8 +64,35 @@ __device__ __forceinline__ double warp_sum(double x) {
 // Of values[i] in descending order.
 __device__ __forceinline__ int place_of(const double* values, int n, int i) {
   int place = 0;
+#pragma unroll 8
   for (int j = 0; j < n; ++j) place += values[j] > values[i] || (!(values[j] < values[i]) && j < i);
   return place;
+}
+
+// Runs `step` compiled for the least number of tiles from `tiles` <= kMostTiles on: the usual ranks of 32, 64 and 96
+// with 8 vectors more, and whatever else there is.
+constexpr int kMostTiles = 16;
+template <typename Step>
+__device__ __forceinline__ void with_tiles(int tiles, const Step& step) {
+  if (tiles <= 5)
+    step(std::integral_constant<int, 5>());
+  else if (tiles <= 9)
+    step(std::integral_constant<int, 9>());
+  else if (tiles <= 13)
+    step(std::integral_constant<int, 13>());
+  else
+    step(std::integral_constant<int, kMostTiles>());
+}
+
+__device__ __forceinline__ void solve_all(const Layout& w, int tiles, const double* t, const double* scale, double* y) {
+  if (tiles == 5)
+    solve_in_registers<5>(t, w.ldt, scale, y, w.stride, w.width);
+  else if (tiles == 9)
+    solve_in_registers<9>(t, w.ldt, scale, y, w.stride, w.width);
+  else if (tiles == 13)
+    solve_in_registers<13>(t, w.ldt, scale, y, w.stride, w.width);
+  else
+    solve(t, w.ldt, tiles, scale, y, w.stride, w.width);
 }
 
 // Makes the rows of y orthonormal in their order by Cholesky factors of their Gram matrix (CholeskyQR2; Yamamoto et
@@ -71,7 +106,7 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
   for (int pass = 0; pass < kMaxPasses; ++pass) {
     if (thread == 0) shared.excess = 0;
     __syncthreads();
-    products(y, y, w.stride, w.width, tiles, t, w.ldt, &shared.excess);
+    products(y, y, w.stride, w.width, tiles, t, w.ldt, pass == 0 ? nullptr : &shared.excess);
     __syncthreads();
     const double excess = __longlong_as_double(static_cast<long long>(shared.excess));
     if (pass > 0 && excess <= orthonormal) return;
@@ -83,7 +118,7 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
         if (r == c) shared.scale[r] = 1.0;
       }
       __syncthreads();
-      solve(t, w.ldt, tiles, shared.scale, y, w.stride, w.width);
+      solve_all(w, tiles, t, shared.scale, y);
       __syncthreads();
       return;
     }
@@ -92,10 +127,8 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
       shared.scale[i] = square > 0 ? rsqrt(square) : 0.0;
     }
     __syncthreads();
-    for (int i = thread; i < columns * columns; i += kThreads) {
-      const int r = i / columns, c = i - r * columns;
-      if (c / 8 <= r / 8) t[r * w.ldt + c] *= shared.scale[r] * shared.scale[c];
-    }
+    for (int r = thread / 32; r < columns; r += kWarps)
+      for (int c = thread % 32; c < (r / 8 + 1) * 8; c += 32) t[r * w.ldt + c] *= shared.scale[r] * shared.scale[c];
     __syncthreads();
     cholesky(t, w.ldt, tiles, shared.marks);
     if (pass == 0)  // the lengths of the vectors beyond the span of those before them
@@ -103,7 +136,7 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
         const double inverse = t[i * (w.ldt + 1)] * shared.scale[i];
         shared.values[i] = inverse > 0 ? 1 / inverse : 0.0;
       }
-    solve(t, w.ldt, tiles, shared.scale, y, w.stride, w.width);
+    solve_all(w, tiles, t, shared.scale, y);
     unsigned marks = 0;
     for (int i = 0; i < tiles; ++i) marks |= shared.marks[i];
     __syncthreads();
@@ -123,23 +156,14 @@ __device__ __forceinline__ void orthonormalize(const SubspaceArgs& args, const L
 
 // Rotates the vectors b to the eigenvectors of t, in descending order of their values, into args.basis.
 __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const Layout& w, int64_t matrix, int tiles,
-                                              double trace, const double* b, double* spare, double* t, Shared& shared,
-                                              bool warm) {
+                                              double trace, const double* b, double* spare, double* t, Shared& shared) {
   const int n = args.columns, ld = n + 4, thread = static_cast<int>(threadIdx.x);
-  const int sweeps = !args.fast ? kSweeps : warm ? kSweepsWarm : kSweepsFast;
   const double inverse = trace > 0 ? 1 / trace : 0.0;
-  const bool systolic = args.fast && tiles <= kMaxSystolicTiles;
-  auto* const rows = reinterpret_cast<float*>(spare);
-  if (systolic) {
-    const auto run = [&](auto most) {
-      systolic_jacobi<decltype(most)::value>(t, w.ldt, inverse, tiles, sweeps, kToleranceFast, rows, ld, shared.values);
-    };
-    if (tiles <= 6)
-      run(std::integral_constant<int, 6>());
-    else if (tiles <= 10)
-      run(std::integral_constant<int, 10>());
-    else
-      run(std::integral_constant<int, kMaxSystolicTiles>());
+  if (args.fast && tiles <= kMostTiles) {
+    with_tiles(tiles, [&](auto most) {
+      systolic_jacobi<decltype(most)::value>(t, w.ldt, inverse, n, kSweepsFast, kToleranceFast, spare, ld,
+                                             shared.values);
+    });
   } else {
     for (int i = thread; i < n * n; i += kThreads) {
       const int r = i / n, c = i - r * n;
@@ -147,8 +171,8 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
       if (c > r) continue;
       t[r * w.ldt + c] = t[c * w.ldt + r] = t[r * w.ldt + c] * inverse;
     }
-    jacobi(t, w.ldt, spare, ld, n, args.fast ? double{kToleranceFast} : kTolerance, sweeps, shared.rotations,
-           &shared.turned);
+    jacobi(t, w.ldt, spare, ld, n, args.fast ? double{kToleranceFast} : kTolerance,
+           args.fast ? 2 * kSweepsFast : kSweeps, shared.rotations, &shared.turned);
     __syncthreads();
     for (int i = thread; i < n; i += kThreads) shared.values[i] = t[i * (w.ldt + 1)];
   }
@@ -161,10 +185,7 @@ __device__ __forceinline__ void rayleigh_ritz(const SubspaceArgs& args, const La
   __syncthreads();
   double* const basis = args.basis + matrix * n * args.dim;
   double* const copy = args.state != nullptr ? args.state + matrix * n * args.dim : basis;
-  if (systolic)
-    rotate(rows, ld, b, w.stride, tiles, w.width, shared.place, basis, copy, args.dim);
-  else
-    rotate(spare, ld, b, w.stride, tiles, w.width, shared.place, basis, copy, args.dim);
+  rotate(spare, ld, b, w.stride, tiles, w.width, shared.place, basis, copy, args.dim);
 }
 
 template <bool kInShared>
@@ -185,29 +206,41 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
   double* state = args.state != nullptr ? args.state + matrix * args.columns * args.dim : basis;
   const int thread = static_cast<int>(threadIdx.x), columns = args.columns, tiles = columns / 8;
 
+  const int32_t had_vectors = args.warm != nullptr ? args.warm[matrix] : 0;
   double trace = 0;
   for (int i = thread % 32; i < args.dim; i += 32) trace += gram[static_cast<int64_t>(i) * (args.ld + 1)];
+  const bool warm = had_vectors != 0, in_pairs = args.dim % 2 == 0;
+  if (kInShared && warm && in_pairs) {
+    const int half = args.dim / 2, rest = w.width - args.dim;
+    for (int i = thread; i < columns * half; i += kThreads) {
+      const int r = i / half, c = i - r * half;
+      cp_async16(shared_address(b + r * w.stride + 2 * c), state + 2 * i);
+    }
+    cp_async_commit();
+    for (int i = thread; i < columns * rest; i += kThreads) b[i / rest * w.stride + args.dim + i % rest] = 0;
+  } else {
+    for (int r = thread / 32; r < columns; r += kWarps) {
+#pragma unroll 4
+      for (int c = thread % 32; c < w.width; c += 32) {
+        const int entry = r * args.dim + c;
+        double x = 0;
+        if (c < args.dim)
+          x = warm ? state[entry]
+                   : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
+        b[r * w.stride + c] = x;
+      }
+    }
+  }
   trace = warp_sum(trace);
-  if (args.trace != nullptr && thread == 0) args.trace[matrix] = trace;
-  const bool warm = args.warm != nullptr && args.warm[matrix] != 0;
+  cp_async_wait<0>();
   __syncthreads();
-  if (args.warm != nullptr && thread == 0) args.warm[matrix] = isfinite(trace);
+  if (thread == 0 && args.trace != nullptr) args.trace[matrix] = trace;
+  if (thread == 0 && args.warm != nullptr) args.warm[matrix] = isfinite(trace);
   if (!isfinite(trace)) {
     for (int i = thread; i < columns * args.dim; i += kThreads) basis[i] = state[i] = nan("");
     for (int i = thread; i < columns; i += kThreads) args.values[matrix * columns + i] = nan("");
     return;
   }
-  for (int r = thread / 32; r < columns; r += kWarps) {
-#pragma unroll 4
-    for (int c = thread % 32; c < w.width; c += 32) {
-      const int entry = r * args.dim + c;
-      double x = 0;
-      if (c < args.dim)
-        x = warm ? state[entry] : sketch_entry(args.seed, static_cast<uint64_t>(matrix), static_cast<uint64_t>(entry));
-      b[r * w.stride + c] = x;
-    }
-  }
-  __syncthreads();
   const int sweeps = warm ? args.warm_sweeps : args.cold_sweeps;
   for (int sweep = 0; sweep < sweeps; ++sweep) {
     multiply(gram, args.ld, b, y, w.stride, tiles);
@@ -224,19 +257,26 @@ __global__ __launch_bounds__(kThreads, 1) void subspace_kernel(const __grid_cons
       args.values[matrix * columns + place] = shared.values[i];
     }
     __syncthreads();
-    for (int r = thread / 32; r < columns; r += kWarps)
-#pragma unroll 4
-      for (int c = thread % 32; c < args.dim; c += 32) {
-        const int entry = shared.place[r] * args.dim + c;
+    if (in_pairs) {
+      const int half = args.dim / 2;
+      for (int i = thread; i < columns * half; i += kThreads) {
+        const int r = i / half, c = i - r * half, entry = shared.place[r] * args.dim + 2 * c;
+        const double2 pair = *reinterpret_cast<const double2*>(b + r * w.stride + 2 * c);
+        *reinterpret_cast<double2*>(basis + entry) = *reinterpret_cast<double2*>(state + entry) = pair;
+      }
+    } else {
+      for (int i = thread; i < columns * args.dim; i += kThreads) {
+        const int r = i / args.dim, c = i - r * args.dim, entry = shared.place[r] * args.dim + c;
         basis[entry] = state[entry] = b[r * w.stride + c];
       }
+    }
     return;
   }
   multiply(gram, args.ld, b, y, w.stride, tiles);
   __syncthreads();
   products(b, y, w.stride, w.width, tiles, t, w.ldt, nullptr);
   __syncthreads();
-  rayleigh_ritz(args, w, matrix, tiles, trace, b, y, t, shared, warm);
+  rayleigh_ritz(args, w, matrix, tiles, trace, b, y, t, shared);
 }
 
 size_t shared_limit() {

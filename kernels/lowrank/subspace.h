@@ -17,7 +17,7 @@ struct SubspaceArgs {
   int32_t ld = 0;                // of gram: subspace_ld(dim)
   int32_t columns = 0;           // vectors iterated: subspace_columns(rank, oversampling), at most dim
   const double* gram = nullptr;  // [batch, ld, ld], 0 beyond dim
-  double* basis = nullptr;       // [batch, columns, dim]: a vector per row, of descending values
+  double* basis = nullptr;       // [batch, columns, dim] on 16 bytes: a vector per row, of descending values
   // As basis, kept from call to call: where warm is set it holds the start, and it receives a copy of the result. Calls
   // that overlap may mix their vectors in it, which a start does not mind. Null: basis is its own start.
   double* state = nullptr;
