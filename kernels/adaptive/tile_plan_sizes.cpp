@@ -15,6 +15,9 @@ constexpr int64_t kHeadDim = 128;
 // Masks that exist at a time; longer problems are computed in waves of query tiles.
 constexpr size_t kMaskBytes = size_t{64} << 20;
 
+// Calls of a named policy: the latency of verifying is several per cent of a call's time at context 8192.
+constexpr int32_t kVerifyEvery = 4;
+
 size_t whole(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 template <class... Arguments>
@@ -99,6 +102,7 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   TableShape& s = sizes.shape;
   s = table_shape(problem, 0);
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
+  if (o.policy != decide::Policy::kCustom) sizes.verify.every = kVerifyEvery;
   const size_t mask_bytes =
       size_t{8} * static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_q) * static_cast<size_t>(s.mask_words);
   s.wave_tiles = std::clamp<int32_t>(static_cast<int32_t>(std::min(kMaskBytes / mask_bytes, size_t{1} << 24)), 1,

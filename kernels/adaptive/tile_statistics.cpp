@@ -60,7 +60,7 @@ std::vector<HeadRecord> records_of(const std::vector<HeadTally>& tallies, const 
     record.kept_tiles = tally.tiles > 0 ? static_cast<double>(tally.kept) / static_cast<double>(tally.tiles) : 1;
     record.dropped_mass = tally.rows > 0 ? tally.far_share / static_cast<double>(tally.rows) : 0;
     record.predicted_error = static_cast<double>(tally.predicted_error);
-    if (tally.verified_rows > 0) record.measured_error = static_cast<double>(tally.measured_error);
+    if (tally.measured != 0 && tally.dense == 0) record.measured_error = static_cast<double>(tally.measured_error);
     record.feedback = static_cast<double>(tally.feedback);
     record.dense = tally.dense != 0;
     if (tally.rank_class != 0) record.rank_v = decide::rank_of_class(tally.rank_class);

@@ -98,7 +98,11 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   HeadTally tally = targets.heads[head];
   if (first_tile == 0) {
     const decide::HeadChoice& choice = args.tables.choice[head];
+    const HeadTally before = tally;
     tally = {};
+    tally.measured = before.measured;
+    tally.measured_error = before.measured_error;
+    tally.measured_row_error = before.measured_row_error;
     tally.len_q = len_q;
     tally.len_k = seq.len_k;
     tally.feedback = args.state.feedback != nullptr ? args.state.feedback[head].multiplier[choice.rank_class] : 1.0f;

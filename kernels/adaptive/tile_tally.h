@@ -19,6 +19,7 @@ struct HeadTally {
   float feedback;  // the multiplier that the next prediction takes
   int32_t rank_class, dense;
   int32_t verified_rows;  // 0: not verified
+  int32_t measured;       // whether there are errors, of this call or of the newest verified one
   float measured_error, measured_row_error;
 };
 

@@ -41,6 +41,7 @@ __device__ __forceinline__ Part* part_of(Part* parts, const VerifyShape& verify,
 __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_constant__ AnalyzeArgs args,
                                                               VerifyShape verify, Part* parts) {
   using Layout = TileLayout<kD>;
+  if (*args.state.calls % verify.every != 0) return;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   const AttnParams& p = args.p;
   const int ctas = (verify.row_tiles + kWarps - 1) / kWarps, group = args.shape.group, unit = blockIdx.x / ctas;
@@ -191,7 +192,7 @@ __global__ __launch_bounds__(32 * kJudges) void judge_kernel(const __grid_consta
   const int unit = b * args.shape.heads_kv + head / group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const decide::HeadChoice choice = args.tables.choice[blockIdx.x];
-  if (choice.dense) return;
+  if (choice.dense || *args.state.calls % verify.every != 0) return;
   const Sequence s = sequence_of(p, b);
   const SpreadRows sample = rows_of(args, verify, s);
   const float sink = p.sinks != nullptr ? p.sinks[head * p.sinks_stride] * kLog2e : kNegInf;
@@ -240,6 +241,7 @@ __global__ __launch_bounds__(32 * kJudges) void judge_kernel(const __grid_consta
   const float spread = args.tables.units[unit].v_spread;
   HeadTally& tally = heads[blockIdx.x];
   tally.verified_rows = static_cast<int32_t>(sample.count);
+  tally.measured = 1;
   tally.measured_error = static_cast<float>(sqrt(sum / static_cast<double>(sample.count))) / spread;
   tally.measured_row_error = sqrtf(worst) / spread;
   if (args.state.feedback == nullptr) return;

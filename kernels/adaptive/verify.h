@@ -11,7 +11,8 @@ namespace adaattn::cuda {
 
 // How the sampled rows of a unit are shared among CTAs: tiles of 16 rows, each with its keys in parts.
 struct VerifyShape {
-  int32_t rows = 0;  // per head
+  int32_t rows = 0;   // per head
+  int32_t every = 1;  // so many calls
   int32_t row_tiles = 0, splits = 0;
 };
 VerifyShape verify_shape(const TableShape& shape, int32_t rows, int32_t multiprocessors);

@@ -69,6 +69,26 @@ TEST_F(TilePlans, FeedbackFollowsWhatIsMeasured) {
   }
 }
 
+TEST_F(TilePlans, NamedPoliciesVerifyInEveryFourthCall) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(3000));
+  const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_SPEED));
+  std::vector<double> measured;
+  for (int call = 0; call < 6; ++call) {
+    ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    EXPECT_EQ(plan.stats().verified_heads, call < 4 ? 8u : 16u) << call;
+    const std::vector<adaattn_head_stats_t> heads = plan.heads();
+    if (call % 4 == 0) measured.clear();
+    for (size_t i = 0; i < heads.size(); ++i) {
+      ASSERT_FALSE(heads[i].dense);
+      if (call % 4 == 0) measured.push_back(heads[i].measured_error);
+      EXPECT_GT(heads[i].measured_error, 0);
+      EXPECT_EQ(heads[i].measured_error, measured[i]) << "call " << call << " head " << i;
+    }
+  }
+  EXPECT_EQ(plan.stats().verified_rows, 16u * 16u);
+}
+
 TEST_F(TilePlans, HeadsOverTheToleranceAreCounted) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(1500));
