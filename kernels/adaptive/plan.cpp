@@ -44,7 +44,8 @@ void check_options(const Options& o) {
   if (o.rank_mode != decide::RankMode::kOff)
     refuse("adaptive.rank_mode is %d; 8-bit attention does not project V: set ADAATTN_RANK_OFF (%d)",
            static_cast<int>(o.rank_mode) + ADAATTN_RANK_OFF, ADAATTN_RANK_OFF);
-  if (o.verify_rows > 0) refuse("adaptive.verify_rows is %d; CUDA contexts do not verify: set -1", o.verify_rows);
+  if (o.verify_rows > 0)
+    refuse("adaptive.verify_rows is %d; attention in 8 bits is not verified on CUDA: set -1", o.verify_rows);
 }
 
 void check_shape(const Problem& p, const DeviceTraits& device) {
