@@ -165,8 +165,9 @@ class TilePlan final : public AttentionPlan {
   std::shared_ptr<RecordPool> records_;
   RecordSlot record_;
   TilePlanSizes sizes_;
-  std::unique_ptr<PlanMemory> memory_;  // null: every call is the exact plan's
   std::unique_ptr<Outlook> outlook_;
+  // Null: every call is the exact plan's. Freed before the outlook, since that waits for the work that writes to it.
+  std::unique_ptr<PlanMemory> memory_;
   AdaptiveState state_;
   TallyTargets targets_;
   decide::HeadChoice* frozen_choices_ = nullptr;
