@@ -6,7 +6,7 @@
 namespace adaattn::cuda::sm90 {
 
 template <class Traits>
-class Consumer : ConsumerCore<Traits> {
+class Consumer : protected ConsumerCore<Traits> {
   using Core = ConsumerCore<Traits>;
   using Core::args_, Core::shared_, Core::group_, Core::tile_, Core::range_, Core::tile_count_, Core::q_count_,
       Core::v_count_;
@@ -28,7 +28,7 @@ class Consumer : ConsumerCore<Traits> {
     Core::drain();
   }
 
- private:
+ protected:
   // The next tile that has keys; those without are answered on the way. False: no more tiles.
   __device__ __forceinline__ bool next_tile() {
     for (;; ++tile_count_) {
@@ -59,6 +59,9 @@ class Consumer : ConsumerCore<Traits> {
     }
   }
 
+  int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
+
+ private:
   // S of a tile's first block, the last in the sequence. The row limits are computed under it.
   __device__ __forceinline__ void first_block() {
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
@@ -97,8 +100,6 @@ class Consumer : ConsumerCore<Traits> {
       Core::template begin_softmax<true, MaskSides::kNone>(n);
     }
   }
-
-  int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
 };
 
 }  // namespace adaattn::cuda::sm90

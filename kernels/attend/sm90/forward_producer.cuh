@@ -15,6 +15,14 @@ class Producer {
       : args_(args), shared_(shared), keep_(l2_evict_last()), stream_(l2_evict_first()) {}
 
   __device__ __forceinline__ void run() {
+    draw_tiles([&](const Tile& tile, const TileRange& range, const auto& draw) { load_tile(tile, range, draw); });
+  }
+
+ protected:
+  // Hands every tile to the consumers and calls load(tile, range, draw) in lane 0 for those that have keys; it calls
+  // draw() once, as late as hides the latency of drawing the next tile.
+  template <class Load>
+  __device__ __forceinline__ void draw_tiles(const Load& load) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     TileScheduler<Traits> scheduler(args_, lane);
     Tile tile = scheduler.first();
@@ -36,7 +44,7 @@ class Producer {
       const TileRange range = tile_range<Traits>(args_, tile);
       if (lane == 0) {
         if (range.blocks() > 0) {
-          load_tile(tile, range, draw);
+          load(tile, range, draw);
         } else {
           draw();
         }
@@ -47,7 +55,6 @@ class Producer {
     scheduler.finish();
   }
 
- protected:
   __device__ __forceinline__ void load_q(const Tile& tile, const TileRange& range, int batch) {
     const int parity = q_count_++ & 1;
 #pragma unroll

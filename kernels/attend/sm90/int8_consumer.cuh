@@ -4,7 +4,7 @@
 
 #include <climits>
 
-#include "attend/sm90/consumer_core.cuh"
+#include "attend/sm90/forward_consumer.cuh"
 #include "attend/sm90/int8_traits.cuh"
 #include "common/sm90_int8.cuh"
 #include "common/sm90_wgmma8.cuh"
@@ -18,98 +18,44 @@ constexpr float kInteger = 12582912.f;  // 1.5 * 2^23
 constexpr uint32_t kIntegerBits = 0x4b400000;
 
 template <class Traits>
-class Int8Consumer {
-  using T = typename Traits::T;
-  static constexpr ForwardConfig kC = Traits::kC;
-  static constexpr int kN = Traits::kN, kColumns = kN / 8, kEarly = kC.early_columns, kD = Traits::kD;
-  static constexpr int kStages = Traits::kStages, kHalves = kN / kInt8ScaleBlock;
-  static_assert(kEarly >= 0 && kEarly <= kColumns);
+class Int8Consumer : Consumer<Traits> {
+  using Base = Consumer<Traits>;
+  using Core = ConsumerCore<Traits>;
+  using Base::free_begin_, Base::free_end_;
+  using Core::args_, Core::shared_, Core::group_, Core::warp_, Core::lane_, Core::tile_, Core::range_;
+  using Core::high_, Core::low_, Core::row_max_, Core::row_sum_, Core::rescale_, Core::out_, Core::q_count_;
+  using Core::kC, Core::kColumns, Core::kEarly, Core::kN;
+  using Core::release, Core::take_turn, Core::pass_turn;
+  using typename Core::T;
+  static constexpr int kD = Traits::kD, kStages = Traits::kStages, kHalves = kN / kInt8ScaleBlock;
 
  public:
   __device__ __forceinline__ Int8Consumer(const Int8Args& args, typename Traits::Shared& shared, int group)
-      : args_(args),
-        forward_(args.forward),
-        shared_(shared),
-        group_(group),
-        warp_(static_cast<int>(threadIdx.x) / 32 % 4),
-        lane_(static_cast<int>(threadIdx.x) % 32) {}
+      : Base(args.forward, shared, group), tables_(args.tables), with_shift_(args.with_shift) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
-    if (!next_tile()) return;
+    if (!Base::next_tile()) return;
     do {
-      begin_tile();
+      Base::row_limits();
       quantize_queries();
       first_block();
       middle_blocks();
       last_block();
       store();
-    } while (next_tile());
+    } while (Base::next_tile());
   }
 
  private:
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(barrier);
-  }
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (kC.ordered) named_barrier_sync(static_cast<int>(NamedBarrier::kOrder) + group_, 2 * kWarpgroup);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (kC.ordered) {
-      named_barrier_arrive(static_cast<int>(NamedBarrier::kOrder) + 1 - group_, 2 * kWarpgroup);
-    }
-  }
   __device__ __forceinline__ void group_barrier() {
     named_barrier_sync(static_cast<int>(NamedBarrier::kQuantized) + group_, kWarpgroup);
   }
   __device__ __forceinline__ void wait_full(uint64_t* barriers, uint32_t count) {
     mbarrier_wait(&barriers[count % kStages], count / kStages & 1);
   }
-
-  __device__ __forceinline__ bool next_tile() {
-    for (;; ++tile_count_) {
-      const int slot = tile_count_ % 2;
-      mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-      tile_.m_block = uniform(shared_.tile[slot].m_block);
-      tile_.head = uniform(shared_.tile[slot].head);
-      tile_.batch = uniform(shared_.tile[slot].batch);
-      release(&shared_.tile_empty[slot]);
-      if (tile_.m_block < 0) return false;
-      range_ = tile_range<Traits>(forward_, tile_);
-      range_.n_min = uniform(range_.n_min);
-      range_.n_max = uniform(range_.n_max);
-      if (range_.blocks() > 0) break;
-      store_empty();
-    }
-    ++tile_count_;
-    return true;
-  }
-
   __device__ __forceinline__ int row_in_group(int r) const { return warp_ * 16 + lane_ / 4 + 8 * r; }
   __device__ __forceinline__ int64_t unit() const {
-    return tile_.batch * forward_.p.heads_kv + tile_.head / forward_.group_size;
-  }
-
-  // Row limits: keys [low, high) of the thread's two rows, relative to the thread's first column.
-  __device__ __forceinline__ void begin_tile() {
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
-    const int column = 2 * (lane_ % 4);
-    if constexpr (kC.masked) {
-      const int right = forward_.window_right, left = forward_.window_left;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int diagonal = first_row + row_in_group(r) + range_.off;
-        high_[r] = (right >= 0 ? min(range_.len_k, diagonal + right + 1) : range_.len_k) - column;
-        low_[r] = (left >= 0 ? diagonal - left : 0) - column;
-      }
-      free_end_ = uniform(right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max);
-      free_begin_ = uniform(left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0);
-    } else {
-      high_[0] = high_[1] = range_.len_k - column;
-    }
+    return tile_.batch * args_.p.heads_kv + tile_.head / args_.group_size;
   }
 
   // The warp's 16 rows, four at a time and eight lanes each, from 16 bits to int8 with a scale per row. The first
@@ -118,10 +64,10 @@ class Int8Consumer {
     constexpr int kPart = kD / 8, kWords = kPart / 8;  // elements and 16-byte words of a lane
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     group_barrier();
-    const uint8_t* raw = shared_.q_raw[group_];
-    uint8_t* out = shared_.q[group_];
+    const uint8_t* raw = shared_.q[group_];
+    uint8_t* out = shared_.q8[group_];
     const int part = lane_ % 8;
-    const float* mean = args_.tables.k_mean + unit() * kD + part * kPart;
+    const float* mean = tables_.k_mean + unit() * kD + part * kPart;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = warp_ * 16 + i * 4 + lane_ / 8;
@@ -142,7 +88,7 @@ class Int8Consumer {
       float top = 0, shift = 0;
 #pragma unroll
       for (int k = 0; k < kPart; ++k) top = max_or_nan(top, fabsf(x[k]));
-      if (args_.with_shift) {
+      if (with_shift_) {
 #pragma unroll
         for (int k = 0; k < kPart; ++k) shift = fmaf(x[k], __ldg(mean + k), shift);
       }
@@ -164,8 +110,8 @@ class Int8Consumer {
         *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
       }
       if (part == 0) {
-        shared_.row_scale[group_][row] = step_size * forward_.scale_log2;
-        shared_.row_shift[group_][row] = shift * forward_.scale_log2;
+        shared_.row_scale[group_][row] = step_size * args_.scale_log2;
+        shared_.row_shift[group_][row] = shift * args_.scale_log2;
       }
     }
     release(&shared_.q_empty[group_]);
@@ -268,7 +214,7 @@ class Int8Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(uint32_t count) {
-    const uint64_t q = Descriptor<kD>::k_major(shared_address(shared_.q[group_]));
+    const uint64_t q = Descriptor<kD>::k_major(shared_address(shared_.q8[group_]));
     const uint64_t k = Descriptor<kD>::k_major(shared_address(shared_.k[count % kStages]));
 #pragma unroll
     for (int i = 0; i < kD / 32; ++i) wgmma_s8_n128(scores_, q + 2 * i, k + 2 * i, i > 0);
@@ -399,7 +345,7 @@ class Int8Consumer {
         }
       }
       if constexpr (kMask == MaskSides::kBoth) {
-        if (forward_.window_left >= 0) {
+        if (args_.window_left >= 0) {
           const int low = low_[r] - n * kN;
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
@@ -415,10 +361,10 @@ class Int8Consumer {
 
   // O = (O' scale) / l + (sum of p) mu, where the sum of p is below 1 with a sink.
   __device__ __forceinline__ void store() {
-    const AttnParams& p = forward_.p;
+    const AttnParams& p = args_.p;
     const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
     const int t = lane_ % 4;
-    const float* mean = args_.tables.v_mean + unit() * Traits::kDv + 2 * t;
+    const float* mean = tables_.v_mean + unit() * Traits::kDv + 2 * t;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int local = row_in_group(r);
@@ -428,7 +374,7 @@ class Int8Consumer {
       const float weight = empty ? 0.f : exp2_approx(top - shared_top - kWeightBits);
       const float total = empty ? 1.f : fmaf(row_sum_[r], weight, exp2_approx(sink - shared_top));
       const float factor = weight / total, share = row_sum_[r] * factor;
-      const int row = tile_.m_block * Traits::kM + group_ * kGroupRows + local;
+      const int row = Core::row_of(r);
       const bool mine = row < range_.len_q;
       const int64_t position = range_.q_start + row;
       if (p.lse.data != nullptr && mine && t == 0) {
@@ -454,41 +400,15 @@ class Int8Consumer {
     }
   }
 
-  // A tile without keys: O = 0, LSE that of the sink alone.
-  __device__ __forceinline__ void store_empty() {
-    const AttnParams& p = forward_.p;
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
-    const int rows = min(16, range_.len_q - first_row);
-    T* o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h;
-    for (int i = 0; i < rows; ++i) {
-      const int64_t position = range_.q_start + first_row + i;
-      if (8 * lane_ < Traits::kDv)
-        *reinterpret_cast<uint4*>(o + position * p.o.stride_s + 8 * lane_) = make_uint4(0, 0, 0, 0);
-      if (p.lse.data != nullptr && lane_ == 0) {
-        static_cast<float*>(
-            p.lse.data)[tile_.batch * p.lse.stride_b + position * p.lse.stride_s + tile_.head * p.lse.stride_h] =
-            p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] : -INFINITY;
-      }
-    }
-  }
-
-  const Int8Args& args_;
-  const ForwardArgs& forward_;
-  typename Traits::Shared& shared_;
-  const int group_, warp_, lane_;
-  Tile tile_;
-  TileRange range_;
-  uint32_t tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
-  int high_[2], low_[2];
-  int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
-  float row_max_[2], row_sum_[2];
-  float rescale_[2], factor_[2];  // of the sums and of O, when the P V in flight is added
-  float v_scale_, v_ratio_;       // of the newest tile; the one before it over that
+  const Int8Tables& tables_;
+  const bool with_shift_;
+  uint32_t kv_count_ = 0;
+  float factor_[2];          // of O, when the P V in flight is added, as rescale_ is of the sums
+  float v_scale_, v_ratio_;  // of the newest tile; the one before it over that
   float scale_[2][kHalves], offset_[2][kHalves], next_rescale_[2];  // of the block in work
   int32_t scores_[kN / 2];                                          // then weights
   uint32_t probabilities_[kN / 8];
   float part_[Traits::kPart];  // P V of one block and the row sums of P
-  float out_[Traits::kOut];
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -16,8 +16,8 @@ struct Int8Traits {
   static constexpr int kStages = 4;
   // Q arrives in 16 bits, in column chunks of one swizzle width.
   static constexpr int kWidth = 128, kChunk = kWidth / 2, kChunks = kD / kChunk;
-  static constexpr int kRawBytes = kGroupRows * kD * 2;
-  static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kDv * kN;
+  static constexpr int kQBytes = kGroupRows * kD * 2;
+  static constexpr int kQ8Bytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kDv * kN;
   // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
   static constexpr int kOnesBytes = 8 * kN;
   static constexpr int kOut = kDv / 2, kPart = (kDv + 8) / 2;  // accumulators of a thread
@@ -27,8 +27,8 @@ struct Int8Traits {
   static_assert((kD == 64 || kD == 128) && (kDv == 64 || kDv == 128));
 
   struct Shared {
-    alignas(1024) uint8_t q_raw[kGroups][kRawBytes];
     alignas(1024) uint8_t q[kGroups][kQBytes];
+    alignas(1024) uint8_t q8[kGroups][kQ8Bytes];
     alignas(1024) uint8_t k[kStages][kKBytes];
     alignas(1024) uint8_t v[kStages][kVBytes + kOnesBytes];
     Int8Scales scales[kStages];
