@@ -35,8 +35,12 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   AnalyzeTables t;
   t.k_mean = arena.take<float>(units * s.d_qk);
   t.v_mean = arena.take<float>(units * s.d_v);
-  t.key_terms = arena.take<float>(units * s.key_tiles * 3 * s.d_qk);
-  t.query_terms = arena.take<float>(heads * s.query_tiles * 3 * s.d_qk);
+  const int64_t key_cells = units * key_cells_of_unit(s), query_cells = heads * s.query_tiles * decide::kCellsOfTile;
+  t.key_cells = arena.take<int8_t>(key_cells * s.d_qk);
+  t.key_scales = arena.take<float>(key_cells);
+  t.query_cells = arena.take<int8_t>(query_cells * s.d_qk);
+  t.query_scales = arena.take<float>(query_cells);
+  t.cell_rows = arena.take<decide::CellRow>(query_cells);
   t.energy = arena.take<TileEnergy>(units * s.key_tiles);
   t.units = arena.take<UnitStats>(units);
   t.levels = arena.take<decide::TileLevels>(heads * s.query_tiles);
@@ -48,7 +52,6 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.tile_range = arena.take<decide::TileRow>(heads * s.query_tiles);
   t.work = arena.take<uint32_t>(decide::kRankClasses * heads * s.wave_tiles);
   t.work_count = arena.take<uint32_t>(decide::kRankClasses);
-  t.buckets = arena.take<uint32_t>(2 * decide::kRankClasses * kWorkBuckets);
   t.v_low = arena.take<__nv_bfloat16>(units * s.key_rows() * s.max_rank);
   t.basis = arena.take<__nv_bfloat16>(units * s.d_v * s.max_rank);
   t.group_k = arena.take<__nv_bfloat16>(units * s.key_groups() * 2 * s.d_qk);

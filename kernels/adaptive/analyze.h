@@ -7,6 +7,7 @@
 
 #include "adaptive/tables.h"
 #include "core/problem.h"
+#include "decide/cells.h"
 #include "decide/policy.h"
 #include "decide/tile_levels.h"
 
@@ -14,9 +15,8 @@ namespace adaattn::cuda {
 
 // Sums over the keys of one tile.
 struct TileEnergy {
-  float within;                          // ||v - mean of its 32||^2
-  float between_groups;                  // ||mean of the 32 - v_mean||^2
-  float between_tiles;                   // rows * ||mean of the tile - v_mean||^2
+  float within;                          // ||v - mean of the tile||^2
+  float between;                         // ||mean of the tile - v_mean||^2
   float captured[decide::kRankClasses];  // ||v_low||^2 over the columns of each rank class; [0] unused
   int32_t k_finite, v_finite;
 };
@@ -51,10 +51,14 @@ inline constexpr int32_t kDenseCalls = 8;
 
 // The statistics between analyze and decide, and the writable views of AdaptiveTables' arrays. In the workspace.
 struct AnalyzeTables {
-  float* k_mean = nullptr;                    // [units, d_qk]
-  float* v_mean = nullptr;                    // [units, d_v]
-  float* key_terms = nullptr;                 // [units, key_tiles, 3 d_qk], see decide/estimate.h
-  float* query_terms = nullptr;               // [batch, heads_q, query_tiles, 3 d_qk]
+  float* k_mean = nullptr;  // [units, d_qk]
+  float* v_mean = nullptr;  // [units, d_v]
+  // Means of 32 rows, of K less k_mean, each times 127 / its largest element: decide/cells.h.
+  int8_t* key_cells = nullptr;                // [units, key_cells_of_unit(), d_qk]
+  float* key_scales = nullptr;                // [units, key_cells_of_unit()]; 0 beyond the sequence
+  int8_t* query_cells = nullptr;              // [batch, heads_q, query_tiles, 4, d_qk]
+  float* query_scales = nullptr;              // [batch, heads_q, query_tiles, 4], in log2 units; 0 beyond the sequence
+  decide::CellRow* cell_rows = nullptr;       // [batch, heads_q, query_tiles, 4]
   TileEnergy* energy = nullptr;               // [units, key_tiles]
   UnitStats* units = nullptr;                 // [units]
   decide::TileLevels* levels = nullptr;       // [batch, heads_q, query_tiles]
@@ -65,7 +69,6 @@ struct AnalyzeTables {
   int32_t* kept = nullptr;
   decide::TileRow* tile_range = nullptr;
   uint32_t *work = nullptr, *work_count = nullptr;
-  uint32_t* buckets = nullptr;  // [2, kRankClasses, kWorkBuckets]: items by tiles kept, and where the next one goes
   __nv_bfloat16 *v_low = nullptr, *basis = nullptr;
   __nv_bfloat16 *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
   // The sample behind the bases.
@@ -77,6 +80,11 @@ struct AnalyzeTables {
 };
 
 inline constexpr int kWorkBuckets = 128;
+// Tiles are read two at a time.
+ADAATTN_HD inline int64_t key_cells_of_unit(const TableShape& s) {
+  return (int64_t{s.key_tiles} + 1) / 2 * 2 * decide::kCellsOfTile;
+}
+inline constexpr int kQueryStep = 4;  // query rows of a tile that enter its statistics: every fourth
 inline constexpr int kSampleRows = 1024;
 inline constexpr int kSampleParts = 8;
 
@@ -87,8 +95,10 @@ struct AnalyzeArgs {
   decide::CostTable costs;
   AnalyzeTables tables;
   AdaptiveState state;
-  float scale_log2 = 0;     // scale log2(e)
-  uint32_t keep_share = 0;  // decide::share_threshold()
+  float scale_log2 = 0;    // scale log2(e)
+  uint32_t keep_peak = 0;  // share of a cell from which on its tile is kept at every mass level: decide/cells.h
+  // Heads stand in the work lists in sections whose 16-bit K and V take at most this: half of a Hopper's L2 cache.
+  int64_t cache_bytes = int64_t{25} << 20;
 };
 
 // wave_tiles: at most this many query tiles of a head at a time; 0: all.
@@ -101,7 +111,7 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile);
 // Costs of the kernels of this back-end, in exact tiles.
 decide::CostTable device_costs(const TableShape& shape, const decide::Options& options);
 
-// analyze: bf16 or f16, d_qk and d_v multiples of 8 up to 256, rows on 16 bytes. decide: a choice per head.
+// analyze: bf16 or f16, d_qk and d_v 64 or 128, rows on 16 bytes. decide: a choice per head.
 void analyze(const AnalyzeArgs& args, cudaStream_t stream);
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream);
 // The schedule of one wave.

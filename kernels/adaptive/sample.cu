@@ -1,9 +1,12 @@
 // The sample: about a thousand strided rows per KV head give the means and the Gram matrix behind the basis of V.
+#include <algorithm>
+
 #include "adaptive/analyze.h"
 #include "adaptive/rows.cuh"
 #include "adaptive/sample.h"
 #include "adaptive/stage_clock.cuh"
 #include "attend/launch.h"
+#include "common/ptx.cuh"
 #include "lowrank/gram.cuh"
 #include "lowrank/subspace.h"
 #include "runtime.h"
@@ -69,8 +72,59 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(const __grid_constant_
     gather(key_rows<T>(args.p, args.p.k, seq, b, head), sampling, part, s.d_qk, nullptr, sums);
     return;
   }
-  float* copy = s.max_rank > 0 ? args.tables.sample + int64_t{unit} * kSampleRows * s.d_v : nullptr;
-  gather(key_rows<T>(args.p, args.p.v, seq, b, head), sampling, part, s.d_v, copy, sums + s.d_qk);
+  gather(key_rows<T>(args.p, args.p.v, seq, b, head), sampling, part, s.d_v,
+         args.tables.sample + int64_t{unit} * kSampleRows * s.d_v, sums + s.d_qk);
+}
+
+// Means alone, of 32 columns of K or V: all rows of the sample are on their way at once.
+constexpr int kMeanColumns = 32;
+template <typename T>
+__global__ __launch_bounds__(kThreads) void means_kernel(const __grid_constant__ AnalyzeArgs args) {
+  begin_stage(args.state, kAnalyzeStage);
+  launch_dependents();
+  constexpr int kWide = 8, kLanes = kMeanColumns / kWide, kRows = kThreads / kLanes, kEach = kSampleRows / kRows;
+  __shared__ float partial[kRows][kMeanColumns + 4], parts[kThreads / 32][kMeanColumns];
+  const TableShape& s = args.shape;
+  const bool of_v = blockIdx.z != 0;
+  const int d = of_v ? s.d_v : s.d_qk, unit = blockIdx.x, b = unit / s.heads_kv;
+  const int thread = static_cast<int>(threadIdx.x), row = thread / kLanes, lane = thread % kLanes;
+  const int first = static_cast<int>(blockIdx.y) * kMeanColumns;
+  if (first >= d) return;
+  const Sequence seq = sequence_of(args.p, b);
+  const Sampling sampling = sampling_of(seq.len_k);
+  const TokenRows<T> rows = key_rows<T>(args.p, of_v ? args.p.v : args.p.k, seq, b, unit % s.heads_kv);
+  uint4 raw[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t sample = row + i * kRows;
+    raw[i] = make_uint4(0, 0, 0, 0);
+    if (sample < sampling.count && first + kWide * lane < d)
+      raw[i] = *reinterpret_cast<const uint4*>(rows.row(sample * sampling.step) + first + kWide * lane);
+  }
+  float sum[kWide] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const uint32_t words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float2 x = widen2<T>(words[c]);
+      sum[2 * c] += x.x;
+      sum[2 * c + 1] += x.y;
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kWide; ++c) partial[row][kWide * lane + c] = sum[c];
+  __syncthreads();
+  const int column = thread % 32, part = thread / 32;
+  float total = 0;
+  for (int r = part; r < kRows; r += kThreads / 32) total += partial[r][column];
+  parts[part][column] = total;
+  __syncthreads();
+  if (part != 0 || first + column >= d) return;
+  total = 0;
+  for (int i = 0; i < kThreads / 32; ++i) total += parts[i][column];
+  float* means = (of_v ? args.tables.v_mean : args.tables.k_mean) + int64_t{unit} * d + first;
+  means[column] = sampling.count > 0 ? total / static_cast<float>(sampling.count) : 0.0f;
 }
 
 // Means from the parts, and the Gram matrix of V around its mean.
@@ -92,7 +146,6 @@ __global__ __launch_bounds__(kThreads) void center_kernel(const __grid_constant_
     else
       args.tables.v_mean[int64_t{unit} * s.d_v + i - s.d_qk] = static_cast<float>(total * inverse);
   }
-  if (grams == nullptr) return;
   __syncthreads();
   double* gram = grams + int64_t{unit} * ld * ld;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < s.d_v * s.d_v; i += kThreads * gridDim.y) {
@@ -141,13 +194,17 @@ __global__ __launch_bounds__(kThreads) void basis_kernel(const __grid_constant__
 void sample(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
   const auto units = static_cast<unsigned>(args.p.batch * s.heads_kv);
-  const auto gather = args.p.k.dtype == Dtype::kBF16 ? gather_kernel<__nv_bfloat16> : gather_kernel<__half>;
-  check(launch_grid(gather, dim3(units, kSampleParts, 2), kThreads, 0, stream, args), "analyze");
+  const bool bf16 = args.p.k.dtype == Dtype::kBF16;
   if (s.max_rank == 0) {
-    check(launch_grid(center_kernel, dim3(units), kThreads, 0, stream, args, static_cast<double*>(nullptr), 0),
+    const auto pieces = static_cast<unsigned>((std::max(s.d_qk, s.d_v) + kMeanColumns - 1) / kMeanColumns);
+    check(launch_grid(bf16 ? means_kernel<__nv_bfloat16> : means_kernel<__half>, dim3(units, pieces, 2), kThreads, 0,
+                      stream, args),
           "analyze");
     return;
   }
+  check(launch_grid(bf16 ? gather_kernel<__nv_bfloat16> : gather_kernel<__half>, dim3(units, kSampleParts, 2), kThreads,
+                    0, stream, args),
+        "analyze");
   TallView view = sample_view(s, args.tables);
   view.batch = units;
   double* const gram = gram_of(view, args.tables.gram_space, stream);

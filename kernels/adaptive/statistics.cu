@@ -1,4 +1,4 @@
-// One read of Q, K and V: statistics of every tile, the centroids of every 32 keys, and V in the basis.
+// One read of Q, K and V: statistics of every tile, its centroid, and V in the basis.
 #include "adaptive/analyze.h"
 #include "adaptive/rows.cuh"
 #include "adaptive/sample.h"
@@ -12,176 +12,203 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = decide::kTileK;
-constexpr int kGroupRows = decide::kGroupK;
-constexpr int kGroups = kRows / kGroupRows;
-constexpr int kMaxDim = 256;
+static_assert(kFarKeys == kRows, "the centroid of a tile");
+static_assert(decide::kTileQ == kRows);
+constexpr int kWide = 8;  // columns of a load
+constexpr int kMaxDim = 128;
+constexpr int kCells = decide::kCellsOfTile;
 constexpr float kHalfLn2 = 0.34657359027997264f;
 
 struct Shared {
-  float mean[kGroups][kMaxDim], variance[kGroups][kMaxDim];
-  float part[kWarps][96];
-  double sums[kWarps][2 + decide::kRankClasses];
+  float partial[kWarps][kCells][kMaxDim];  // sums of a warp's rows
+  float mean[kMaxDim];
+  float part[kWarps][64];
+  float sums[kWarps][1 + decide::kRankClasses];
 };
 
-// 32 rows of two columns, the rows from `count` on 0.
+// The rows of a tile, 8 columns of every at_a_time-th one in each thread.
 template <typename T>
-__device__ __forceinline__ void load_group(const TokenRows<T>& rows, int64_t first, int count, int column,
-                                           uint32_t (&raw)[kGroupRows]) {
+class TileRows {
+ public:
+  __device__ __forceinline__ TileRows(const TokenRows<T>& rows, int64_t first, int count, int d)
+      : count_(count), chunks_(d / kWide), at_a_time_(kThreads / chunks_) {
+    first_row_ = static_cast<int>(threadIdx.x) / chunks_;
+    chunk_ = static_cast<int>(threadIdx.x) % chunks_;
+    load(rows, [&](const auto& row) {
 #pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) raw[i] = i < count ? pair_at(rows.row(first + i), column) : 0u;
-}
+      for (int i = 0; i < kEach; ++i)
+        raw_[i] = holds(i) ? *reinterpret_cast<const uint4*>(row(first + row_of(i)) + kWide * chunk_)
+                           : make_uint4(0, 0, 0, 0);
+    });
+  }
+  template <typename Take>
+  static __device__ __forceinline__ void load(const TokenRows<T>& rows, const Take& take) {
+    if (rows.pages == nullptr) {
+      take([&](int64_t j) { return rows.base + j * rows.stride; });
+    } else {
+      take([&](int64_t j) { return rows.row(j); });
+    }
+  }
 
-struct Moments {
-  float2 mean, variance;
+  static constexpr int kEach = kRows / 16;  // for 128 columns; of 64 half of them are empty
+  __device__ __forceinline__ int chunk() const { return chunk_; }
+  __device__ __forceinline__ int row_of(int i) const { return first_row_ + i * at_a_time_; }
+  __device__ __forceinline__ bool holds(int i) const { return row_of(i) < count_; }
+  __device__ __forceinline__ void widen(int i, float (&x)[kWide]) const { widen_words(raw_[i], x); }
+  static __device__ __forceinline__ void widen_words(const uint4& raw, float (&x)[kWide]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float2 pair = widen2<T>(words[c]);
+      x[2 * c] = pair.x;
+      x[2 * c + 1] = pair.y;
+    }
+  }
+
+  // Column sums of every 32 rows by warp, to shared.partial.
+  __device__ __forceinline__ void sum_cells(Shared& shared) const {
+    float sum[kWide] = {};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      float x[kWide];
+      widen(i, x);
+#pragma unroll
+      for (int c = 0; c < kWide; ++c) sum[c] += x[c];
+      const int rows = (i + 1) * at_a_time_;
+      if (rows % decide::kCell != 0 || rows > kRows) continue;
+      put(shared.partial[threadIdx.x / 32][rows / decide::kCell - 1], sum);
+#pragma unroll
+      for (int c = 0; c < kWide; ++c) sum[c] = 0;
+    }
+    __syncthreads();
+  }
+  // Variance of the thread's column, if it is under d, around shared.mean.
+  __device__ __forceinline__ float variance(Shared& shared, int d) const {
+    float mean[kWide], sum[kWide];
+#pragma unroll
+    for (int c = 0; c < kWide; ++c) {
+      mean[c] = shared.mean[kWide * chunk_ + c];
+      sum[c] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (!holds(i)) continue;
+      float x[kWide];
+      widen(i, x);
+#pragma unroll
+      for (int c = 0; c < kWide; ++c) sum[c] = fmaf(x[c] - mean[c], x[c] - mean[c], sum[c]);
+    }
+    put(shared.partial[threadIdx.x / 32][0], sum);
+    __syncthreads();
+    const int column = static_cast<int>(threadIdx.x);
+    float total = 0;
+    if (column < d)
+      for (int w = 0; w < kWarps; ++w) total += shared.partial[w][0][column];
+    return total / static_cast<float>(count_);
+  }
+  // Over the rows of the warp, to columns of `to`.
+  __device__ __forceinline__ void put(float* to, const float (&sum)[kWide]) const {
+    float all[kWide];
+#pragma unroll
+    for (int c = 0; c < kWide; ++c) all[c] = sum[c];
+    for (int step = chunks_; step < 32; step *= 2) {
+#pragma unroll
+      for (int c = 0; c < kWide; ++c) all[c] += __shfl_xor_sync(0xffffffffu, all[c], step);
+    }
+    if (static_cast<int>(threadIdx.x) % 32 >= chunks_) return;
+    auto* const wide = reinterpret_cast<float4*>(to + kWide * chunk_);
+    wide[0] = make_float4(all[0], all[1], all[2], all[3]);
+    wide[1] = make_float4(all[4], all[5], all[6], all[7]);
+  }
+
+ private:
+  int count_, chunks_, at_a_time_, first_row_, chunk_;
+  uint4 raw_[kEach];
 };
 
-template <typename T>
-__device__ __forceinline__ Moments moments_of(const uint32_t (&raw)[kGroupRows], int count) {
-  Moments m{{0, 0}, {0, 0}};
-  if (count <= 0) return m;
-  const float inverse = 1.0f / static_cast<float>(count);
+// Of a tile's column from the sums of its cells; a thread a column, those under d.
+__device__ __forceinline__ float tile_mean(Shared& shared, int rows, int d) {
+  const int c = static_cast<int>(threadIdx.x);
+  float total = 0;
+  if (c < d) {
 #pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) {
-    const float2 x = widen2<T>(raw[i]);
-    m.mean.x += x.x;
-    m.mean.y += x.y;
-  }
-  m.mean.x *= inverse;
-  m.mean.y *= inverse;
+    for (int w = 0; w < kWarps; ++w)
 #pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) {
-    if (i >= count) break;
-    const float2 x = widen2<T>(raw[i]);
-    m.variance.x = fmaf(x.x - m.mean.x, x.x - m.mean.x, m.variance.x);
-    m.variance.y = fmaf(x.y - m.mean.y, x.y - m.mean.y, m.variance.y);
+      for (int g = 0; g < kCells; ++g) total += shared.partial[w][g][c];
+    total /= static_cast<float>(rows);
+    shared.mean[c] = total;
   }
-  m.variance.x *= inverse;
-  m.variance.y *= inverse;
-  return m;
+  __syncthreads();
+  return total;
 }
 
-__device__ __forceinline__ int rows_of_group(int rows, int group) {
-  return max(0, min(kGroupRows, rows - group * kGroupRows));
+// One warp: 4 columns of a mean in each lane as bytes, and what they are to be multiplied with; not finite if some
+// column is not. Returns whether all are.
+__device__ __forceinline__ bool put_cell(const float4& mean, int d, float factor, int8_t* cell, float* scale) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float top = fmaxf(fmaxf(fabsf(mean.x), fabsf(mean.y)), fmaxf(fabsf(mean.z), fabsf(mean.w)));
+  const bool finite = __all_sync(0xffffffffu, isfinite(mean.x + mean.y + mean.z + mean.w));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+  const float inverse = finite && top > 0 ? 127.0f / top : 0.0f;
+  const auto byte = [&](float x) { return static_cast<uint32_t>(__float2int_rn(x * inverse)) & 0xffu; };
+  if (4 * lane < d)
+    reinterpret_cast<uint32_t*>(cell)[lane] =
+        byte(mean.x) | byte(mean.y) << 8 | byte(mean.z) << 16 | byte(mean.w) << 24;
+  if (lane == 0) *scale = finite ? factor * top * (1.0f / 127.0f) : NAN;
+  return finite;
 }
 
-// Mean and variance of a tile's column from those of its groups.
-struct TileMoments {
-  float mean = 0, variance = 0;
-};
-__device__ __forceinline__ TileMoments combine(const Shared& shared, int rows, int column) {
-  TileMoments m;
-  const float inverse = 1.0f / static_cast<float>(rows);
-  for (int g = 0; g < kGroups; ++g)
-    m.mean += static_cast<float>(rows_of_group(rows, g)) * inverse * shared.mean[g][column];
-  for (int g = 0; g < kGroups; ++g) {
-    const float shift = shared.mean[g][column] - m.mean;
-    m.variance += static_cast<float>(rows_of_group(rows, g)) * inverse * (shared.variance[g][column] + shift * shift);
-  }
-  return m;
-}
-
+// Every fourth row: a warp half of a block of 32, by loads of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void query_tile(const AnalyzeArgs& args, Shared& shared, int index) {
+  constexpr int kSamples = decide::kCell / kQueryStep / 2;  // of a warp
   const TableShape& s = args.shape;
   const int tile = index % s.query_tiles, head = index / s.query_tiles % s.heads_q,
             b = index / s.query_tiles / s.heads_q;
   const Sequence seq = sequence_of(args.p, b);
-  const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), seq.len_q - int64_t{tile} * kRows));
+  const int64_t rows = seq.len_q - int64_t{tile} * kRows;
   if (rows <= 0) return;
-  const TokenRows<T> q = query_rows<T>(args.p, seq, b, head);
-  for (int item = threadIdx.x; item < kGroups * s.d_qk / 2; item += kThreads) {
-    const int g = item / (s.d_qk / 2), c = item % (s.d_qk / 2), count = rows_of_group(rows, g);
-    uint32_t raw[kGroupRows];
-    load_group(q, int64_t{tile} * kRows + g * kGroupRows, count, c, raw);
-    const Moments m = moments_of<T>(raw, count);
-    *reinterpret_cast<float2*>(&shared.mean[g][2 * c]) = m.mean;
-    *reinterpret_cast<float2*>(&shared.variance[g][2 * c]) = m.variance;
-  }
-  __syncthreads();
-  float* terms = args.tables.query_terms + int64_t{index} * 3 * s.d_qk;
-  for (int c = threadIdx.x; c < s.d_qk; c += kThreads) {
-    const TileMoments m = combine(shared, rows, c);
-    const float mean = args.scale_log2 * m.mean, variance = args.scale_log2 * args.scale_log2 * m.variance;
-    terms[c] = mean;
-    terms[s.d_qk + c] = mean * mean + variance;
-    terms[2 * s.d_qk + c] = variance;
-  }
-}
-
-__device__ __forceinline__ double warp_sum(double x) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int d = s.d_qk, chunks = d / kWide, at_a_time = 32 / chunks, cell = warp % kCells, half = warp / kCells;
+  const int chunk = lane % chunks,
+            exist = static_cast<int>(max(int64_t{0}, min(rows - cell * decide::kCell, int64_t{decide::kCell})));
+  uint4 raw[2];
+  TileRows<T>::load(query_rows<T>(args.p, seq, b, head), [&](const auto& row) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
-// K of a tile: terms and centroids. Returns a sum that is not finite if some element is not.
-template <typename T>
-__device__ __forceinline__ float key_moments(const AnalyzeArgs& args, Shared& shared, const TokenRows<T>& k, int unit,
-                                             int tile, int rows) {
-  const TableShape& s = args.shape;
-  const int d = s.d_qk;
-  __nv_bfloat16* centroids = args.tables.group_k + (int64_t{unit} * s.key_groups() + tile * kGroups) * 2 * d;
-  const float factor = args.scale_log2 * kHalfLn2;
-  float check = 0;
-  for (int item = threadIdx.x; item < kGroups * d / 2; item += kThreads) {
-    const int g = item / (d / 2), c = item % (d / 2), count = rows_of_group(rows, g);
-    uint32_t raw[kGroupRows];
-    load_group(k, int64_t{tile} * kRows + g * kGroupRows, count, c, raw);
-    const Moments m = moments_of<T>(raw, count);
-    *reinterpret_cast<float2*>(&shared.mean[g][2 * c]) = m.mean;
-    *reinterpret_cast<float2*>(&shared.variance[g][2 * c]) = m.variance;
-    auto* out = reinterpret_cast<uint32_t*>(centroids + int64_t{g} * 2 * d);
-    out[c] = pack2<__nv_bfloat16>(m.mean.x, m.mean.y);
-    out[d / 2 + c] = pack2<__nv_bfloat16>(factor * m.variance.x, factor * m.variance.y);
-    check += m.variance.x + m.variance.y;
-  }
-  __syncthreads();
-  float* terms = args.tables.key_terms + (int64_t{unit} * s.key_tiles + tile) * 3 * d;
-  const float* mean = args.tables.k_mean + int64_t{unit} * d;
-  for (int c = threadIdx.x; c < d; c += kThreads) {
-    const TileMoments m = combine(shared, rows, c);
-    const float centred = m.mean - mean[c];
-    terms[c] = centred;
-    terms[d + c] = kHalfLn2 * m.variance;
-    terms[2 * d + c] = kHalfLn2 * centred * centred;
-  }
-  __syncthreads();
-  return check;
-}
-
-// V of a tile: energies and centroids, and the rows less the mean to shared memory [128][ld] in bf16.
-template <typename T>
-__device__ __forceinline__ void value_moments(const AnalyzeArgs& args, Shared& shared, const TokenRows<T>& v, int unit,
-                                              int tile, int rows, __nv_bfloat16* centred, int ld, float* within,
-                                              float* between_groups, float* between_tiles) {
-  const TableShape& s = args.shape;
-  const int d = s.d_v;
-  __nv_bfloat16* centroids = args.tables.group_v + (int64_t{unit} * s.key_groups() + tile * kGroups) * d;
-  const float* means = args.tables.v_mean + int64_t{unit} * d;
-  for (int item = threadIdx.x; item < kGroups * d / 2; item += kThreads) {
-    const int g = item / (d / 2), c = item % (d / 2), count = rows_of_group(rows, g);
-    uint32_t raw[kGroupRows];
-    load_group(v, int64_t{tile} * kRows + g * kGroupRows, count, c, raw);
-    const Moments m = moments_of<T>(raw, count);
-    const float2 mu{means[2 * c], means[2 * c + 1]};
-    *reinterpret_cast<float2*>(&shared.mean[g][2 * c]) = m.mean;
-    reinterpret_cast<uint32_t*>(centroids + int64_t{g} * d)[c] = pack2<__nv_bfloat16>(m.mean.x, m.mean.y);
-    const float2 shift{m.mean.x - mu.x, m.mean.y - mu.y};
-    *within += static_cast<float>(count) * (m.variance.x + m.variance.y);
-    if (count > 0) *between_groups += static_cast<float>(count) * (shift.x * shift.x + shift.y * shift.y);
-    if (centred == nullptr) continue;
-#pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) {
-      const float2 x = widen2<T>(raw[i]);
-      reinterpret_cast<uint32_t*>(centred + (g * kGroupRows + i) * ld)[c] =
-          i < count ? pack2<__nv_bfloat16>(x.x - mu.x, x.y - mu.y) : 0u;
+    for (int i = 0; i < 2; ++i) {
+      const int sample = lane / chunks + i * at_a_time, at = (half * kSamples + sample) * kQueryStep;
+      raw[i] =
+          sample < kSamples && at < exist
+              ? *reinterpret_cast<const uint4*>(row(int64_t{tile} * kRows + cell * decide::kCell + at) + kWide * chunk)
+              : make_uint4(0, 0, 0, 0);
     }
+  });
+  float sum[kWide], other[kWide];
+  TileRows<T>::widen_words(raw[0], sum);
+  TileRows<T>::widen_words(raw[1], other);
+#pragma unroll
+  for (int c = 0; c < kWide; ++c) sum[c] += other[c];
+  for (int step = chunks; step < 32; step *= 2) {
+#pragma unroll
+    for (int c = 0; c < kWide; ++c) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], step);
+  }
+  if (lane < chunks) {
+    auto* const to = reinterpret_cast<float4*>(&shared.partial[half][cell][kWide * chunk]);
+    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < d; c += kThreads) {
-    const float shift = combine(shared, rows, c).mean - means[c];
-    *between_tiles += static_cast<float>(rows) * shift * shift;
+  if (half != 0) return;
+  const float inverse = exist > 0 ? 1.0f / static_cast<float>((exist + kQueryStep - 1) / kQueryStep) : 0.0f;
+  float4 mean{0, 0, 0, 0};
+  if (4 * lane < d) {
+    const float4 x = *reinterpret_cast<const float4*>(&shared.partial[0][cell][4 * lane]),
+                 y = *reinterpret_cast<const float4*>(&shared.partial[1][cell][4 * lane]);
+    mean = {(x.x + y.x) * inverse, (x.y + y.y) * inverse, (x.z + y.z) * inverse, (x.w + y.w) * inverse};
   }
+  const int64_t at = int64_t{index} * kCells + cell;
+  put_cell(mean, d, args.scale_log2, args.tables.query_cells + at * d, args.tables.query_scales + at);
 }
 
 // V' = centred basis, a warp 16 rows; basis in shared memory [width][kRank + 8].
@@ -229,12 +256,12 @@ __device__ __forceinline__ void project(const AnalyzeArgs& args, Shared& shared,
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kGroups * kRank; i += kThreads) {
-    const int g = i / kRank, c = i % kRank, count = rows_of_group(rows, g);
-    const float mean =
-        count > 0 ? (shared.part[2 * g][c] + shared.part[2 * g + 1][c]) / static_cast<float>(count) : 0.0f;
-    args.tables.group_v_low[(int64_t{unit} * s.key_groups() + tile * kGroups + g) * kRank + c] =
-        __float2bfloat16_rn(mean);
+  for (int c = threadIdx.x; c < kRank; c += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared.part[w][c];
+    args.tables.group_v_low[(int64_t{unit} * s.key_tiles + tile) * kRank + c] =
+        __float2bfloat16_rn(sum / static_cast<float>(rows));
   }
 }
 
@@ -255,88 +282,148 @@ struct KeyTile {
 
 // Sums over the CTA in a fixed order; the first thread has them.
 template <int kCount>
-__device__ __forceinline__ void block_sum(Shared& shared, const float (&x)[kCount], double (&total)[kCount]) {
+__device__ __forceinline__ void block_sum(Shared& shared, float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const double sum = warp_sum(x[i]);
-    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32][i] = sum;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32][i] = x[i];
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    total[i] = 0;
-    for (int w = 0; w < kWarps; ++w) total[i] += shared.sums[w][i];
+    x[i] = 0;
+    for (int w = 0; w < kWarps; ++w) x[i] += shared.sums[w][i];
   }
 }
 
-// Centroids of a tile beyond the sequence: attend reads them in blocks, and 0 times NaN would be NaN.
-__device__ __forceinline__ void clear_groups(__nv_bfloat16* groups, int index, int width) {
-  auto* out = reinterpret_cast<uint32_t*>(groups + int64_t{index} * kGroups * width);
-  for (int i = threadIdx.x; i < kGroups * width / 2; i += kThreads) out[i] = 0;
+// The centroid of a tile beyond the sequence: attend reads them in blocks, and 0 times NaN would be NaN.
+__device__ __forceinline__ void clear_group(__nv_bfloat16* groups, int index, int width) {
+  auto* out = reinterpret_cast<uint32_t*>(groups + int64_t{index} * width);
+  for (int i = threadIdx.x; i < width / 2; i += kThreads) out[i] = 0;
 }
 
+// Cells and the centroid of a tile's keys.
 template <typename T>
 __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared, int index) {
+  const TableShape& s = args.shape;
+  const int d = s.d_qk, c = static_cast<int>(threadIdx.x), warp = c / 32, lane = c % 32;
   const KeyTile at(args, index);
-  if (at.rows <= 0) return clear_groups(args.tables.group_k, index, 2 * args.shape.d_qk);
-  const TokenRows<T> k = key_rows<T>(args.p, args.p.k, at.seq, at.b, at.head);
-  const float check[1] = {key_moments(args, shared, k, at.unit, at.tile, at.rows)};
-  double total[1];
-  block_sum(shared, check, total);
-  if (threadIdx.x == 0) args.tables.energy[index].k_finite = isfinite(total[0]);
+  const int64_t cell = int64_t{at.unit} * key_cells_of_unit(s) + at.tile * kCells + warp;
+  if (at.rows <= 0) {
+    if (warp < kCells && lane == 0) args.tables.key_scales[cell] = 0;
+    return clear_group(args.tables.group_k, index, 2 * d);
+  }
+  const TileRows<T> k(key_rows<T>(args.p, args.p.k, at.seq, at.b, at.head), int64_t{at.tile} * kRows, at.rows, d);
+  wait_for_previous_grid();
+  k.sum_cells(shared);
+  bool finite = true;
+  if (warp < kCells) {
+    const int exist = max(0, min(at.rows - warp * decide::kCell, decide::kCell));
+    float4 mean{0, 0, 0, 0};
+    if (4 * lane < d && exist > 0) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float4 x = *reinterpret_cast<const float4*>(&shared.partial[w][warp][4 * lane]);
+        mean = {mean.x + x.x, mean.y + x.y, mean.z + x.z, mean.w + x.w};
+      }
+      const float inverse = 1.0f / static_cast<float>(exist);
+      const float4 of_all = *reinterpret_cast<const float4*>(args.tables.k_mean + int64_t{at.unit} * d + 4 * lane);
+      mean = {fmaf(mean.x, inverse, -of_all.x), fmaf(mean.y, inverse, -of_all.y), fmaf(mean.z, inverse, -of_all.z),
+              fmaf(mean.w, inverse, -of_all.w)};
+    }
+    finite = put_cell(mean, d, 1.0f, args.tables.key_cells + cell * d, args.tables.key_scales + cell);
+  }
+  if (args.options.far_field) {
+    const float mean = tile_mean(shared, at.rows, d), variance = k.variance(shared, d);
+    if (c < d) {
+      __nv_bfloat16* centroid = args.tables.group_k + int64_t{index} * 2 * d;
+      centroid[c] = __float2bfloat16_rn(mean);
+      centroid[d + c] = __float2bfloat16_rn(args.scale_log2 * kHalfLn2 * variance);
+    }
+  }
+  finite = __syncthreads_and(finite) != 0;
+  if (threadIdx.x == 0) args.tables.energy[index].k_finite = finite;
 }
 
+// Energies and the centroid of a tile's values, and the values in the basis.
 template <typename T, int kRank>
 __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shared, int index) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   const TableShape& s = args.shape;
+  const int d = s.d_v, c = static_cast<int>(threadIdx.x);
   const KeyTile at(args, index);
   if (at.rows <= 0) {
-    clear_groups(args.tables.group_v, index, s.d_v);
-    return clear_groups(args.tables.group_v_low, index, kRank);
+    clear_group(args.tables.group_v, index, d);
+    return clear_group(args.tables.group_v_low, index, kRank);
   }
-  const int width = (s.d_v + 15) / 16 * 16, ld = width + 8;
+  const TileRows<T> v(key_rows<T>(args.p, args.p.v, at.seq, at.b, at.head), int64_t{at.tile} * kRows, at.rows, d);
+  wait_for_previous_grid();  // means and bases
+  const int width = (d + 15) / 16 * 16, ld = width + 8;
   auto* centred = reinterpret_cast<__nv_bfloat16*>(dynamic);
   __nv_bfloat16* basis = centred + kRows * ld;
+  const float* means = args.tables.v_mean + int64_t{at.unit} * d;
   if constexpr (kRank > 0) {
-    const auto* from = args.tables.basis + int64_t{at.unit} * s.d_v * kRank;
+    const auto* from = args.tables.basis + int64_t{at.unit} * d * kRank;
     for (int i = threadIdx.x; i < width * (kRank / 8); i += kThreads) {
-      const int r = i / (kRank / 8), c = i % (kRank / 8);
-      const uint32_t to = shared_address(basis + r * (kRank + 8) + 8 * c);
-      cp_async16(to, r < s.d_v ? from + 8 * i : from, r < s.d_v ? 16 : 0);
+      const int r = i / (kRank / 8), column = i % (kRank / 8);
+      const uint32_t to = shared_address(basis + r * (kRank + 8) + 8 * column);
+      cp_async16(to, r < d ? from + 8 * i : from, r < d ? 16 : 0);
     }
     cp_async_commit();
-    for (int i = threadIdx.x; i < kRows * (width - s.d_v); i += kThreads)
-      centred[i / (width - s.d_v) * ld + s.d_v + i % (width - s.d_v)] = __float2bfloat16_rn(0.0f);
+    for (int i = threadIdx.x; i < kRows * (width - d); i += kThreads)
+      centred[i / (width - d) * ld + d + i % (width - d)] = __float2bfloat16_rn(0.0f);
+    float mu[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) mu[i] = means[kWide * v.chunk() + i];
+#pragma unroll
+    for (int i = 0; i < TileRows<T>::kEach; ++i) {
+      if (v.row_of(i) >= kRows) continue;
+      float x[kWide];
+      v.widen(i, x);
+      uint32_t w[4] = {};
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (v.holds(i)) w[e] = pack2<__nv_bfloat16>(x[2 * e] - mu[2 * e], x[2 * e + 1] - mu[2 * e + 1]);
+      *reinterpret_cast<uint4*>(centred + v.row_of(i) * ld + kWide * v.chunk()) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
   }
-  float sums[2 + decide::kRankClasses] = {};
-  value_moments(args, shared, key_rows<T>(args.p, args.p.v, at.seq, at.b, at.head), at.unit, at.tile, at.rows,
-                kRank > 0 ? centred : nullptr, ld, &sums[0], &sums[1], &sums[2]);
+  v.sum_cells(shared);
+  const float mean = tile_mean(shared, at.rows, d), variance = v.variance(shared, d);
+  float sums[1 + decide::kRankClasses] = {};  // within and between, then what each class captures
+  if (c < d) {
+    args.tables.group_v[int64_t{index} * d + c] = __float2bfloat16_rn(mean);
+    const float shift = mean - means[c];
+    sums[0] = static_cast<float>(at.rows) * variance;
+    sums[1] = static_cast<float>(at.rows) * shift * shift;
+  }
   if constexpr (kRank > 0) {
     cp_async_wait<0>();
     __syncthreads();
     float captured[decide::kRankClasses] = {};
     project<kRank>(args, shared, centred, ld, basis, width, at.unit, at.tile, at.rows, captured);
 #pragma unroll
-    for (int c = 1; c < decide::kRankClasses; ++c) sums[2 + c] = captured[c];
+    for (int rank_class = 1; rank_class < decide::kRankClasses; ++rank_class)
+      sums[1 + rank_class] = captured[rank_class];
   }
-  double total[2 + decide::kRankClasses];
-  block_sum(shared, sums, total);
+  block_sum(shared, sums);
   if (threadIdx.x != 0) return;
   TileEnergy& out = args.tables.energy[index];
-  out.within = static_cast<float>(total[0]);
-  out.between_groups = static_cast<float>(total[1]);
-  out.between_tiles = static_cast<float>(total[2]);
+  out.within = sums[0];
+  out.between = sums[1];
   out.captured[0] = 0;
 #pragma unroll
-  for (int c = 1; c < decide::kRankClasses; ++c) out.captured[c] = static_cast<float>(total[2 + c]);
-  out.v_finite = isfinite(total[0] + total[1]);
+  for (int rank_class = 1; rank_class < decide::kRankClasses; ++rank_class)
+    out.captured[rank_class] = sums[1 + rank_class];
+  out.v_finite = isfinite(sums[0] + sums[1]);
 }
 
 // Values first: their tiles take longest.
 template <typename T, int kRank>
-__global__ __launch_bounds__(kThreads, 3) void statistics_kernel(const __grid_constant__ AnalyzeArgs args) {
+__global__ __launch_bounds__(kThreads,
+                             kRank > 0 ? 3 : 4) void statistics_kernel(const __grid_constant__ AnalyzeArgs args) {
   __shared__ Shared shared;
+  launch_dependents();
   const int key_items = static_cast<int>(args.p.batch) * args.shape.heads_kv * args.shape.key_tiles;
   const int item = static_cast<int>(blockIdx.x);
   if (item < key_items)
@@ -352,21 +439,20 @@ void launch_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
   const int width = (s.d_v + 15) / 16 * 16;
   const int bytes = kRank > 0 ? 2 * (kRows * (width + 8) + width * (kRank + 8)) : 0;
+  const auto kernel = &statistics_kernel<T, kRank>;
   if (bytes > 0)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&statistics_kernel<T, kRank>),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "analyze");
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "analyze");
   const auto items = static_cast<unsigned>(
       args.p.batch * (2 * int64_t{s.heads_kv} * s.key_tiles + int64_t{s.heads_q} * s.query_tiles));
-  check(launch_grid(statistics_kernel<T, kRank>, dim3(items), kThreads, static_cast<size_t>(bytes), stream, args),
+  check(launch_grid_overlapped(kernel, dim3(items), kThreads, static_cast<size_t>(bytes), stream, true, args),
         "analyze");
 }
 
 template <typename T>
 void launch_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
   switch (args.shape.max_rank) {
-    case 96:
-      return launch_statistics<T, 96>(args, stream);
     case 64:
       return launch_statistics<T, 64>(args, stream);
     case 32:

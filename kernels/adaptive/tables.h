@@ -13,6 +13,8 @@
 
 namespace adaattn::cuda {
 
+inline constexpr int kFarKeys = 128;  // keys behind one centroid of the far field
+
 // Sizes that the problem fixes; lengths are those of the longest sequence.
 struct TableShape {
   int32_t batch = 0, heads_q = 0, heads_kv = 0, group = 1;  // group: heads_q / heads_kv
@@ -22,7 +24,7 @@ struct TableShape {
   int32_t mask_words = 0;  // of one query tile: ceil(key_tiles / 64)
   int32_t wave_tiles = 0;  // query tiles of a head whose masks exist at a time
   ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }
-  ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / decide::kGroupK); }
+  ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / kFarKeys); }
 };
 
 // The schedule of the query tiles [first_tile, first_tile + wave_tiles) of every head, and the statistics it stands on.
@@ -42,9 +44,10 @@ struct AdaptiveTables {
   // [batch, heads_q, query_tiles]: the key tiles that a query tile sees.
   const decide::TileRow* tile_range = nullptr;
 
-  // Work lists, one per rank class: items (b * heads_q + head) * wave_tiles + (query tile - first_tile), most tiles
-  // kept first; query tiles without a visible key are in the list too, their rows are 0. Items of class c stand in
-  // work[c * batch * heads_q * wave_tiles + ...], work_count[c] of them.
+  // Work lists, one per rank class: items (b * heads_q + head) * wave_tiles + (query tile - first_tile), in sections
+  // of heads whose K and V share the L2 cache, within each those first that keep most tiles; query tiles without a
+  // visible key are in the list too, their rows are 0. Items of class c stand in work[c * batch * heads_q * wave_tiles
+  // + ...], work_count[c] of them.
   const uint32_t* work = nullptr;
   const uint32_t* work_count = nullptr;  // [kRankClasses]
 
@@ -55,9 +58,9 @@ struct AdaptiveTables {
   const __nv_bfloat16* basis = nullptr;
   const float* v_mean = nullptr;  // [batch, heads_kv, d_v]
 
-  // Far field, a row per 32 keys; groups of tiles that may be skipped are whole, those beyond the sequence are 0.
+  // Far field, a row per kFarKeys keys; groups of tiles that may be skipped are whole, those beyond the sequence are 0.
   // [batch, heads_kv, key_groups, 2 d_qk]: the mean k of the group's keys, then c (ln 2 / 2) times their variance, with
-  // c = scale log2(e). log2 of the group's weight for a query q is 5 + c (q, q^2) . row: 5 = log2 of its 32 keys.
+  // c = scale log2(e). log2 of the group's weight for a query q is 7 + c (q, q^2) . row: 7 = log2 of its 128 keys.
   const __nv_bfloat16* group_k = nullptr;
   const __nv_bfloat16* group_v = nullptr;      // [batch, heads_kv, key_groups, d_v]: mean of V
   const __nv_bfloat16* group_v_low = nullptr;  // [batch, heads_kv, key_groups, max_rank]: (group_v - v_mean) basis

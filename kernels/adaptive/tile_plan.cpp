@@ -223,7 +223,7 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
-  args.keep_share = keep_share(problem_);
+  args.keep_peak = keep_peak(problem_);
   return args;
 }
 

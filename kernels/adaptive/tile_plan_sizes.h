@@ -17,9 +17,8 @@ void check_tile_options(const decide::Options& options);
 void check_tile_problem(const Problem& problem, const DeviceTraits& device);
 
 decide::Options device_options(const decide::Options& given);
-// The share of its query tile's mass for which a named policy keeps a tile whatever the level
-// (decide::share_threshold).
-uint32_t keep_share(const Problem& problem);
+// The share of a cell for which a named policy keeps its tile whatever the level (decide/cells.h).
+uint32_t keep_peak(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.
 struct TilePlanSizes {

@@ -159,7 +159,7 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
                    static_cast<double>(visible_pairs(args.p, sequence_of(args.p, h / s.heads_q)));
       continue;
     }
-    constexpr double kGroups = decide::kTileK / decide::kGroupK;
+    constexpr double kGroups = decide::kTileK / kFarKeys;
     sum.flops += 2.0 * (static_cast<double>(x.rows_kept) * decide::kTileK * (s.d_qk + rank) +
                         static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
                         (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));

@@ -5,7 +5,7 @@
 namespace adaattn::test {
 namespace {
 
-constexpr int64_t kTile = decide::kTileK, kGroup = decide::kGroupK, kGroups = kTile / kGroup;
+constexpr int64_t kTile = decide::kTileK, kGroup = cuda::kFarKeys, kGroups = kTile / kGroup;
 constexpr double kLog2e = 1.4426950408889634;
 
 int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
@@ -248,7 +248,7 @@ WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {
         const int64_t group = unit * t.key_groups() + g;
         const double spread = c * dot(*group_k, group * 2 * kD + kD, true);
         const double second = spread / (1 + std::log(2.0) / 4 * spread);
-        entries.push_back({5 + c * dot(*group_k, group * 2 * kD, false) + second,
+        entries.push_back({std::log2(kGroup) + c * dot(*group_k, group * 2 * kD, false) + second,
                            rank_class == 0 ? group_v.get() : group_v_low.get(),
                            group * (rank_class == 0 ? kD : t.max_rank), true});
       }

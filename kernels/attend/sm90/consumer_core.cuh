@@ -168,16 +168,18 @@ class ConsumerCore {
   __device__ __forceinline__ void issue_scores(uint32_t count) {
     issue_products(scores_, shared_.q[group_], shared_.k[count % kStages]);
   }
-  // out = a b^T over head_dim; a: the warpgroup's 64 rows, b: a block of kN rows.
-  __device__ __forceinline__ void issue_products(float (&out)[kN / 2], const uint8_t* a_rows, const uint8_t* b_rows) {
+  // out = a b^T over head_dim; a: the warpgroup's 64 rows, b: rows of a block of kN from `first` on.
+  template <int kHalf>
+  __device__ __forceinline__ void issue_products(float (&out)[kHalf], const uint8_t* a_rows, const uint8_t* b_rows,
+                                                 int first = 0) {
     constexpr int kWidth = Traits::kWidth, kPerChunk = Traits::kChunk / 16;
     const uint64_t a = Descriptor<kWidth>::k_major(shared_address(a_rows));
-    const uint64_t b = Descriptor<kWidth>::k_major(shared_address(b_rows));
+    const uint64_t b = Descriptor<kWidth>::k_major(shared_address(b_rows) + first * kWidth);
 #pragma unroll
     for (int i = 0; i < Traits::kD / 16; ++i) {
       const int chunk = i / kPerChunk, inside = i % kPerChunk * 32;
-      Wgmma<T, kN>::template ss<0>(out, a + (chunk * kGroupRows * kWidth + inside) / 16,
-                                   b + (chunk * kN * kWidth + inside) / 16, i > 0);
+      Wgmma<T, 2 * kHalf>::template ss<0>(out, a + (chunk * kGroupRows * kWidth + inside) / 16,
+                                          b + (chunk * kN * kWidth + inside) / 16, i > 0);
     }
     wgmma_commit();
   }

@@ -76,8 +76,17 @@ cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
   }
   const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, items));
   void* arguments[] = {&args};
-  return cudaLaunchKernel(instance.kernel, dim3(grid), dim3(128 * (instance.config.groups + 1)), arguments,
-                          instance.shared_bytes, stream);
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(128 * (instance.config.groups + 1)));
+  config.dynamicSmemBytes = static_cast<size_t>(instance.shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelExC(&config, instance.kernel, arguments);
 }
 
 }  // namespace adaattn::cuda::sm90

@@ -1,5 +1,5 @@
-// A consumer warpgroup of the mask-walking kernels: the kept key tiles of a query tile from the last to the first, then
-// the others as centroids, and for V in a basis the product with it at the end.
+// A consumer warpgroup of the mask-walking kernels: the key tiles of a query tile that are not kept, as centroids, then
+// the others from the last to the first, and for V in a basis the product with it at the end.
 #pragma once
 
 #include "attend/sm90/consumer_core.cuh"
@@ -8,11 +8,11 @@
 
 namespace adaattn::cuda::sm90 {
 
-constexpr float kGroupBonus = 5.0f;  // log2(kGroupK)
+constexpr float kGroupBonus = 7.0f;  // log2(kFarKeys)
 // The second-order term of a group's log weight, v/2, overshoots where scores spread over more than a few nats, because
-// 32 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
+// 128 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
 constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
-static_assert(decide::kGroupK == 32);
+static_assert(kFarKeys == 128);
 
 template <class Traits>
 class WalkConsumer : ConsumerCore<Traits> {
@@ -30,10 +30,10 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ void run() {
     if (!next_tile()) return;
     do {
-      first_block();
+      begin_tile();
       exact_blocks();
-      far_blocks();
       Core::last_block();
+      if (walk_.far_share != nullptr) write_share(share_of_far());
       store();
     } while (next_tile());
     Core::drain();
@@ -46,11 +46,12 @@ class WalkConsumer : ConsumerCore<Traits> {
       const int slot = tile_count_ % 2;
       mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
       const WalkTile walk = shared_.walk[slot];
+      // Registers are short in the loops.
+      if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
       release(&shared_.tile_empty[slot]);
       tile_.m_block = uniform(walk.tile.m_block);
       tile_.head = uniform(walk.tile.head);
       tile_.batch = uniform(walk.tile.batch);
-      item_ = uniform(walk.item);
       if (tile_.m_block < 0) return false;
       range_ = read_sequence(args_, tile_.batch);
       // After the reading of the sequence, or the compiler loses track of what is uniform.
@@ -61,24 +62,35 @@ class WalkConsumer : ConsumerCore<Traits> {
       kept_ = uniform(walk.kept);
       if (begin_ < end_) break;
       Core::store_empty();
-      write_share(0);
+      if (walk_.far_share != nullptr) write_share(0);
     }
     ++tile_count_;
     return true;
   }
 
-  // S of the last visible tile, which is always kept.
-  __device__ __forceinline__ void first_block() {
-    far_ = walk_.far_field && kept_ < end_ - begin_;
+  // Up to the weights of the last visible tile, which is always kept.
+  __device__ __forceinline__ void begin_tile() {
+    const bool far = walk_.far_field && kept_ < end_ - begin_;
+    const int valid = range_.len_k - (end_ - 1) * kN;
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     Core::first_scores(k_count_);
     Core::set_limits(range_.off, range_.len_k);
-    if (far_) square_queries();
-    wgmma_wait<0>();
-    pin(scores_);
-    Core::release_scores(k_count_++, kept_ == 1 && !far_);
-    Core::template begin_softmax<true, MaskSides::kBoth>(end_ - 1);
-    Core::begin_out(range_.len_k - (end_ - 1) * kN);
+    if (far) {
+      first_centroids();
+      keep_far_rows(true);
+      step<MaskSides::kBoth>(end_ - 1, kept_ - 1);
+      if (args_.zero_v_tail && valid < kN) Core::zero_v_tail(valid);
+    } else {
+      wgmma_wait<0>();
+      pin(scores_);
+      Core::release_scores(k_count_++, kept_ == 1);
+      Core::template begin_softmax<true, MaskSides::kBoth>(end_ - 1);
+      Core::begin_out(valid);
+      keep_far_rows(false);
+    }
+    // The compiler takes what differs between the branches for what differs between lanes.
+    k_count_ = uniform(k_count_);
+    v_count_ = uniform(v_count_);
   }
 
   // Masked at the diagonal and the ragged end, whose tiles are all kept, not in the middle, masked again at a window's
@@ -96,7 +108,7 @@ class WalkConsumer : ConsumerCore<Traits> {
 
   template <MaskSides kMask>
   __device__ __forceinline__ void step(int n, int rest) {
-    Core::template step<kMask>(n, k_count_++, rest == 0 && !far_);
+    Core::template step<kMask>(n, k_count_++, rest == 0);
   }
 
   // q^2 in the layout of q, element by element, for the product with the groups' variances.
@@ -122,78 +134,101 @@ class WalkConsumer : ConsumerCore<Traits> {
     return reinterpret_cast<const uint32_t&>(squared);
   }
 
-  __device__ __forceinline__ void far_blocks() {
-    if (!far_) {
-      write_share(0);
-      return;
-    }
-    const float max_before[2] = {row_max_[0], row_max_[1]}, sum_before[2] = {row_sum_[0], row_sum_[1]};
-    while (far_step()) {
-    }
-    if (walk_.far_share == nullptr) return;
-    float share = 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float before = sum_before[r] * exp2_approx((max_before[r] - row_max_[r]) * args_.scale_log2), all = row_sum_[r];
-#pragma unroll
-      for (int step = 1; step <= 2; step *= 2) {
-        before += __shfl_xor_sync(~0u, before, step);
-        all += __shfl_xor_sync(~0u, all, step);
-      }
-      if (Core::row_of(r) < range_.len_q) share += 1.f - before / all;
-    }
-#pragma unroll
-    for (int step = 4; step <= 16; step *= 2) share += __shfl_xor_sync(~0u, share, step);
-    write_share(share);
+  // The blocks of centroids, of which the skipped tiles' count, up to the weights of the last. S of the first is on its
+  // way, and nothing else: its second-order term comes as a product beside it.
+  __device__ __forceinline__ void first_centroids() {
+    FarBlock far = shared_.far[k_count_ % kStages];
+    square_queries();
+    add_spread<kN>(far, 0);
+    release_centroids();
+    Core::template begin_softmax<true, MaskSides::kNone>(0);
+    Core::begin_out(kN);
+    while (uniform(far.last) == 0) far = next_centroids();
   }
-  __device__ __forceinline__ void write_share(float share) {
-    if (walk_.far_share != nullptr && lane_ == 0)
-      walk_.far_share[int64_t{item_} * kWalkShares + group_ * (kWarpgroup / 32) + warp_] = share;
-  }
-
-  // O += P V of the block before, then one block of centroids: their scores with the second-order term, of which the
-  // skipped tiles' count. False: it was the last.
-  __device__ __forceinline__ bool far_step() {
+  // O += P V of the block before, then one block of centroids.
+  __device__ __forceinline__ FarBlock next_centroids() {
     Core::wait_full(shared_.k_full, k_count_);
     const FarBlock far = shared_.far[k_count_ % kStages];
-    const bool last = uniform(far.last) != 0;
     wgmma_fence();
     Core::issue_out(v_count_);
     Core::issue_scores(k_count_);
     wgmma_wait<1>();
     pin(out_);
     release(&shared_.v_empty[v_count_ % kStages]);
-    Core::wait_full(shared_.k_full, k_count_ + 1);
-    float spread[kN / 2];
-    wgmma_fence();
-    Core::issue_products(spread, shared_.q_squared[group_], shared_.k[(k_count_ + 1) % kStages]);
-    wgmma_wait<0>();
-    pin(scores_);
-    pin(spread);
-    Core::release_scores(k_count_, last);
-    release(&shared_.k_empty[(k_count_ + 1) % kStages]);
-    k_count_ += 2;
-    add_spread(spread, far.skipped);
+    // Registers for all columns at a time are not there beside O.
+    add_spread<kN / 2>(far, 0);
+    add_spread<kN / 2>(far, kN / 2);
+    release_centroids();
     Core::template begin_softmax<false, MaskSides::kNone>(0);
     Core::wait_full(shared_.v_full, v_count_ + 1);
     Core::template finish_softmax<false>();
     ++v_count_;
-    return !last;
+    return far;
+  }
+  __device__ __forceinline__ void release_centroids() {
+    release(&shared_.k_empty[k_count_ % kStages]);
+    release(&shared_.k_empty[(k_count_ + 1) % kStages]);
+    k_count_ += 2;
   }
 
-  // In units of q . k: the keys of a group add log2(32) and, in log2, c spread / (1 + limit c spread), c = scale_log2.
-  // Column 8 j + 2 t + i of a thread belongs to key tile 2 j + t / 2 of the block.
-  __device__ __forceinline__ void add_spread(const float (&spread)[kN / 2], uint32_t skipped) {
-    const uint32_t bits = skipped >> (lane_ % 4 / 2);
+  __device__ __forceinline__ float quad_sum(float x) const {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  }
+  __device__ __forceinline__ float2& far_row(int r) const {
+    return shared_.far_rows[group_][16 * warp_ + lane_ / 4 + 8 * r];
+  }
+  // What the far field holds of the rows, for share_of_far().
+  __device__ __forceinline__ void keep_far_rows(bool any) const {
+    if (walk_.far_share == nullptr) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(row_sum_[r]);
+      if (lane_ % 4 == 0) far_row(r) = {row_max_[r], any ? sum : 0.f};
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ float share_of_far() const {
+    float share = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 far = far_row(r);
+      const float weight = far.y * exp2_approx((far.x - row_max_[r]) * args_.scale_log2), all = quad_sum(row_sum_[r]);
+      if (far.y > 0 && Core::row_of(r) < range_.len_q) share += weight / all;
+    }
+#pragma unroll
+    for (int step = 4; step <= 16; step *= 2) share += __shfl_xor_sync(~0u, share, step);
+    return share;
+  }
+  __device__ __forceinline__ void write_share(float share) {
+    const int warp = group_ * (kWarpgroup / 32) + warp_;
+    if (lane_ == 0) walk_.far_share[int64_t{shared_.item[group_][warp_]} * kWalkShares + warp] = share;
+  }
+
+  // The second-order term of kColumns columns, from a product with the groups' variances, to the scores, which are
+  // there when it is. In units of q . k: the keys of a group add log2(128) and, in log2, c spread / (1 + limit c
+  // spread), c = scale_log2. Column 8 j + 2 t + i of a thread is the centroid of the block's key tile of that number.
+  template <int kColumns>
+  __device__ __forceinline__ void add_spread(const FarBlock& far, int first) {
+    float spread[kColumns / 2];
+    Core::wait_full(shared_.k_full, k_count_ + 1);
+    wgmma_fence();
+    Core::issue_products(spread, shared_.q_squared[group_], shared_.k[(k_count_ + 1) % kStages], first);
+    wgmma_wait<0>();
+    pin(scores_);
+    pin(spread);
     const float bonus = kGroupBonus / args_.scale_log2, limit = kSpreadLimit * args_.scale_log2;
+    const int shift = 2 * (lane_ % 4);
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const bool counts = bits >> (2 * j) & 1;
+    for (int word = 0; word < kColumns / 32; ++word) {
+      const int at_word = word + first / 32;
+      const uint32_t bits = static_cast<uint32_t>(far.skipped[at_word / 2] >> 32 * (at_word % 2)) >> shift;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float v = spread[4 * j + i];
-        const float score = scores_[4 * j + i] + fmaf(v, reciprocal_approx(fmaf(limit, v, 1.f)), bonus);
-        scores_[4 * j + i] = counts ? score : -INFINITY;
+      for (int i = 0; i < 16; ++i) {
+        const float v = spread[16 * word + i];
+        float& score = scores_[16 * at_word + i];
+        const float all = score + fmaf(v, reciprocal_approx(fmaf(limit, v, 1.f)), bonus);
+        score = bits >> (8 * (i / 4) + i % 2) & 1 ? all : -INFINITY;
       }
     }
   }
@@ -250,8 +285,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
   const WalkArgs& walk_;
-  int item_ = 0, begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
-  bool far_ = false;
+  int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
   uint32_t k_count_ = 0, basis_count_ = 0;
 };
 

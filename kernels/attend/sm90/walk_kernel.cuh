@@ -4,6 +4,7 @@
 #include "attend/sm90/forward_kernel.cuh"
 #include "attend/sm90/walk_consumer.cuh"
 #include "attend/sm90/walk_producer.cuh"
+#include "common/ptx.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   }
   __syncthreads();
+  wait_for_previous_grid();  // masks and lists
   if (warpgroup == 0) {
     set_max_registers_down<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) WalkProducer<Traits>(args, shared).run();

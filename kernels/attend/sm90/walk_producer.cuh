@@ -65,7 +65,7 @@ class WalkProducer : Producer<Traits> {
     return walk;
   }
 
-  // Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
+  // The far field first. Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
   __device__ __forceinline__ void load_tile(const WalkTile& walk) {
     const int head_kv = walk.tile.head / args_.group_size, batch = walk.tile.batch;
     const TileRange range = read_sequence(args_, batch);
@@ -73,56 +73,64 @@ class WalkProducer : Producer<Traits> {
     const int head_k = head_kv * args_.k_head_step, batch_k = batch * args_.k_batch_step;
     const int head_v = head_kv * args_.v_head_step, batch_v = batch * args_.v_batch_step;
     const int v_start = Traits::kLowRank ? 0 : range.k_start;  // V in the basis is not packed
-    int before = -1;
+    int before = -1;                                           // block whose V is yet to be loaded
+    bool far_before = false;
+    const auto load_other = [&] {
+      if (before < 0) {
+        Loads::load_q(walk.tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
+      } else if (far_before) {
+        Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
+      } else {
+        Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
+      }
+    };
+    if (walk_.far_field && walk.kept < walk.end - walk.begin) {
+      int block = walk.full_begin / kFarTiles;
+      FarBlock far, next;
+      find_skipped(walk, mask, block, far);
+      for (;; far = next) {
+        int next_block = block + 1;
+        far.last = !find_skipped(walk, mask, next_block, next);
+        Loads::load_k(walk_.group_k_map, 0, block * Traits::kN, head_kv, batch, [&](int s) { shared_.far[s] = far; });
+        load_other();
+        Loads::load_k(walk_.group_k_map, kWalkDim, block * Traits::kN, head_kv, batch, [](int) {});
+        before = block;
+        far_before = true;
+        block = next_block;
+        if (far.last) break;
+      }
+    }
     for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
       for (uint64_t bits = mask[word]; bits != 0;) {
         const int n = 63 - __clzll(static_cast<long long>(bits));
         bits ^= uint64_t{1} << n;
         const int tile = word * 64 + n;
         Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
-        if (before < 0) {
-          Loads::load_q(walk.tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
-        } else {
-          Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
-        }
+        load_other();
         before = tile;
+        far_before = false;
       }
     }
-    int block = 0;
-    FarBlock far;
-    if (walk_.far_field && walk.kept < walk.end - walk.begin) {
-      block = walk.full_begin / kFarTiles;
-      far.skipped = skipped_from(walk, mask, block);
-    }
-    bool first = true;
-    while (far.skipped != 0) {
-      int next = block + 1;
-      const uint32_t next_skipped = skipped_from(walk, mask, next);
-      far.last = next_skipped == 0;
-      Loads::load_k(walk_.group_k_map, 0, block * Traits::kN, head_kv, batch, [&](int s) { shared_.far[s] = far; });
-      if (first) Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
-      if (!first) Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
-      Loads::load_k(walk_.group_k_map, kWalkDim, block * Traits::kN, head_kv, batch, [](int) {});
-      first = false;
-      before = block;
-      block = next;
-      far.skipped = next_skipped;
-    }
-    if (first) Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
-    if (!first) Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
+    load_other();
     if constexpr (Traits::kLowRank) load_basis(head_kv, batch);
   }
 
-  // The skipped tiles of the first block of centroids from `block` on that has any; 0: none is left.
-  __device__ __forceinline__ uint32_t skipped_from(const WalkTile& walk, const uint64_t* mask, int& block) const {
+  // The skipped tiles of the first block of centroids from `block` on that has any; false: none is left.
+  __device__ __forceinline__ bool find_skipped(const WalkTile& walk, const uint64_t* mask, int& block,
+                                               FarBlock& far) const {
     for (; block * kFarTiles < walk.full_end; ++block) {
-      const int first = block * kFarTiles;
-      uint32_t bits = ~static_cast<uint32_t>(mask[block / 2] >> block % 2 * 32);
-      if (walk.full_begin > first) bits &= ~0u << (walk.full_begin - first);
-      if (walk.full_end < first + kFarTiles) bits &= ~(~0u << (walk.full_end - first));
-      if (bits != 0) return bits;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int word = 2 * block + i, first = 64 * word;
+        uint64_t bits = first < walk.full_end ? ~mask[word] : 0;
+        const int skip = walk.full_begin - first, room = walk.full_end - first;
+        if (skip > 0) bits = skip < 64 ? bits & ~uint64_t{0} << skip : 0;
+        if (room < 64) bits = room > 0 ? bits & ~(~uint64_t{0} << room) : 0;
+        far.skipped[i] = bits;
+      }
+      if ((far.skipped[0] | far.skipped[1]) != 0) return true;
     }
-    return 0;
+    return false;
   }
 
   __device__ __forceinline__ void load_basis(int head_kv, int batch) {

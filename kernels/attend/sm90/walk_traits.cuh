@@ -6,9 +6,9 @@
 
 namespace adaattn::cuda::sm90 {
 
-constexpr int kWalkDim = 128;                                        // of queries, keys and output
-constexpr int kFarTiles = 128 / (decide::kTileK / decide::kGroupK);  // key tiles behind one block of 128 centroids
-static_assert(kFarTiles == 32, "a block of centroids is half a mask word");
+constexpr int kWalkDim = 128;                                 // of queries, keys and output
+constexpr int kFarTiles = 128 / (decide::kTileK / kFarKeys);  // key tiles behind one block of 128 centroids
+static_assert(kFarTiles == 128, "a block of centroids is two mask words");
 
 template <int kRank>  // columns of V: kWalkDim, or fewer of V in its basis
 struct WalkPolicy {
@@ -26,7 +26,7 @@ struct WalkTile {
 
 // A block of centroids that is on its way.
 struct FarBlock {
-  uint32_t skipped = 0;  // bit i: the centroids of the block's i-th key tile count
+  uint64_t skipped[2] = {0, 0};  // bit i: the centroid of the block's i-th key tile counts
   int last = 0;
 };
 
@@ -40,6 +40,8 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   struct Shared : Base::Shared {
     alignas(1024) uint8_t q_squared[Base::kGroups][Base::kQBytes];
     alignas(1024) uint8_t basis[kBasisBytes];
+    float2 far_rows[Base::kGroups][kGroupRows];  // maximum and sum of the weights of the far field
+    int item[Base::kGroups][kWarpgroup / 32];    // of the work list, which each warp has in work
     alignas(8) uint64_t basis_full, basis_empty;
     WalkTile walk[2];
     FarBlock far[kStages];
