@@ -134,34 +134,6 @@ TEST_F(TilePlans, TileMapsAgreeWithTheMaskAndTheStatistics) {
   }
 }
 
-// The same statistics but for their rounding, and the same rule.
-TEST_F(TilePlans, KeepTheTilesThatTheCpuKeeps) {
-  const Context host, context(kCuda);
-  for (const double mass : {0.7, 0.9}) {
-    AttentionData data = structured(causal_case(3000));
-    adaattn_adaptive_desc_t adaptive = custom_desc(mass);
-    adaptive.far_field = ADAATTN_SWITCH_OFF;
-    adaptive.rank_mode = ADAATTN_RANK_OFF;
-    adaptive.verify_rows = -1;
-    const AdaptivePlan ours(context, data.desc, adaptive), theirs(host, data.desc, adaptive);
-    ASSERT_NO_FATAL_FAILURE(execute(ours, data));
-    AttentionData again = with_own_outputs(data);
-    ASSERT_TRUE(succeeded(theirs.execute(again)));
-    int64_t kept = 0, different = 0;
-    for (const adaattn_head_stats_t& head : theirs.heads()) {
-      ASSERT_FALSE(head.dense);
-      const AdaptivePlan::TileMap a = ours.tile_map(head.batch, head.head), b = theirs.tile_map(head.batch, head.head);
-      ASSERT_EQ(a.tiles.size(), b.tiles.size());
-      for (size_t i = 0; i < a.tiles.size(); ++i) {
-        kept += b.tiles[i] == 2;
-        different += a.tiles[i] != b.tiles[i];
-      }
-    }
-    EXPECT_GT(kept, 0);
-    EXPECT_LE(100 * different, kept);
-  }
-}
-
 TEST_F(TilePlans, StagesAreTimed) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(3000));
