@@ -249,7 +249,7 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   estimate_tiles(call, unit, member, tile, estimate);
   const decide::Options& o = call.problem.adaptive;
   const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
-  decide::measure_levels(estimate, static_cast<float>(seen) / static_cast<float>(n), 0, mass, &levels,
+  decide::measure_levels(estimate, static_cast<float>(seen) / static_cast<float>(n), o.keep_share, mass, &levels,
                          first_level);
 }
 

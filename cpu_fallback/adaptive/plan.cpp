@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "cpu_fallback/adaptive/call.h"
+#include "cpu_fallback/adaptive/own_options.h"
 #include "cpu_fallback/adaptive/schedule.h"
 #include "cpu_fallback/adaptive/statistics.h"
 #include "cpu_fallback/adaptive/tile_map.h"
@@ -42,6 +43,10 @@ bool always_exact(const Problem& p) {
 bool takes_bf16(const Problem& p) {
   return p.dtype_q == Dtype::kBF16 && p.dtype_kv == Dtype::kBF16 &&
          p.adaptive.min_precision <= decide::Precision::kBF16;
+}
+
+Problem with_options(const Problem& given, adaattn_isa_t isa) {
+  return isa == ADAATTN_ISA_AMX && takes_bf16(given) ? with_tile_options(given) : given;
 }
 
 const AdaptiveKernels& kernels_for(const Problem& problem, adaattn_isa_t isa) {
@@ -355,7 +360,8 @@ void AdaptivePlan::conclude(const AdaptiveCall& call, Unit& unit) {
 
 }  // namespace
 
-PlanInfo select_adaptive(const Problem& problem, adaattn_isa_t isa, int32_t num_threads) {
+PlanInfo select_adaptive(const Problem& given, adaattn_isa_t isa, int32_t num_threads) {
+  const Problem problem = with_options(given, isa);
   PlanInfo info = select_attention(problem, isa, num_threads);
   if (always_exact(problem)) return info;
   const decide::Options& o = problem.adaptive;
@@ -374,7 +380,7 @@ PlanInfo select_adaptive(const Problem& problem, adaattn_isa_t isa, int32_t num_
 }
 
 std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, adaattn_isa_t isa, ThreadPool& pool) {
-  return std::make_unique<AdaptivePlan>(problem, isa, pool);
+  return std::make_unique<AdaptivePlan>(with_options(problem, isa), isa, pool);
 }
 
 }  // namespace adaattn::cpu

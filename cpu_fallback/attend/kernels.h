@@ -94,6 +94,8 @@ struct KernelTable {
   const char* prefill_bf16_name;  // null: none
   void (*prefill)(const PrefillArgs& args);
   const char* decode_name;
+  // Bytes that Q^T and O^T of an item's tiles may take, so that second-level cache has room for a block of K and V.
+  int64_t tile_budget;
   // Bytes for items of up to tiles * kTileRows rows.
   size_t (*prefill_scratch)(int64_t d_qk, int64_t d_v, int64_t tiles);
   size_t (*decode_scratch)(int64_t d_qk, int64_t d_v);

@@ -6,8 +6,6 @@ namespace adaattn::cpu {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Q^T and O^T of an item's tiles should leave room in the second-level cache for a block of K and V.
-constexpr int64_t kTileBudget = 512 << 10;
 constexpr int64_t kMaxTiles = 8;
 // Decode units in flight per lane: enough splits to balance the lanes, few enough to bound the memory.
 constexpr int64_t kUnitsPerLane = 4, kSplitsPerLane = 64;
@@ -21,7 +19,7 @@ WorkLayout lay_out_work(const Problem& problem, const KernelTable& kernels, int6
   const int64_t group = problem.heads_q / problem.heads_kv;
   const int64_t max_rows = problem.max_seqlen_q * group;
   const int64_t tile_bytes = kTileRows * (problem.d_qk + problem.d_v) * static_cast<int64_t>(sizeof(float));
-  w.tiles = std::clamp<int64_t>(kTileBudget / tile_bytes, 1, kMaxTiles);
+  w.tiles = std::clamp<int64_t>(kernels.tile_budget / tile_bytes, 1, kMaxTiles);
   w.tiles = std::clamp<int64_t>(ceil_div(max_rows, kTileRows), 1, w.tiles);
 
   w.splits = std::max<int64_t>(ceil_div(problem.max_seqlen_k, kSplitKeys), 1);

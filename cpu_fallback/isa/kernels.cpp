@@ -87,6 +87,11 @@ const KernelTable ADAATTN_TABLE = {
     .prefill = prefill,
 #endif
     .decode_name = "decode_f32_" ADAATTN_ISA,
+#if defined(ADAATTN_UNIT_AMX)
+    .tile_budget = 1 << 20,  // these processors have 2 MB per core
+#else
+    .tile_budget = 512 << 10,
+#endif
     .prefill_scratch = ADAATTN_PREFILL_SCRATCH,
     .decode_scratch = decode_scratch,
     .decode = decode,

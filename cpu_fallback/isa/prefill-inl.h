@@ -53,7 +53,13 @@ constexpr int64_t kStagingFloats = 16 * 512;
 #else
 constexpr int64_t kStagingFloats = 0;
 #endif
-constexpr int64_t kScoreFloats = kKeyBlock * kPanel > kStagingFloats ? kKeyBlock* kPanel : kStagingFloats;
+// Scores of a block of keys; with tiles, those of 64 keys and the weights of two blocks.
+#if defined(ADAATTN_UNIT_AMX)
+constexpr int64_t kWalkRows = 64 + kKeyBlock;
+#else
+constexpr int64_t kWalkRows = kKeyBlock;
+#endif
+constexpr int64_t kScoreFloats = kWalkRows * kPanel > kStagingFloats ? kWalkRows* kPanel : kStagingFloats;
 
 struct PrefillScratch {
   Panel* panels;

@@ -22,7 +22,7 @@ HWY_INLINE Word* value_tile(Word* vt, int64_t d_v, int64_t row, int64_t key) {
 #if defined(ADAATTN_UNIT_AMX)
 
 // Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
-constexpr int64_t kScoreKeys = 64, kValueKeys = kKeyBlock;
+constexpr int64_t kScoreKeys = 64, kValueKeys = 2 * kKeyBlock;
 
 // Layout of the operand of LDTILECFG: Intel SDM volume 2.
 struct alignas(64) TileConfig {
@@ -84,7 +84,6 @@ HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t k
   finish_stores();
   const int64_t row = k_stride * 2;
   for (int64_t j = 0; j < keys; j += 32) {
-    // Rows of K come from first-level cache for all columns but the first 32.
     for (int64_t column = 0; column < kPanel; column += 32) {
       _tile_zero(0);
       _tile_zero(1);

@@ -49,8 +49,10 @@ constexpr hn::Rebind<uint16_t, decltype(kF32)> kU16;
 constexpr int64_t kLanes = HWY_MAX_BYTES / sizeof(float);
 
 // Vectors per panel: 24 accumulators where there are 32 registers, 12 where there are 16. With tiles it is the columns
-// of four of them: each tile of K or V that comes from second-level cache meets as many queries.
-#if defined(ADAATTN_UNIT_AVX512) || defined(ADAATTN_UNIT_NEON)
+// of two of them, so that most of what a panel works on stays in first-level cache.
+#if defined(ADAATTN_UNIT_AMX)
+constexpr int kPanelVectors = 2;
+#elif defined(ADAATTN_UNIT_AVX512) || defined(ADAATTN_UNIT_NEON)
 constexpr int kPanelVectors = 4;
 #else
 constexpr int kPanelVectors = 2;

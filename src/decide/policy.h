@@ -18,6 +18,8 @@ struct Options {
   float tolerance = 0;  // tau, relative to the spread of V
   int min_level = 0;    // lowest mass level (tile_mass.h) a head may use
   bool tiles = false;   // key tiles may be skipped
+  // Share of its query tile's mass, in units of 2^-24, from which on a key tile is kept at every level; 0: none.
+  uint32_t keep_share = 0;
   bool far_field = false;
   Probe probe = Probe::kOff;
   int probe_rank = 32;
