@@ -1,24 +1,14 @@
-// Mass levels of every query tile, a choice per head, and the masks. Built without contraction: the same statistics
+// Mass levels of every query tile and a choice per head. Built without contraction: the same statistics
 // give the same bits as the host's code in src/decide. One CTA takes several query tiles of a head, one warp each.
-#include <algorithm>
-
-#include "adaptive/analyze.h"
+#include "adaptive/cells.cuh"
 #include "adaptive/stage_clock.cuh"
-#include "attend/launch.h"
 #include "common/ptx.cuh"
-#include "core/error.h"
-#include "decide/cells.h"
 #include "decide/choose.h"
-#include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kCells = decide::kCellsOfTile;
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kMaxShared = 200 << 10;
+constexpr int kThreads = kDecideThreads, kWarps = kDecideWarps;
 
 struct QueryTile {
   decide::TileRow row;
@@ -59,114 +49,6 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
   q.visible = static_cast<float>(seen) / static_cast<float>(n);
   return q;
 }
-
-__device__ __forceinline__ void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Scores of the cells of kTiles query tiles of a head against pairs of key tiles, by the tensor cores; all warps go
-// over all pairs together. A product's 16 rows are the blocks of four query tiles, its 8 columns the cells of two key
-// tiles. A lane reads a quarter of a block's bytes, wherever they stand in the inner dimension: sums of integers have
-// no order.
-template <int kTiles, int kDim>
-class Cells {
- public:
-  static constexpr int kRows = kTiles * kCells, kProducts = (kRows + 15) / 16, kWords = kDim / 16;
-
-  // first: the first query tile; count of them exist. len_q, len_k: of the sequence.
-  __device__ __forceinline__ Cells(const AnalyzeArgs& args, int b, int head, int first, int count, const Sequence& seq)
-      : len_k_(seq.len_k) {
-    const TableShape& s = args.shape;
-    const int lane = threadIdx.x % 32;
-    const int64_t block = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * kCells;
-    const int64_t unit = int64_t{b} * s.heads_kv + head / s.group;
-    key_cells_ = args.tables.key_cells + unit * key_cells_of_unit(s) * kDim;
-    key_scales_ = args.tables.key_scales + unit * key_cells_of_unit(s);
-#pragma unroll
-    for (int m = 0; m < kProducts; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = 16 * m + lane / 4 + 8 * r;
-        const bool there = row < count * kCells;
-        exists_[m][r] = there && (int64_t{first} * kCells + row) * decide::kCell < seq.len_q;
-        scale_[m][r] = there ? args.tables.query_scales[block + row] : 0.0f;
-        uint32_t words[kWords] = {};
-        if (there) read_block(args.tables.query_cells + (block + row) * kDim, words);
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) a_[m][i / 2][2 * (i % 2) + r] = words[i];
-      }
-    }
-  }
-
-  // Row r of product m has queries.
-  __device__ __forceinline__ bool exists(int m, int r) const { return exists_[m][r]; }
-  __device__ __forceinline__ bool finite(int m, int r) const { return isfinite(scale_[m][r]); }
-
-  // take(m, pair, scores, keys) for each pair of key tiles that overlaps [begin, end): of rows lane / 4 and 8 more,
-  // cells 2 (lane % 4) and the next of the pair; keys of them.
-  template <typename Take>
-  __device__ __forceinline__ void each(int begin, int end, const Take& take) const {
-    const int lane = threadIdx.x % 32;
-    int pair = begin / 2 + static_cast<int>(threadIdx.x) / 32;
-    uint32_t words[kWords], next[kWords];
-    float2 scale, next_scale;
-    const auto fetch = [&](int number) {
-      if (2 * number >= end) return;
-      read_block(key_cells_ + (int64_t{number} * 2 * kCells + lane / 4) * kDim, next);
-      next_scale = *reinterpret_cast<const float2*>(key_scales_ + number * 2 * kCells + 2 * (lane % 4));
-    };
-    fetch(pair);
-    for (; 2 * pair < end; pair += kWarps) {
-      const int cell = pair * 2 * kCells + 2 * (lane % 4);
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = next[i];
-      scale = next_scale;
-      fetch(pair + kWarps);  // its latency passes beside this one's work
-      int keys[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        keys[i] = static_cast<int>(
-            max(int64_t{0}, min(len_k_ - int64_t{cell + i} * decide::kCell, static_cast<int64_t>(decide::kCell))));
-#pragma unroll
-      for (int m = 0; m < kProducts; ++m) {
-        int c[4] = {};
-#pragma unroll
-        for (int i = 0; i < kWords / 2; ++i) mma_s8(c, a_[m][i], words[2 * i], words[2 * i + 1]);
-        float scores[2][2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          scores[r][0] = decide::cell_score(c[2 * r], scale_[m][r], scale.x, keys[0]);
-          scores[r][1] = decide::cell_score(c[2 * r + 1], scale_[m][r], scale.y, keys[1]);
-        }
-        take(m, pair, scores, keys);
-      }
-    }
-  }
-
- private:
-  // The lane's quarter.
-  static __device__ __forceinline__ void read_block(const int8_t* block, uint32_t (&words)[kWords]) {
-    const auto* from = reinterpret_cast<const uint4*>(block + threadIdx.x % 4 * (kDim / 4));
-#pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 x = __ldg(from + i);
-      words[4 * i] = x.x;
-      words[4 * i + 1] = x.y;
-      words[4 * i + 2] = x.z;
-      words[4 * i + 3] = x.w;
-    }
-  }
-
-  const int64_t len_k_;
-  const int8_t* key_cells_;
-  const float* key_scales_;
-  uint32_t a_[kProducts][kWords / 2][4];
-  float scale_[kProducts][2];
-  bool exists_[kProducts][2];
-};
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
@@ -288,66 +170,6 @@ __device__ __forceinline__ void measure_cells(const uint32_t* mass, const uint32
     levels->kept[i] = __shfl_sync(kAll, kept, 2 * i);
     levels->dropped[i] = __shfl_sync(kAll, static_cast<uint32_t>((dropped << 16) / total), 2 * i);
   }
-}
-
-// Shared memory of the kernels below: masses and peaks of the tiles, and for the levels the masses again.
-template <int kTiles>
-struct Space {
-  uint32_t *mass, *peak, *sorted;
-  int tiles, padded;
-  __device__ explicit Space(const TableShape& s) : tiles(s.key_tiles), padded(padded_tiles(s)) {
-    extern __shared__ uint32_t dynamic[];
-    mass = dynamic;
-    peak = mass + kTiles * tiles;
-    sorted = peak + kTiles * tiles;
-  }
-  static ADAATTN_HD int padded_tiles(const TableShape& s) {
-    int count = 32;
-    while (count < s.key_tiles) count *= 2;
-    return count;
-  }
-  static size_t bytes(const TableShape& s) {
-    return sizeof(uint32_t) * size_t{kTiles} * static_cast<size_t>(2 * s.key_tiles + padded_tiles(s));
-  }
-};
-
-// Masses and peaks of the key tiles [begin, end) for all query tiles from the rows' tops and sums.
-template <int kTiles, int kDim>
-__device__ __forceinline__ void weigh_tiles(const Cells<kTiles, kDim>& cells, const decide::CellRow (*rows)[2],
-                                            int begin, int end, const Space<kTiles>& space) {
-  const int lane = threadIdx.x % 32;
-  cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t sum = 0, top = 0;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t mass =
-            keys[i] > 0 && cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
-        sum += mass;
-        top = max(top, mass);
-      }
-      // Of a tile: two lanes have its cells. Of a query tile: four rows, in lanes 4 and 8 away.
-      sum += __shfl_xor_sync(kAll, sum, 1);
-      top = max(top, __shfl_xor_sync(kAll, top, 1));
-      uint32_t mass = decide::tile_share(sum, rows[m][r].inverse), peak = decide::cell_share(top, rows[m][r].inverse);
-#pragma unroll
-      for (int step = 4; step <= 8; step *= 2) {
-        mass += __shfl_xor_sync(kAll, mass, step);
-        peak = max(peak, __shfl_xor_sync(kAll, peak, step));
-      }
-      const int query = 4 * m + 2 * r + lane / 16, tile = 2 * pair + lane % 4 / 2;
-      if (lane / 4 % 4 != 0 || lane % 2 != 0 || query >= kTiles || tile >= space.tiles) continue;
-      space.mass[query * space.tiles + tile] = mass;
-      space.peak[query * space.tiles + tile] = peak;
-    }
-  });
-}
-
-// Causal tiles see more keys the later they are: those first.
-template <int kTiles>
-__device__ __forceinline__ int first_of(int query_tiles, int number) {
-  return ((query_tiles + kTiles - 1) / kTiles - 1 - number) * kTiles;
 }
 
 // Levels of kTiles query tiles of a head, a warp each.
@@ -695,188 +517,15 @@ __global__ __launch_bounds__(kChooseThreads) void choose_kernel(const __grid_con
   }
 }
 
-__device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
-  const int bucket = static_cast<int>(int64_t{kept} * kWorkBuckets / (key_tiles + 1));
-  return kWorkBuckets - 1 - bucket;  // most work first
-}
-
-// Of a section of the work lists.
-int section_units(const AnalyzeArgs& args) {
-  const TableShape& s = args.shape;
-  const int64_t units = args.cache_bytes / (s.key_rows() * (s.d_qk + s.d_v) * 2);
-  return static_cast<int>(std::clamp<int64_t>(units, 1, int64_t{s.batch} * s.heads_kv));
-}
-
-// Query tiles of a sequence in the wave.
-__device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, int first_tile) {
-  const int64_t tiles = (sequence_of(args.p, b).len_q + decide::kTileQ - 1) / decide::kTileQ - first_tile;
-  return static_cast<int>(max(int64_t{0}, min(tiles, static_cast<int64_t>(args.shape.wave_tiles))));
-}
-
-// One CTA appends a section's items to the lists: a counting sort by the tiles they keep.
-__device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section) {
-  using decide::kRankClasses;
-  __shared__ uint32_t start[kRankClasses][kWorkBuckets], base[kRankClasses], before[kRankClasses];
-  const TableShape& s = args.shape;
-  const int heads = static_cast<int>(args.p.batch) * s.heads_q, thread = threadIdx.x;
-  const int first = section * units * s.group, last = min(first + units * s.group, heads);
-  for (int i = thread; i < kRankClasses * kWorkBuckets; i += kThreads) start[i / kWorkBuckets][i % kWorkBuckets] = 0;
-  if (thread < kRankClasses) base[thread] = 0;
-  __syncthreads();
-  for (int head = thread; head < first; head += kThreads)
-    atomicAdd(&base[args.tables.choice[head].rank_class],
-              static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
-  const auto each_item = [&](const auto& take) {
-    for (int i = thread; i < (last - first) * s.wave_tiles; i += kThreads) {
-      const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
-      if (in_wave >= wave_items(args, head / s.heads_q, first_tile)) continue;
-      const decide::HeadChoice& choice = args.tables.choice[head];
-      const decide::TileLevels& levels = args.tables.levels[int64_t{head} * s.query_tiles + first_tile + in_wave];
-      const int kept = choice.dense ? levels.row.end - levels.row.begin : static_cast<int>(levels.kept[choice.level]);
-      take(head, in_wave, choice.rank_class, bucket_of(kept, s.key_tiles));
-    }
-  };
-  each_item([&](int, int, int rank_class, int bucket) { atomicAdd(&start[rank_class][bucket], 1u); });
-  __syncthreads();
-  if (thread / 32 < kRankClasses) {
-    constexpr int kEach = kWorkBuckets / 32;
-    uint32_t* const counts = &start[thread / 32][thread % 32 * kEach];
-    uint32_t own = 0;
-    for (int i = 0; i < kEach; ++i) own += counts[i];
-    uint32_t sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kAll, sum, step);
-      if (thread % 32 >= step) sum += other;
-    }
-    uint32_t at = base[thread / 32] + sum - own;
-    if (thread % 32 == 31) before[thread / 32] = base[thread / 32] + sum;
-    for (int i = 0; i < kEach; ++i) {
-      const uint32_t count = counts[i];
-      counts[i] = at;
-      at += count;
-    }
-  }
-  __syncthreads();
-  if (last == heads && thread < kRankClasses) args.tables.work_count[thread] = before[thread];
-  each_item([&](int head, int in_wave, int rank_class, int bucket) {
-    const uint32_t place = atomicAdd(&start[rank_class][bucket], 1u);
-    args.tables.work[int64_t{rank_class} * s.batch * s.heads_q * s.wave_tiles + place] =
-        static_cast<uint32_t>(head * s.wave_tiles + in_wave);
-  });
-}
-
-// The first row of CTAs orders the work lists, a section each; the others write masks.
-template <int kTiles, int kDim>
-__global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
-                                                           int units) {
-  using Block = Cells<kTiles, kDim>;
-  launch_dependents();
-  wait_for_previous_grid();
-  const TableShape& s = args.shape;
-  const int head_index = static_cast<int>(blockIdx.x);
-  if (first_tile > 0) begin_stage(args.state, kDecideStage);
-  if (blockIdx.y == 0) {
-    if (head_index * units * s.group < static_cast<int>(gridDim.x)) order_section(args, first_tile, units, head_index);
-    begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
-    return;
-  }
-  const Space<kTiles> space(s);
-  const int head = head_index % s.heads_q, b = head_index / s.heads_q, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = min(s.query_tiles - first_tile, s.wave_tiles);
-  const int in_wave = first_of<kTiles>(tiles, static_cast<int>(blockIdx.y) - 1), first = first_tile + in_wave;
-  const int count = min(kTiles, tiles - in_wave);
-  const decide::HeadChoice choice = args.tables.choice[head_index];
-  const int64_t index = int64_t{head_index} * s.query_tiles + first;
-  if (!choice.dense) {
-    int begin = s.key_tiles, end = 0;
-    for (int r = 0; r < count; ++r) {
-      const decide::TileRow row = args.tables.tile_range[index + r];
-      if (row.begin >= row.end) continue;
-      begin = min(begin, row.begin);
-      end = max(end, row.end);
-    }
-    if (begin < end) {
-      const Block cells(args, b, head, first, count, sequence_of(args.p, b));
-      decide::CellRow rows[Block::kProducts][2];
-#pragma unroll
-      for (int m = 0; m < Block::kProducts; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (cells.exists(m, r)) rows[m][r] = args.tables.cell_rows[index * kCells + 16 * m + lane / 4 + 8 * r];
-      weigh_tiles<kTiles, kDim>(cells, rows, begin, end, space);
-    }
-    __syncthreads();
-  }
-  if (warp >= count) return;
-  const decide::TileLevels& levels = args.tables.levels[index + warp];
-  const decide::TileRow row = levels.row;
-  const int64_t item = int64_t{head_index} * s.wave_tiles + in_wave + warp;
-  uint64_t* mask = args.tables.mask + item * s.mask_words;
-  int kept = 0;
-  for (int word = 0; word < s.mask_words; ++word) {
-    uint64_t bits = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile = 64 * word + 32 * half + lane, at = warp * space.tiles + tile;
-      const bool seen = tile >= row.begin && tile < row.end;
-      const bool keep = seen && (choice.dense || decide::keeps_tile(levels, choice.level, tile, space.mass[at],
-                                                                    space.peak[at], args.keep_peak));
-      bits |= static_cast<uint64_t>(__ballot_sync(kAll, keep)) << 32 * half;
-    }
-    kept += __popcll(bits);
-    if (lane == 0) mask[word] = bits;
-  }
-  if (lane == 0) args.tables.kept[item] = kept;
-}
-
-template <int kTiles, int kDim>
-struct Instance {
-  static constexpr int kTilesOfCta = kTiles;
-  static constexpr auto levels = levels_kernel<kTiles, kDim>;
-  static constexpr auto masks = mask_kernel<kTiles, kDim>;
-  static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s); }
-};
-
-// Calls back with the kernels for as many query tiles at a time as fit shared memory.
-template <typename Take>
-void with_instance(const TableShape& s, const Take& take) {
-  const auto of_dim = [&](auto eight, auto two) {
-    if (eight.bytes(s) <= kMaxShared) return take(eight);
-    if (two.bytes(s) <= kMaxShared) return take(two);
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_seqlen_k: %lld keys are more than the adaptive schedule takes",
-         static_cast<long long>(s.key_rows()));
-  };
-  if (s.d_qk == 64) return of_dim(Instance<8, 64>{}, Instance<2, 64>{});
-  of_dim(Instance<8, 128>{}, Instance<2, 128>{});
-}
-
-// head_rows: rows of CTAs that take no query tiles.
-template <typename... Params, typename... Extra>
-void launch(void (*kernel)(Params...), size_t bytes, int tiles_of_cta, const AnalyzeArgs& args, int query_tiles,
-            int head_rows, cudaStream_t stream, Extra... extra) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "decide");
-  const dim3 grid(static_cast<unsigned>(args.p.batch * args.shape.heads_q),
-                  static_cast<unsigned>((query_tiles + tiles_of_cta - 1) / tiles_of_cta + head_rows));
-  check(launch_grid_overlapped(kernel, grid, kThreads, bytes, stream, true, args, extra...), "decide");
-}
-
 }  // namespace
 
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
-  with_instance(s, [&](auto x) { launch(x.levels, x.bytes(s), x.kTilesOfCta, args, s.query_tiles, 0, stream); });
+  with_cells_shape(s, [&](auto x) {
+    launch_cells(levels_kernel<x.kTiles, x.kDim>, x.bytes(s), x.kTiles, args, s.query_tiles, 0, stream);
+  });
   const dim3 units(static_cast<unsigned>(args.p.batch * s.heads_kv));
   check(launch_grid_overlapped(choose_kernel, units, kChooseThreads, 0, stream, true, args), "decide");
-}
-
-void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {
-  const TableShape& s = args.shape;
-  const int count = std::min(s.wave_tiles, s.query_tiles - first_tile), units = section_units(args);
-  with_instance(s,
-                [&](auto x) { launch(x.masks, x.bytes(s), x.kTilesOfCta, args, count, 1, stream, first_tile, units); });
 }
 
 }  // namespace adaattn::cuda
