@@ -14,7 +14,7 @@ using decide::Policy;
 constexpr double kCalibrated = 8192;
 
 double keep_share(Policy policy) {
-  return policy == Policy::kQuality ? 0.0045 : policy == Policy::kSpeed ? 0.013 : 0.0085;
+  return policy == Policy::kQuality ? 0.0045 : policy == Policy::kSpeed ? 0.011 : 0.008;
 }
 
 }  // namespace
