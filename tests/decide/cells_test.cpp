@@ -1,0 +1,76 @@
+#include "decide/cells.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+namespace adaattn::decide {
+namespace {
+
+TEST(Cells, ATileWithThePeakIsKeptAtEveryLevel) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  std::mt19937 rng(seed);
+  for (int trial = 0; trial < 200; ++trial) {
+    const int tiles = 3 + static_cast<int>(rng() % 150);
+    std::vector<uint32_t> mass(static_cast<size_t>(tiles)), peak(mass.size());
+    for (uint32_t& m : mass) m = 1 + ((rng() % (1u << 22)) >> rng() % 20);
+    for (uint32_t& p : peak) p = (rng() % (1u << 24)) >> rng() % 20;
+    const uint32_t keep_peak = 1 + rng() % (1u << 20);
+    TileLevels without, with;
+    without.row = with.row = {0, tiles, 0, tiles};
+    measure_cells(mass.data(), peak.data(), 0, 1000, &without);
+    measure_cells(mass.data(), peak.data(), keep_peak, 1000, &with);
+    uint64_t total = 0;
+    for (const uint32_t m : mass) total += m;
+    for (int level = 0; level < kLevels; ++level) {
+      uint32_t kept = 0;
+      uint64_t dropped = 0;
+      for (int t = 0; t < tiles; ++t) {
+        const auto i = static_cast<size_t>(t);
+        const bool expected = keeps_tile(without, level, t, mass[i], peak[i], 0) || peak[i] >= keep_peak;
+        EXPECT_EQ(keeps_tile(with, level, t, mass[i], peak[i], keep_peak), expected) << "tile " << t << " of " << tiles;
+        kept += expected;
+        dropped += expected ? 0 : mass[i];
+      }
+      EXPECT_EQ(with.kept[level], kept);
+      EXPECT_EQ(with.dropped[level], (dropped << 16) / total);
+    }
+    EXPECT_EQ(with.kept[kDenseLevel], static_cast<uint32_t>(tiles));
+  }
+}
+
+// Shares are integers: what they lose to rounding is less than half a unit each.
+TEST(Cells, SharesOfARowAddUpToOne) {
+  std::mt19937 rng(7);
+  std::normal_distribution<float> score(0, 4);
+  for (int trial = 0; trial < 100; ++trial) {
+    const int cells = 4 * (1 + static_cast<int>(rng() % 100));
+    std::vector<float> scores(static_cast<size_t>(cells));
+    CellRow row;
+    for (float& s : scores) {
+      s = score(rng);
+      row.top = &s == scores.data() ? s : std::max(row.top, s);
+    }
+    uint64_t total = 0;
+    for (const float s : scores) total += integer_mass(s, row.top);
+    row.inverse = 1.0f / static_cast<float>(total);
+    double cell_sum = 0, tile_sum = 0;
+    for (size_t t = 0; t < scores.size(); t += kCellsOfTile) {
+      uint32_t of_tile = 0;
+      for (size_t i = t; i < t + kCellsOfTile; ++i) {
+        const uint32_t m = integer_mass(scores[i], row.top);
+        cell_sum += cell_share(m, row.inverse);
+        of_tile += m;
+      }
+      tile_sum += tile_share(of_tile, row.inverse);
+    }
+    EXPECT_NEAR(cell_sum / 0x1p24, 1, 1e-5);
+    EXPECT_NEAR(tile_sum / 0x1p20, 1, 1e-4);
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::decide
