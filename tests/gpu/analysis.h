@@ -1,0 +1,98 @@
+// One analysis of a problem on the device, with its tables on the host.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "adaptive/analyze.h"
+#include "adaptive/structured.h"
+#include "attention/fixture.h"
+#include "backend.h"
+#include "core/adaptive_options.h"
+#include "core/validate.h"
+#include "decide/cells.h"
+#include "gpu/device.h"
+
+namespace adaattn::test {
+
+using cuda::AnalyzeArgs;
+using cuda::TableShape;
+using decide::kTileK;
+using decide::kTileQ;
+constexpr int64_t kCells = decide::kCellsOfTile;
+
+class Analysis {
+ public:
+  Analysis(AttentionData& data, adaattn_policy_t policy, int32_t wave_tiles = 0, bool probe = false) : data_(data) {
+    problem_ = problem_from(data.desc, Use::kAttention);
+    problem_.adaptive = resolve_options(adaptive_desc(policy), problem_);
+    if (!probe) problem_.adaptive.probe = decide::Probe::kOff;
+    args.shape = cuda::table_shape(problem_, wave_tiles);
+    workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
+    const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);
+    basis_ = std::make_unique<DeviceMemory>(cuda::state_basis_doubles(args.shape) * 8);
+    warm_ = std::make_unique<DeviceMemory>(units * 4);
+    require(cudaMemset(warm_->data(), 0, warm_->bytes()));
+    args.options = problem_.adaptive;
+    args.costs = cuda::device_costs(args.shape, args.options);
+    args.tables = cuda::analyze_layout(args.shape, workspace_->data());
+    args.state.basis = static_cast<double*>(basis_->data());
+    args.state.warm = static_cast<int32_t*>(warm_->data());
+    args.scale_log2 = problem_.scale * static_cast<float>(M_LOG2E);
+  }
+
+  void run() {
+    data_.upload(ADAATTN_DEVICE_CUDA);
+    args.p = attention_from(problem_, data_.io(ADAATTN_DEVICE_CUDA), {ADAATTN_DEVICE_CUDA, 0, nullptr}, {});
+    cuda::analyze(args, nullptr);
+    cuda::decide_heads(args, nullptr);
+    require(cudaDeviceSynchronize());
+    host = attention_from(problem_, data_.io(), {ADAATTN_DEVICE_CPU, 0, nullptr}, {});
+  }
+  void schedule(int32_t first_tile) {
+    cuda::write_schedule(args, first_tile, nullptr);
+    require(cudaDeviceSynchronize());
+  }
+
+  template <typename T>
+  std::vector<T> copy(const T* device, int64_t count) const {
+    std::vector<T> list(static_cast<size_t>(count));
+    require(cudaMemcpy(static_cast<void*>(list.data()), device, list.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    return list;
+  }
+  std::vector<float> copy(const __nv_bfloat16* device, int64_t count) const {
+    std::vector<uint16_t> raw = copy(reinterpret_cast<const uint16_t*>(device), count);
+    std::vector<float> list(raw.size());
+    for (size_t i = 0; i < raw.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(raw[i]) << 16;
+      std::memcpy(&list[i], &bits, 4);
+    }
+    return list;
+  }
+  int64_t units() const { return int64_t{args.shape.batch} * args.shape.heads_kv; }
+  int64_t heads() const { return int64_t{args.shape.batch} * args.shape.heads_q; }
+  int64_t section_units() const {
+    return std::max<int64_t>(1, args.cache_bytes / (args.shape.key_rows() * (args.shape.d_qk + args.shape.d_v) * 2));
+  }
+
+  AnalyzeArgs args;
+  AttnParams host;  // with host pointers
+
+ private:
+  AttentionData& data_;
+  Problem problem_;
+  std::unique_ptr<DeviceMemory> workspace_, basis_, warm_;
+};
+
+inline AttentionCase base_case() {
+  AttentionCase c = {.name = "Tables", .batch = 2, .heads_q = 6, .heads_kv = 2, .seqlen_q = 1500, .seqlen_k = 1500};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  return c;
+}
+
+}  // namespace adaattn::test
