@@ -61,8 +61,8 @@ Options device_options(const Options& given) {
   return o;
 }
 
-// What keeps as many tiles of the reference model at context 16384 as shares of whole tiles that bound its loss there to
-// +0.10, +0.38 and +0.97 per cent, at less error of the heads. A cell's share falls as there are more of them: at
+// What keeps as many tiles of the reference model at context 16384 as shares of whole tiles that bound its loss there
+// to +0.10, +0.38 and +0.97 per cent, at less error of the heads. A cell's share falls as there are more of them: at
 // context 8192 the shares of the same loss are about twice as large, and beyond 16384 they follow the mean.
 uint32_t keep_peak(const Problem& problem) {
   const decide::Policy policy = problem.adaptive.policy;
