@@ -9,6 +9,7 @@
 
 #include "harness.h"
 #include "model_attention.h"
+#include "plan_stats.h"
 #include "reference/number.h"
 
 namespace adaattn::bench {
@@ -84,23 +85,7 @@ class Runner {
 
   // Counts of all calls since forget(), as fractions and means.
   std::map<std::string, double> details(double exact_us) const {
-    adaattn_plan_stats_t sum = {};
-    for (const Plan& plan : plans_) {
-      const adaattn_plan_stats_t s = plan.stats().value();
-      sum.heads += s.heads;
-      sum.heads_dense += s.heads_dense;
-      sum.tiles += s.tiles;
-      sum.tiles_kept += s.tiles_kept;
-      sum.rank_v_sum += s.rank_v_sum;
-      sum.predicted_error_sum += s.predicted_error_sum;
-      sum.verified_heads += s.verified_heads;
-      sum.measured_error_sum += s.measured_error_sum;
-      sum.heads_over_tolerance += s.heads_over_tolerance;
-      sum.seconds_analyze += s.seconds_analyze;
-      sum.seconds_decide += s.seconds_decide;
-      sum.seconds_attend += s.seconds_attend;
-      sum.seconds_verify += s.seconds_verify;
-    }
+    const adaattn_plan_stats_t sum = summed_stats(plans_);
     const auto rounds = static_cast<double>(times_.size()), heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
     d["analyze_us"] = 1e6 * sum.seconds_analyze / rounds;

@@ -19,6 +19,7 @@
 #include "engine/tokenizer.h"
 #include "harness.h"
 #include "peers.h"
+#include "plan_stats.h"
 #include "reference/number.h"
 
 namespace adaattn::bench {
@@ -163,24 +164,7 @@ class Runner {
 
   // Means over the calls so far.
   std::map<std::string, double> details() const {
-    adaattn_plan_stats_t sum = {};
-    for (const Plan& plan : plans_) {
-      const adaattn_plan_stats_t s = plan.stats().value();
-      sum.calls += s.calls;
-      sum.heads += s.heads;
-      sum.heads_dense += s.heads_dense;
-      sum.tiles += s.tiles;
-      sum.tiles_kept += s.tiles_kept;
-      sum.rank_v_sum += s.rank_v_sum;
-      sum.predicted_error_sum += s.predicted_error_sum;
-      sum.verified_heads += s.verified_heads;
-      sum.measured_error_sum += s.measured_error_sum;
-      sum.heads_over_tolerance += s.heads_over_tolerance;
-      sum.seconds_analyze += s.seconds_analyze;
-      sum.seconds_decide += s.seconds_decide;
-      sum.seconds_attend += s.seconds_attend;
-      sum.seconds_verify += s.seconds_verify;
-    }
+    const adaattn_plan_stats_t sum = summed_stats(plans_);
     const auto heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
     d["tiles_kept"] = static_cast<double>(sum.tiles_kept) / static_cast<double>(sum.tiles);

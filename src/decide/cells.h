@@ -36,8 +36,7 @@ ADAATTN_HD inline uint32_t cell_share(uint32_t mass, float inverse) {
 }
 
 // What each mass level keeps of a query tile. mass: of each tile of levels->row, the sum of tile_share() over the query
-// tile's blocks; peak: the largest cell_share(). A tile with a peak of keep_peak is
-// kept at every level; 0: none is.
+// tile's blocks; peak: the largest cell_share(). A tile with a peak of keep_peak is kept at every level; 0: none is.
 ADAATTN_HD inline void measure_cells(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak, float visible,
                                      TileLevels* levels) {
   const TileRow row = levels->row;
@@ -45,15 +44,7 @@ ADAATTN_HD inline void measure_cells(const uint32_t* mass, const uint32_t* peak,
   if (tiles <= 0) return;
   uint64_t total = 0;
   for (int64_t b = 0; b < tiles; ++b) total += mass[b];
-  const float inverse = 1.0f / static_cast<float>(total);
-  float entropy = 7.0f;  // log2 of the keys of a tile
-  for (int64_t b = 0; b < tiles; ++b) {
-    if (mass[b] == 0) continue;
-    const float share = static_cast<float>(mass[b]) * inverse;
-    entropy = fixed_fma(-share, fixed_log2(share), entropy);
-  }
-  const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
-  levels->entropy = uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
+  levels->entropy = entropy_of_masses(mass, tiles, total, visible);
   for (int level = 0; level < kLevels; ++level) {
     const uint32_t x = mass_threshold(mass, tiles, total, level);
     uint32_t kept = 0;

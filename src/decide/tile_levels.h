@@ -27,9 +27,23 @@ ADAATTN_HD inline uint32_t share_threshold(uint64_t total, uint32_t share) {
   return x < (1u << 23) ? static_cast<uint32_t>(x) : 1u << 23;
 }
 
+// Entropy of the masses of `tiles` tiles that add up to `total`, the keys of a tile counted as equal, over that of
+// `visible` equal keys.
+ADAATTN_HD inline float entropy_of_masses(const uint32_t* mass, int64_t tiles, uint64_t total, float visible) {
+  const float inverse = 1.0f / static_cast<float>(total);
+  float entropy = 7.0f;  // log2 of the keys of a tile
+  for (int64_t b = 0; b < tiles; ++b) {
+    if (mass[b] == 0) continue;
+    const float share = static_cast<float>(mass[b]) * inverse;
+    entropy = fixed_fma(-share, fixed_log2(share), entropy);
+  }
+  const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
+  return uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
+}
+
 // estimate: log2 of the mass of each tile of levels->row, first to last, any common offset. visible: mean number of
-// keys that a row of the block sees. mass: scratch for one integer per tile. keep_share: of share_threshold(). Levels under
-// first_level stay 0.
+// keys that a row of the block sees. mass: scratch for one integer per tile. keep_share: of share_threshold(). Levels
+// under first_level stay 0.
 ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint32_t keep_share, uint32_t* mass,
                                       TileLevels* levels, int first_level = 0) {
   const TileRow row = levels->row;
@@ -50,15 +64,7 @@ ADAATTN_HD inline void measure_levels(const float* estimate, float visible, uint
     mass[b] = integer_mass(estimate[b], top);
     total += mass[b];
   }
-  const float inverse = 1.0f / static_cast<float>(total);
-  float entropy = 7.0f;  // log2 of the keys of a tile
-  for (int64_t b = 0; b < tiles; ++b) {
-    if (mass[b] == 0) continue;
-    const float share = static_cast<float>(mass[b]) * inverse;
-    entropy = fixed_fma(-share, fixed_log2(share), entropy);
-  }
-  const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
-  levels->entropy = uniform > 0.0f ? (entropy < uniform ? entropy / uniform : 1.0f) : 0.0f;
+  levels->entropy = entropy_of_masses(mass, tiles, total, visible);
   const uint32_t highest = share_threshold(total, keep_share);
   uint32_t covering = (1u << 23) - 1;
   for (int level = first_level; level < kLevels; ++level) {
