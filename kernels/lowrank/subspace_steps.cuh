@@ -17,9 +17,7 @@ constexpr unsigned kDeadMask = 0xff, kWeak = 0x100;
 // 1 / sqrt(x) of a normal x: the hardware's estimate is good to 20 bits, the correction is of third order.
 __device__ __forceinline__ double reciprocal_root(double x) {
   double y;
-  asm volatile("rsqrt.approx.ftz.f64 %0, %1;"
-               : "=d"(y)
-               : "d"(x));
+  asm volatile("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
   const double e = fma(-x * y, y, 1.0);
   return fma(y * e, fma(0.375, e, 0.5), y);
 }
