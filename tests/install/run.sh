@@ -11,8 +11,8 @@ pkg_config_consumer() {
   local flags
   export PKG_CONFIG_PATH=$1/$libdir/pkgconfig
   read -ra flags < <(pkg-config --cflags --libs adaattn)
-  "$cc" -std=c11 -Wall -Wextra -Werror -pedantic "$here/consumer.c" -o "$work/pkg_config_consumer" "${flags[@]}"
-  LD_LIBRARY_PATH=$1/$libdir "$work/pkg_config_consumer"
+  "$cc" -std=c11 -Wall -Wextra -Werror -pedantic "$here/consumer.c" -o "$work/$case_name" "${flags[@]}"
+  LD_LIBRARY_PATH=$1/$libdir "$work/$case_name"
 }
 
 case $case_name in
@@ -24,8 +24,8 @@ case $case_name in
     rm -rf "$work/moved"
     ;;
   DlopenConsumer)
-    "$cc" -std=c11 -Wall -Wextra -Werror "$here/dlopen.c" -o "$work/dlopen_consumer" -ldl
-    "$work/dlopen_consumer" "$library"
+    "$cc" -std=c11 -Wall -Wextra -Werror "$here/dlopen.c" -o "$work/$case_name" -ldl
+    "$work/$case_name" "$library"
     ;;
   LinkedAndWithoutRunPath)
     [[ -L $library && -L $library.0 ]]
