@@ -30,9 +30,7 @@ void check(adaattn_status_t status) {
   throw std::runtime_error(std::string(adaattn_status_name(status)) + ": " + text);
 }
 
-AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
-                             const adaattn_adaptive_desc_t* adaptive)
-    : shape_(shape), dtype_(dtype) {
+adaattn_attn_desc_t desc_of(const Shape& shape, adaattn_dtype_t dtype) {
   adaattn_attn_desc_t desc;
   check(adaattn_attn_desc_init(&desc, sizeof desc));
   desc.max_batch = shape.batch;
@@ -42,8 +40,15 @@ AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, ada
   desc.heads_kv = shape.heads_kv;
   desc.head_dim_qk = shape.head_dim;
   desc.dtype_q = dtype;
-  desc.math = math;
   desc.mask = shape.mask;
+  return desc;
+}
+
+AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+                             const adaattn_adaptive_desc_t* adaptive)
+    : shape_(shape), dtype_(dtype) {
+  adaattn_attn_desc_t desc = desc_of(shape, dtype);
+  desc.math = math;
   check(adaattn_plan_create(context, &desc, adaptive, &plan_));
   check(adaattn_io_init(&io_, sizeof io_));
 }

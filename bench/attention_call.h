@@ -12,6 +12,9 @@ namespace adaattn::bench {
 // Throws with the library's text.
 void check(adaattn_status_t status);
 
+// Of a contiguous call without features beyond its mask.
+adaattn_attn_desc_t desc_of(const Shape& shape, adaattn_dtype_t dtype);
+
 // Plan and operands of a call, wherever they lie. q, k, v and o are contiguous [batch, seqlen, heads, head_dim].
 class AttentionCall {
  public:

@@ -7,9 +7,9 @@
 #include <random>
 #include <string>
 
+#include "engine/attention.h"
 #include "harness.h"
 #include "model_attention.h"
-#include "plan_stats.h"
 #include "reference/number.h"
 
 namespace adaattn::bench {
@@ -85,7 +85,8 @@ class Runner {
 
   // Counts of all calls since forget(), as fractions and means.
   std::map<std::string, double> details(double exact_us) const {
-    const adaattn_plan_stats_t sum = summed_stats(plans_);
+    adaattn_plan_stats_t sum = {};
+    for (const Plan& plan : plans_) generate::add_stats(plan.stats().value(), &sum);
     const auto rounds = static_cast<double>(times_.size()), heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
     d["analyze_us"] = 1e6 * sum.seconds_analyze / rounds;

@@ -89,16 +89,7 @@ void entropy(Report& report, const Shape& shape, int threads) {
   FloatTensor rows({shape.batch, shape.heads_q, shape.seqlen_q}), heads({shape.batch, shape.heads_q});
   q.fill_normal(1);
   k.fill_normal(2);
-  adaattn_attn_desc_t desc;
-  check(adaattn_attn_desc_init(&desc, sizeof desc));
-  desc.max_batch = shape.batch;
-  desc.max_seqlen_q = shape.seqlen_q;
-  desc.max_seqlen_k = shape.seqlen_k;
-  desc.heads_q = shape.heads_q;
-  desc.heads_kv = shape.heads_kv;
-  desc.head_dim_qk = shape.head_dim;
-  desc.dtype_q = ADAATTN_DTYPE_F32;
-  desc.mask = shape.mask;
+  const adaattn_attn_desc_t desc = desc_of(shape, ADAATTN_DTYPE_F32);
   adaattn_io_t io;
   check(adaattn_io_init(&io, sizeof io));
   io.q = q.view();

@@ -19,7 +19,6 @@
 #include "engine/tokenizer.h"
 #include "harness.h"
 #include "peers.h"
-#include "plan_stats.h"
 #include "reference/number.h"
 
 namespace adaattn::bench {
@@ -104,14 +103,7 @@ class Runner {
  public:
   Runner(Context& context, const Calls& calls, adaattn_policy_t policy) : calls_(calls) {
     const Shape& s = calls.shape;
-    AttnDesc desc;
-    desc.max_batch = s.batch;
-    desc.max_seqlen_q = desc.max_seqlen_k = s.seqlen_q;
-    desc.heads_q = s.heads_q;
-    desc.heads_kv = s.heads_kv;
-    desc.head_dim_qk = s.head_dim;
-    desc.dtype_q = ADAATTN_DTYPE_BF16;
-    desc.mask = s.mask;
+    const adaattn_attn_desc_t desc = desc_of(s, ADAATTN_DTYPE_BF16);
     AdaptiveDesc adaptive;
     adaptive.policy = policy;
     for (size_t i = 0; i < calls.layers.size(); ++i) {
@@ -164,7 +156,8 @@ class Runner {
 
   // Means over the calls so far.
   std::map<std::string, double> details() const {
-    const adaattn_plan_stats_t sum = summed_stats(plans_);
+    adaattn_plan_stats_t sum = {};
+    for (const Plan& plan : plans_) generate::add_stats(plan.stats().value(), &sum);
     const auto heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
     d["tiles_kept"] = static_cast<double>(sum.tiles_kept) / static_cast<double>(sum.tiles);

@@ -63,16 +63,7 @@ void entropy(Report& report, adaattn_context_t* context, const Shape& shape) {
   const DeviceTensor q(ADAATTN_DTYPE_BF16, {shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim}, 1);
   const DeviceTensor k(ADAATTN_DTYPE_BF16, {shape.batch, shape.seqlen_k, shape.heads_kv, shape.head_dim}, 2);
   const DeviceTensor rows({shape.batch, shape.heads_q, shape.seqlen_q}), heads({shape.batch, shape.heads_q});
-  adaattn_attn_desc_t desc;
-  check(adaattn_attn_desc_init(&desc, sizeof desc));
-  desc.max_batch = shape.batch;
-  desc.max_seqlen_q = shape.seqlen_q;
-  desc.max_seqlen_k = shape.seqlen_k;
-  desc.heads_q = shape.heads_q;
-  desc.heads_kv = shape.heads_kv;
-  desc.head_dim_qk = shape.head_dim;
-  desc.dtype_q = ADAATTN_DTYPE_BF16;
-  desc.mask = shape.mask;
+  const adaattn_attn_desc_t desc = desc_of(shape, ADAATTN_DTYPE_BF16);
   adaattn_io_t io;
   check(adaattn_io_init(&io, sizeof io));
   io.q = q.view();

@@ -105,34 +105,37 @@ adaattn_plan_info_t Attention::describe(const Step& step, int64_t capacity) {
   return plan_for(0, step, capacity).info().value();
 }
 
+void add_stats(const adaattn_plan_stats_t& stats, adaattn_plan_stats_t* sum) {
+  sum->calls += stats.calls;
+  sum->flops += stats.flops;
+  sum->flops_done += stats.flops_done;
+  sum->heads += stats.heads;
+  sum->heads_dense += stats.heads_dense;
+  sum->heads_low_rank += stats.heads_low_rank;
+  sum->heads_f32 += stats.heads_f32;
+  sum->heads_f16 += stats.heads_f16;
+  sum->heads_bf16 += stats.heads_bf16;
+  sum->heads_i8 += stats.heads_i8;
+  sum->tiles += stats.tiles;
+  sum->tiles_kept += stats.tiles_kept;
+  sum->rank_v_sum += stats.rank_v_sum;
+  sum->predicted_error_sum += stats.predicted_error_sum;
+  sum->verified_heads += stats.verified_heads;
+  sum->measured_error_sum += stats.measured_error_sum;
+  sum->measured_error_max = std::max(sum->measured_error_max, stats.measured_error_max);
+  sum->heads_over_tolerance += stats.heads_over_tolerance;
+  sum->seconds_analyze += stats.seconds_analyze;
+  sum->seconds_decide += stats.seconds_decide;
+  sum->seconds_attend += stats.seconds_attend;
+  sum->seconds_verify += stats.seconds_verify;
+}
+
 AttentionReport Attention::report() const {
   AttentionReport report;
   report.seconds = compute_.clock_seconds();
-  adaattn_plan_stats_t& sum = report.totals;
   for (const auto& [key, plan] : plans_) {
     const adaattn_plan_stats_t stats = plan.stats().value();
-    sum.calls += stats.calls;
-    sum.flops += stats.flops;
-    sum.flops_done += stats.flops_done;
-    sum.heads += stats.heads;
-    sum.heads_dense += stats.heads_dense;
-    sum.heads_low_rank += stats.heads_low_rank;
-    sum.heads_f32 += stats.heads_f32;
-    sum.heads_f16 += stats.heads_f16;
-    sum.heads_bf16 += stats.heads_bf16;
-    sum.heads_i8 += stats.heads_i8;
-    sum.tiles += stats.tiles;
-    sum.tiles_kept += stats.tiles_kept;
-    sum.rank_v_sum += stats.rank_v_sum;
-    sum.predicted_error_sum += stats.predicted_error_sum;
-    sum.verified_heads += stats.verified_heads;
-    sum.measured_error_sum += stats.measured_error_sum;
-    sum.measured_error_max = std::max(sum.measured_error_max, stats.measured_error_max);
-    sum.heads_over_tolerance += stats.heads_over_tolerance;
-    sum.seconds_analyze += stats.seconds_analyze;
-    sum.seconds_decide += stats.seconds_decide;
-    sum.seconds_attend += stats.seconds_attend;
-    sum.seconds_verify += stats.seconds_verify;
+    add_stats(stats, &report.totals);
     const std::vector<adaattn_head_stats_t> heads = plan.head_stats().value();
     for (const adaattn_head_stats_t& head : heads) {
       const bool last = head.batch == heads.back().batch;

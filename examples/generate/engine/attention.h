@@ -25,6 +25,9 @@ struct HeadReport {
   adaattn::TileMap map;  // empty where the library keeps none, and for all sequences of a step but the last
 };
 
+// Adds up what plans report: counts, sums and times, and the largest of measured_error_max.
+void add_stats(const adaattn_plan_stats_t& stats, adaattn_plan_stats_t* sum);
+
 // Sums over layers and steps.
 struct AttentionReport {
   double seconds = 0;  // of the device, in the library
