@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "cpu_fallback/adaptive/plan.h"
+#include "cpu_fallback/attend/e4m3.h"
 #include "cpu_fallback/attend/plan.h"
 #include "cpu_fallback/cpu_features.h"
 #include "cpu_fallback/isa/registry.h"
@@ -66,11 +67,15 @@ int64_t CpuBackend::get_option(adaattn_option_t option) const {
 }
 
 PlanInfo CpuBackend::select(const Problem& problem) const {
+  if (problem.dtype_kv == Dtype::kE4M3)
+    return e4m3_info(problem, select_attention(widened(problem), isa_, pool_.num_threads()));
   if (problem.adaptive.policy != decide::Policy::kExact) return select_adaptive(problem, isa_, pool_.num_threads());
   return select_attention(problem, isa_, pool_.num_threads());
 }
 
 std::unique_ptr<AttentionPlan> CpuBackend::make_plan(const Problem& problem) {
+  if (problem.dtype_kv == Dtype::kE4M3)
+    return make_e4m3_plan(problem, make_attention_plan(widened(problem), isa_, pool_), pool_);
   if (problem.adaptive.policy != decide::Policy::kExact) return make_adaptive_plan(problem, isa_, pool_);
   return make_attention_plan(problem, isa_, pool_);
 }

@@ -58,20 +58,33 @@ double key_element(const adaattn_attn_desc_t& desc, const adaattn_io_t& io, cons
   return at(t, page, token % desc.page_size, h, c);
 }
 
+// What elements of q (block 0), k or v are multiplied by; extents of 1 broadcast.
+double descale_of(const adaattn_tensor_t& t, int64_t b, int64_t kv_head, int64_t block) {
+  if (!present(t)) return 1;
+  const auto index = [&t](int dim, int64_t i) { return t.shape[dim] == 1 ? 0 : i; };
+  return at(t, index(0, b), index(1, kv_head), t.ndim == 3 ? index(2, block) : 0);
+}
+
 // Copies what head h of sequence b needs into dense matrices.
 Head gather(const adaattn_attn_desc_t& desc, const adaattn_io_t& io, const Sequence& s, int64_t b, int64_t h) {
   Head head;
   const int64_t kv_head = h / (desc.heads_q / desc.heads_kv);
   const int64_t d_v = !present(io.v) ? 0 : desc.head_dim_v ? desc.head_dim_v : desc.head_dim_qk;
   head.q = Matrix(s.len_q, desc.head_dim_qk);
+  const double q_factor = descale_of(io.q_descale, b, kv_head, 0);
   for (int64_t i = 0; i < s.len_q; ++i)
-    for (int64_t c = 0; c < desc.head_dim_qk; ++c) head.q(i, c) = element(io.q, desc.layout_q, b, s.q_start + i, h, c);
+    for (int64_t c = 0; c < desc.head_dim_qk; ++c)
+      head.q(i, c) = q_factor * element(io.q, desc.layout_q, b, s.q_start + i, h, c);
   head.k = Matrix(s.len_k, desc.head_dim_qk);
   head.v = Matrix(s.len_k, d_v);
   for (int64_t j = 0; j < s.len_k; ++j) {
+    const int64_t block = desc.descale_block != 0 ? j / desc.descale_block : 0;
+    const double k_factor = descale_of(io.k_descale, b, kv_head, block);
+    const double v_factor = descale_of(io.v_descale, b, kv_head, block);
     for (int64_t c = 0; c < desc.head_dim_qk; ++c)
-      head.k(j, c) = key_element(desc, io, io.k, b, s.k_start + j, kv_head, c);
-    for (int64_t c = 0; c < d_v; ++c) head.v(j, c) = key_element(desc, io, io.v, b, s.k_start + j, kv_head, c);
+      head.k(j, c) = k_factor * key_element(desc, io, io.k, b, s.k_start + j, kv_head, c);
+    for (int64_t c = 0; c < d_v; ++c)
+      head.v(j, c) = v_factor * key_element(desc, io, io.v, b, s.k_start + j, kv_head, c);
   }
   head.scale = desc.scale != 0 ? desc.scale : 1 / std::sqrt(static_cast<double>(desc.head_dim_qk));
   head.softcap = desc.softcap;

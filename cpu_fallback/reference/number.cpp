@@ -44,6 +44,27 @@ uint16_t encode(double value, Format f) {
   return sign | static_cast<uint16_t>(std::min<int64_t>(bits, infinity));
 }
 
+// E4M3 has no infinity and one NaN: the exponent field 15 counts on, up to 448.
+double decode_e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const double sign = bits & 0x80 ? -1.0 : 1.0;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<double>::quiet_NaN();
+  if (exponent == 0) return sign * std::ldexp(mantissa, -9);
+  return sign * std::ldexp(8 + mantissa, exponent - 10);
+}
+
+uint8_t encode_e4m3(double value) {
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  if (std::isnan(value)) return sign | 0x7f;
+  const double magnitude = std::fmin(std::fabs(value), 448);
+  if (magnitude == 0) return sign;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const int field = std::max(exponent - 1, -6) + 6;
+  const double steps = std::nearbyint(std::ldexp(magnitude, 9 - field));  // to nearest even
+  return sign | static_cast<uint8_t>(8 * field + static_cast<int>(steps));
+}
+
 }  // namespace
 
 int64_t size_of(adaattn_dtype_t dtype) {
@@ -56,6 +77,8 @@ int64_t size_of(adaattn_dtype_t dtype) {
       return 2;
     case ADAATTN_DTYPE_I64:
       return 8;
+    case ADAATTN_DTYPE_E4M3:
+      return 1;
     default:
       std::abort();
   }
@@ -76,6 +99,8 @@ double load(const void* data, adaattn_dtype_t dtype, int64_t index) {
       return static_cast<double>(as(int64_t{}));
     case ADAATTN_DTYPE_F16:
       return decode(as(uint16_t{}), kHalf);
+    case ADAATTN_DTYPE_E4M3:
+      return decode_e4m3(as(uint8_t{}));
     default:
       return decode(as(uint16_t{}), kBfloat);
   }
@@ -93,6 +118,8 @@ void store(void* data, adaattn_dtype_t dtype, int64_t index, double value) {
       return put(static_cast<int64_t>(value));
     case ADAATTN_DTYPE_F16:
       return put(encode(value, kHalf));
+    case ADAATTN_DTYPE_E4M3:
+      return put(encode_e4m3(value));
     default:
       return put(encode(value, kBfloat));
   }

@@ -13,7 +13,7 @@ int64_t size_of(adaattn_dtype_t dtype);
 // Element `index` of an array of dtype.
 double load(const void* data, adaattn_dtype_t dtype, int64_t index);
 
-// Rounds to nearest even, overflowing to infinity; NaN stays NaN.
+// Rounds to nearest even, overflowing to infinity, E4M3 to its largest number; NaN stays NaN.
 void store(void* data, adaattn_dtype_t dtype, int64_t index, double value);
 
 // value after a round trip through dtype.

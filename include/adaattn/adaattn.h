@@ -81,6 +81,7 @@ typedef int32_t adaattn_dtype_t;
 #define ADAATTN_DTYPE_BF16 3
 #define ADAATTN_DTYPE_I32 4
 #define ADAATTN_DTYPE_I64 5
+#define ADAATTN_DTYPE_E4M3 6 /* OCP FP8 E4M3: 1 byte, largest finite number 448, NaN and no infinity */
 
 typedef int32_t adaattn_device_t;
 #define ADAATTN_DEVICE_CPU 1
@@ -268,7 +269,8 @@ typedef int32_t adaattn_math_t;
  *   o_i  = sum_j p_ij v_j,  p_ij = exp(s_ij) / (sum_j' exp(s_ij') + exp(sinks[h]) if SINK)   over visible keys j
  *   lse_i = ln of that denominator;  entropy_i = -sum_j w_ij ln w_ij in nats, w = p renormalised over real keys
  * A query that sees no key has o = 0, lse = -inf (or the sink) and entropy 0. Query head h reads key head
- * h / (heads_q / heads_kv). */
+ * h / (heads_q / heads_kv). Elements of E4M3 tensors stand for their value times the tensor's descale factor; adaptive
+ * policies and the entropy tool refuse them. */
 typedef struct adaattn_attn_desc {
   size_t struct_size;
   int64_t max_batch;    /* sequences in a call, >= 1 */
@@ -277,11 +279,11 @@ typedef struct adaattn_attn_desc {
   int64_t max_total_q; /* THD only: packed query tokens; 0 (default) means max_batch * max_seqlen_q */
   int64_t heads_q;     /* a multiple of heads_kv */
   int64_t heads_kv;
-  int64_t head_dim_qk; /* 1..512 */
-  int64_t head_dim_v;  /* 1..512; 0 (default) means head_dim_qk */
-  adaattn_dtype_t dtype_q;
+  int64_t head_dim_qk;      /* 1..512 */
+  int64_t head_dim_v;       /* 1..512; 0 (default) means head_dim_qk */
+  adaattn_dtype_t dtype_q;  /* E4M3 only with dtype_kv E4M3 */
   adaattn_dtype_t dtype_kv; /* NONE (default): as q */
-  adaattn_dtype_t dtype_o;  /* NONE (default): as q */
+  adaattn_dtype_t dtype_o;  /* NONE (default): as q, BF16 where q is E4M3; E4M3 is refused */
   adaattn_math_t math;
   adaattn_layout_t layout_q;  /* of q and o; default BSHD */
   adaattn_layout_t layout_kv; /* default BSHD; THD exactly when layout_q is THD, or PAGED */
@@ -294,6 +296,8 @@ typedef struct adaattn_attn_desc {
   double softcap;
   uint32_t flags;   /* ADAATTN_FLAG_* */
   uint32_t outputs; /* ADAATTN_OUTPUT_* */
+  /* E4M3 k and v: 0 (default), one descale factor per key head; or a multiple of 64, one per so many keys of it. */
+  int64_t descale_block;
 } adaattn_attn_desc_t;
 
 ADAATTN_API adaattn_status_t adaattn_attn_desc_init(adaattn_attn_desc_t* desc, size_t size);
@@ -310,6 +314,11 @@ ADAATTN_API adaattn_status_t adaattn_attn_desc_init(adaattn_attn_desc_t* desc, s
  *   cu_seqlens_k   i32 [batch + 1], THD keys
  *   seqused_k      i32 [batch], optional (mandatory for PAGED): actual key lengths
  *   block_table    i32 [batch, max pages of a sequence], PAGED: page of each page_size keys
+ *   q_descale      f32 [batch, heads_kv], mandatory where q is E4M3
+ *   k_descale, v_descale   f32 [batch, heads_kv], mandatory where k and v are E4M3; with descale_block [batch,
+ *                  heads_kv, blocks], block i holds keys [i, i + 1) * descale_block of the sequence in every layout.
+ *                  Any strides, extents of 1 broadcast: [1, 1] is one factor for the tensor. Factors are finite and
+ *                  not negative
  * Values in cu_seqlens, seqused_k and block_table are clamped to what exists, never followed out of bounds; the
  * first violation is reported by adaattn_plan_get_stats(). o, lse and entropy must not overlap any other tensor. */
 typedef struct adaattn_io {
@@ -327,6 +336,9 @@ typedef struct adaattn_io {
   adaattn_tensor_t cu_seqlens_k;
   adaattn_tensor_t seqused_k;
   adaattn_tensor_t block_table;
+  adaattn_tensor_t q_descale;
+  adaattn_tensor_t k_descale;
+  adaattn_tensor_t v_descale;
 } adaattn_io_t;
 
 ADAATTN_API adaattn_status_t adaattn_io_init(adaattn_io_t* io, size_t size);

@@ -21,6 +21,8 @@ const char* name_of(Dtype dtype) {
       return "F16";
     case Dtype::kBF16:
       return "BF16";
+    case Dtype::kE4M3:
+      return "E4M3";
     default:
       return "NONE";
   }
@@ -63,6 +65,7 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
             best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
   }
+  if (problem.dtype_q == Dtype::kE4M3) return best(Phase::kForward, problem, features, device);
   // Hopper kernels do not split keys: with few tiles and many keys most SMs would have nothing to do.
   const int64_t tiles = extent.batch * problem.heads_q * ceil_div(seqlen_q, kHopperRows);
   if (tiles * 2 <= device.multiprocessors && extent.seqlen_k >= kSplitKeys) features |= kSplit;
@@ -107,6 +110,7 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
            device.compute_capability % 10);
   if (problem.dtype_q == Dtype::kNone || dtype_size(problem.dtype_q) == 8 || problem.dtype_q == Dtype::kI32)
     refuse("dtype_q: the CUDA back-end takes F32, F16 and BF16");
+  if (problem.dtype_q == Dtype::kE4M3) refuse("dtype_q: E4M3; the CUDA back-end takes F32, F16 and BF16");
   if (problem.dtype_kv != problem.dtype_q)
     refuse("dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v", name_of(problem.dtype_kv),
            name_of(problem.dtype_q));

@@ -26,13 +26,13 @@ namespace adaattn::capi {
 namespace {
 
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLCUDAManaged = 13;
-constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLFloat8E4M3fn = 10;
 
 adaattn_tensor_t make_tensor(void* data, adaattn_dtype_t dtype, adaattn_device_t device, int32_t device_id,
                              int32_t ndim, const int64_t* shape, const int64_t* stride) {
-  if (dtype < ADAATTN_DTYPE_F32 || dtype > ADAATTN_DTYPE_I64)
-    fail(ADAATTN_ERROR_INVALID_DTYPE, "dtype is %" PRId32 "; accepted: 1 (F32), 2 (F16), 3 (BF16), 4 (I32), 5 (I64)",
-         dtype);
+  if (dtype < ADAATTN_DTYPE_F32 || dtype > ADAATTN_DTYPE_E4M3)
+    fail(ADAATTN_ERROR_INVALID_DTYPE,
+         "dtype is %" PRId32 "; accepted: 1 (F32), 2 (F16), 3 (BF16), 4 (I32), 5 (I64), 6 (E4M3)", dtype);
   check_device(device, "device");
   if (device_id < 0) fail(ADAATTN_ERROR_INVALID_ARGUMENT, "device_id is %" PRId32 "; accepted: 0 or more", device_id);
   if (ndim < 1 || ndim > 4) fail(ADAATTN_ERROR_INVALID_SHAPE, "ndim is %" PRId32 "; accepted: 1 to 4", ndim);
@@ -60,12 +60,13 @@ adaattn_dtype_t dtype_of(const DLTensor& t) {
     if (t.dtype.code == kDLFloat && t.dtype.bits == 32) return ADAATTN_DTYPE_F32;
     if (t.dtype.code == kDLFloat && t.dtype.bits == 16) return ADAATTN_DTYPE_F16;
     if (t.dtype.code == kDLBfloat && t.dtype.bits == 16) return ADAATTN_DTYPE_BF16;
+    if (t.dtype.code == kDLFloat8E4M3fn && t.dtype.bits == 8) return ADAATTN_DTYPE_E4M3;
     if (t.dtype.code == kDLInt && t.dtype.bits == 32) return ADAATTN_DTYPE_I32;
     if (t.dtype.code == kDLInt && t.dtype.bits == 64) return ADAATTN_DTYPE_I64;
   }
   fail(ADAATTN_ERROR_INVALID_DTYPE,
        "dl_tensor.dtype has code %u, %u bits, %u lanes; accepted: one lane of float16, "
-       "float32, bfloat16, int32 or int64",
+       "float32, bfloat16, float8_e4m3fn, int32 or int64",
        t.dtype.code, t.dtype.bits, t.dtype.lanes);
 }
 

@@ -119,6 +119,8 @@ Options resolve_options(const adaattn_adaptive_desc_t& d, const Problem& problem
     fail(ADAATTN_ERROR_INVALID_ARGUMENT,
          "adaptive.tolerance is %g; expected a finite value > 0, or 0 for the policy's own", d.tolerance);
   if (policy == Policy::kExact) return {};
+  if (problem.dtype_kv == Dtype::kE4M3)
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive.policy is %d; with E4M3 tensors only 0 (EXACT) is computed", d.policy);
   if (policy != Policy::kCustom) refuse_custom_fields(d);
 
   Options o = policy_defaults(policy);

@@ -8,10 +8,22 @@
 
 namespace adaattn {
 
-enum class Dtype : int32_t { kNone = 0, kF32 = 1, kF16 = 2, kBF16 = 3, kI32 = 4, kI64 = 5 };  // = ADAATTN_DTYPE_*
+enum class Dtype : int32_t {
+  kNone = 0,
+  kF32 = 1,
+  kF16 = 2,
+  kBF16 = 3,
+  kI32 = 4,
+  kI64 = 5,
+  kE4M3 = 6
+};  // = ADAATTN_DTYPE_*
 
 ADAATTN_HD constexpr int64_t dtype_size(Dtype dtype) {
-  return dtype == Dtype::kI64 ? 8 : dtype == Dtype::kF32 || dtype == Dtype::kI32 ? 4 : dtype == Dtype::kNone ? 0 : 2;
+  return dtype == Dtype::kI64                           ? 8
+         : dtype == Dtype::kF32 || dtype == Dtype::kI32 ? 4
+         : dtype == Dtype::kNone                        ? 0
+         : dtype == Dtype::kE4M3                        ? 1
+                                                        : 2;
 }
 
 // A [batch, token, head, dim] view. Packed (THD) operands have stride_b 0 and find a sequence's first token through
@@ -28,6 +40,12 @@ struct BiasOperand {
   const void* data = nullptr;  // f32 or the dtype of q; null: absent
   int64_t stride_b = 0, stride_h = 0, stride_q = 0, stride_k = 0;
   Dtype dtype = Dtype::kNone;
+};
+
+// What elements of an E4M3 operand are multiplied by: a factor per sequence, KV head and block of keys.
+struct Descale {
+  const float* data = nullptr;  // null: the operand is not E4M3
+  int64_t stride_b = 0, stride_h = 0, stride_block = 0;
 };
 
 enum class Field : int32_t { kNone = 0, kCuSeqlensQ = 1, kCuSeqlensK = 2, kSequsedK = 3, kBlockTable = 4 };
@@ -47,6 +65,9 @@ struct AttnParams {
   int64_t alibi_stride_b = 0, alibi_stride_h = 0;
   const float* sinks = nullptr;  // null: absent
   int64_t sinks_stride = 0;
+
+  Descale q_descale, k_descale, v_descale;
+  int64_t descale_block = 0;  // keys per factor of k and v; 0: all of the sequence
 
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1], null unless packed
   const int32_t* cu_seqlens_k = nullptr;  // [batch + 1], null unless packed

@@ -126,6 +126,8 @@ const char* dtype_name(int32_t dtype) {
       return "I32";
     case ADAATTN_DTYPE_I64:
       return "I64";
+    case ADAATTN_DTYPE_E4M3:
+      return "E4M3";
     default:
       return "unknown";
   }

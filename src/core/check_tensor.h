@@ -61,7 +61,7 @@ class CallMemory {
     int may_equal;
   };
   bool same_view(const Entry& a, const Entry& b) const;
-  Entry entries_[16];
+  Entry entries_[18];  // an io's tensors, head_entropy and the workspace
   int count_ = 0;
 };
 

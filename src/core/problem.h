@@ -23,7 +23,8 @@ struct Problem {
   float scale = 1, softcap = 0;
   bool alibi = false, sink = false, bias = false;
   bool want_lse = false, want_entropy = false;
-  decide::Options adaptive;  // policy kExact: nothing below it is used
+  int64_t descale_block = 0;  // of E4M3 k and v; 0: one factor per head
+  decide::Options adaptive;   // policy kExact: nothing below it is used
   bool operator==(const Problem&) const = default;
 };
 

@@ -61,18 +61,33 @@ class DescReader {
     }
   }
 
-  Dtype dtype(const char* field, adaattn_dtype_t value, Dtype default_dtype) const {
+  Dtype dtype(const char* field, adaattn_dtype_t value, Dtype default_dtype, bool e4m3) const {
     if (value == ADAATTN_DTYPE_NONE && default_dtype != Dtype::kNone) return default_dtype;
-    if (value != ADAATTN_DTYPE_F32 && value != ADAATTN_DTYPE_F16 && value != ADAATTN_DTYPE_BF16)
-      fail(ADAATTN_ERROR_INVALID_DTYPE, "%s.%s is %" PRId32 " (%s); accepted: F32, F16, BF16%s", name_, field, value,
-           dtype_name(value), default_dtype == Dtype::kNone ? "" : " or NONE (as q)");
+    if (value != ADAATTN_DTYPE_F32 && value != ADAATTN_DTYPE_F16 && value != ADAATTN_DTYPE_BF16 &&
+        !(e4m3 && value == ADAATTN_DTYPE_E4M3))
+      fail(ADAATTN_ERROR_INVALID_DTYPE, "%s.%s is %" PRId32 " (%s); accepted: F32, F16, BF16%s%s", name_, field, value,
+           dtype_name(value), e4m3 ? ", E4M3" : "",
+           default_dtype == Dtype::kNone ? "" : " or NONE, which stands for the default");
     return static_cast<Dtype>(value);
   }
 
   void read_types(Problem& p) const {
-    p.dtype_q = dtype("dtype_q", d_.dtype_q, Dtype::kNone);
-    p.dtype_kv = dtype("dtype_kv", d_.dtype_kv, p.dtype_q);
-    p.dtype_o = use_ == Use::kAttention ? dtype("dtype_o", d_.dtype_o, p.dtype_q) : p.dtype_q;
+    const bool attends = use_ == Use::kAttention;
+    p.dtype_q = dtype("dtype_q", d_.dtype_q, Dtype::kNone, attends);
+    p.dtype_kv = dtype("dtype_kv", d_.dtype_kv, p.dtype_q, attends);
+    if (p.dtype_q == Dtype::kE4M3 && p.dtype_kv != Dtype::kE4M3)
+      fail(ADAATTN_ERROR_INVALID_DTYPE, "%s.dtype_kv is %" PRId32 " (%s); accepted: E4M3 with %s.dtype_q E4M3", name_,
+           d_.dtype_kv, dtype_name(d_.dtype_kv), name_);
+    const Dtype as_q = p.dtype_q == Dtype::kE4M3 ? Dtype::kBF16 : p.dtype_q;
+    p.dtype_o = attends ? dtype("dtype_o", d_.dtype_o, as_q, false) : p.dtype_q;
+    const int64_t block = d_.descale_block;
+    if (p.dtype_kv != Dtype::kE4M3 && block != 0)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "%s.descale_block is %" PRId64 "; accepted: 0 unless %s.dtype_kv is E4M3",
+           name_, block, name_);
+    if (block < 0 || block > kMaxExtent || block % 64 != 0)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT,
+           "%s.descale_block is %" PRId64 "; accepted: 0 (one factor per head) or a multiple of 64 keys", name_, block);
+    p.descale_block = block;
     range("math", d_.math, ADAATTN_MATH_EXACT, ADAATTN_MATH_FAST_F32);
     p.fast_f32 = d_.math == ADAATTN_MATH_FAST_F32 && p.dtype_q == Dtype::kF32;
   }

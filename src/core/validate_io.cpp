@@ -46,6 +46,7 @@ class IoReader {
     read_kv();
     read_bias();
     read_vectors();
+    read_descales();
     if (use_ == Use::kAttention)
       read_o();
     else
@@ -68,6 +69,7 @@ class IoReader {
     p_.scale = problem_.scale;
     p_.softcap = problem_.softcap;
     p_.fast_f32 = problem_.fast_f32;
+    p_.descale_block = problem_.descale_block;
   }
 
   void check(const adaattn_tensor_t& t, const char* name, Access access, int min_ndim, int max_ndim,
@@ -201,7 +203,8 @@ class IoReader {
       return;
     }
     const adaattn_tensor_t& t = io_.bias;
-    check(t, "io.bias", Access::kInput, 4, 4, {Dtype::kF32, problem_.dtype_q});
+    const Dtype narrow = problem_.dtype_q == Dtype::kE4M3 ? Dtype::kF32 : problem_.dtype_q;
+    check(t, "io.bias", Access::kInput, 4, 4, {Dtype::kF32, narrow});
     if (t.shape[0] != 1) expect_extent(t, "io.bias", 0, p_.batch, "the number of sequences, or 1");
     if (t.shape[1] != 1) expect_extent(t, "io.bias", 1, problem_.heads_q, "heads_q of the descriptor, or 1");
     p_.seqlen_q = bias_length(2, p_.seqlen_q, packed_, "the query length of the call, or 1");
@@ -250,6 +253,34 @@ class IoReader {
     }
   }
 
+  // Extents of 1 broadcast.
+  Descale read_descale(const adaattn_tensor_t& t, const char* name, bool wanted, bool in_blocks) {
+    if (!wanted) {
+      expect_absent(t, name);
+      return {};
+    }
+    const int ndim = in_blocks ? 3 : 2;
+    check(t, name, Access::kInput, ndim, ndim, {Dtype::kF32});
+    if (t.shape[0] != 1) expect_extent(t, name, 0, p_.batch, "the number of sequences, or 1");
+    if (t.shape[1] != 1) expect_extent(t, name, 1, problem_.heads_kv, "heads_kv of the descriptor, or 1");
+    if (in_blocks && t.shape[2] != 1) {
+      const int64_t blocks = p_.seqlen_k / problem_.descale_block + (p_.seqlen_k % problem_.descale_block != 0);
+      if (t.shape[2] < blocks)
+        fail(ADAATTN_ERROR_INVALID_SHAPE,
+             "%s.shape[2] is %" PRId64 "; accepted: 1, or at least %" PRId64 ", the blocks of %" PRId64 " keys", name,
+             t.shape[2], blocks, p_.seqlen_k);
+    }
+    return {static_cast<const float*>(t.data), effective_stride(t, 0), effective_stride(t, 1),
+            in_blocks ? effective_stride(t, 2) : 0};
+  }
+
+  void read_descales() {
+    const bool q = problem_.dtype_q == Dtype::kE4M3, kv = problem_.dtype_kv == Dtype::kE4M3;
+    p_.q_descale = read_descale(io_.q_descale, "io.q_descale", q, false);
+    p_.k_descale = read_descale(io_.k_descale, "io.k_descale", kv, problem_.descale_block != 0);
+    p_.v_descale = read_descale(io_.v_descale, "io.v_descale", kv, problem_.descale_block != 0);
+  }
+
   void read_o() {
     const Axes& x = q_axes_;
     check(io_.o, "io.o", Access::kUnitOutput, x.count, x.count, {problem_.dtype_o});
@@ -295,7 +326,7 @@ class IoReader {
   Axes q_axes_, kv_axes_;
   bool packed_, paged_;
   AttnParams p_;
-  Present present_[13];
+  Present present_[16];
   int present_count_ = 0;
 };
 

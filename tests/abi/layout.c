@@ -83,6 +83,7 @@ int main(void) {
   FIELD(adaattn_attn_desc_t, softcap);
   FIELD(adaattn_attn_desc_t, flags);
   FIELD(adaattn_attn_desc_t, outputs);
+  FIELD(adaattn_attn_desc_t, descale_block);
   END(adaattn_attn_desc_t);
   STRUCT(adaattn_adaptive_desc_t);
   FIELD(adaattn_adaptive_desc_t, struct_size);
@@ -122,6 +123,9 @@ int main(void) {
   FIELD(adaattn_io_t, cu_seqlens_k);
   FIELD(adaattn_io_t, seqused_k);
   FIELD(adaattn_io_t, block_table);
+  FIELD(adaattn_io_t, q_descale);
+  FIELD(adaattn_io_t, k_descale);
+  FIELD(adaattn_io_t, v_descale);
   END(adaattn_io_t);
   STRUCT(adaattn_plan_info_t);
   FIELD(adaattn_plan_info_t, struct_size);

@@ -29,6 +29,15 @@ constexpr adaattn_status_t kArgument = ADAATTN_ERROR_INVALID_ARGUMENT, kNull = A
                            kDevice = ADAATTN_ERROR_WRONG_DEVICE;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
 
+// The call with E4M3 tensors; the floats' bytes are read as numbers of 8 bits.
+void make_e4m3(Call& c) {
+  c.desc.dtype_q = c.desc.dtype_kv = ADAATTN_DTYPE_E4M3;
+  c.desc.dtype_o = ADAATTN_DTYPE_F32;
+  for (adaattn_tensor_t* t : {&c.io.q, &c.io.k, &c.io.v}) t->dtype = ADAATTN_DTYPE_E4M3;
+  for (adaattn_tensor_t* t : {&c.io.q_descale, &c.io.k_descale, &c.io.v_descale})
+    *t = tensor(c.slopes.data(), ADAATTN_DTYPE_F32, {1, 1});
+}
+
 const BadInput kBadDescriptors[] = {
     {"DescNull", kBSHD, [](Call& c) { c.desc_pointer = nullptr; }, kNull, "desc is NULL"},
     {"DescSizeZero", kBSHD, [](Call& c) { c.desc.struct_size = 0; }, kStructSize, "desc.struct_size is 0"},
@@ -50,6 +59,17 @@ const BadInput kBadDescriptors[] = {
     {"DtypeQInteger", kBSHD, [](Call& c) { c.desc.dtype_q = ADAATTN_DTYPE_I32; }, kDtype, "desc.dtype_q is 4 (I32)"},
     {"DtypeKvUnknown", kBSHD, [](Call& c) { c.desc.dtype_kv = 99; }, kDtype, "desc.dtype_kv is 99"},
     {"DtypeOUnknown", kBSHD, [](Call& c) { c.desc.dtype_o = -1; }, kDtype, "desc.dtype_o is -1"},
+    {"E4m3QueriesAlone", kBSHD,
+     [](Call& c) { c.desc.dtype_q = ADAATTN_DTYPE_E4M3, c.desc.dtype_kv = ADAATTN_DTYPE_BF16; }, kDtype,
+     "desc.dtype_kv is 3 (BF16); accepted: E4M3"},
+    {"E4m3Output", kBSHD, [](Call& c) { make_e4m3(c), c.desc.dtype_o = ADAATTN_DTYPE_E4M3; }, kDtype,
+     "desc.dtype_o is 6 (E4M3)"},
+    {"DescaleBlockUncalledFor", kBSHD, [](Call& c) { c.desc.descale_block = 64; }, kArgument,
+     "desc.descale_block is 64"},
+    {"DescaleBlockNegative", kBSHD, [](Call& c) { make_e4m3(c), c.desc.descale_block = -64; }, kArgument,
+     "desc.descale_block is -64"},
+    {"DescaleBlockNotOf64", kBSHD, [](Call& c) { make_e4m3(c), c.desc.descale_block = 96; }, kArgument,
+     "desc.descale_block is 96"},
     {"MathUnknown", kBSHD, [](Call& c) { c.desc.math = 2; }, kArgument, "desc.math is 2"},
     {"LayoutQUnknown", kBSHD, [](Call& c) { c.desc.layout_q = 0; }, kArgument, "desc.layout_q is 0"},
     {"LayoutQPaged", kBSHD, [](Call& c) { c.desc.layout_q = ADAATTN_LAYOUT_PAGED; }, kArgument, "desc.layout_q is 4"},
@@ -182,6 +202,19 @@ const BadInput kBadTensors[] = {
      "io.block_table.stride[1] is 2"},
     {"SequsedAbsentForPages", kPaged, [](Call& c) { c.io.seqused_k = {}; }, kNull, "io.seqused_k is absent"},
     {"PageSizeOfK", kPaged, [](Call& c) { c.desc.page_size = 8; }, kShape, "io.k.shape[1] is 4; accepted: 8"},
+    {"E4m3Tensor", kBSHD, [](Call& c) { c.io.q.dtype = ADAATTN_DTYPE_E4M3; }, kDtype, "io.q.dtype is 6 (E4M3)"},
+    {"DescaleUncalledFor", kBSHD, [](Call& c) { c.io.k_descale = c.io.sinks; }, kArgument, "io.k_descale is present"},
+    {"QDescaleAbsent", kBSHD, [](Call& c) { make_e4m3(c), c.io.q_descale = {}; }, kNull, "io.q_descale is absent"},
+    {"KDescaleAbsent", kPacked, [](Call& c) { make_e4m3(c), c.io.k_descale = {}; }, kNull, "io.k_descale is absent"},
+    {"VDescaleAbsent", kPaged, [](Call& c) { make_e4m3(c), c.io.v_descale = {}; }, kNull, "io.v_descale is absent"},
+    {"VDescaleDtype", kBSHD, [](Call& c) { make_e4m3(c), c.io.v_descale.dtype = ADAATTN_DTYPE_BF16; }, kDtype,
+     "io.v_descale.dtype is 3"},
+    {"KDescaleDims", kBSHD, [](Call& c) { make_e4m3(c), c.desc.descale_block = 64; }, kShape,
+     "io.k_descale.ndim is 2; accepted: 3"},
+    {"QDescaleBatch", kBSHD, [](Call& c) { make_e4m3(c), c.io.q_descale.shape[0] = 3; }, kShape,
+     "io.q_descale.shape[0] is 3; accepted: 2"},
+    {"VDescaleHeads", kBSHD, [](Call& c) { make_e4m3(c), c.io.v_descale.shape[1] = 4; }, kShape,
+     "io.v_descale.shape[1] is 4; accepted: 2"},
     {"PagesOfV", kPaged, [](Call& c) { c.io.v.shape[0] = 4; }, kShape, "io.v.shape[0] is 4; accepted: 5"},
 };
 

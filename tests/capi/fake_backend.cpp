@@ -175,6 +175,14 @@ std::vector<Reach> reach_of(const AttnParams& p) {
   add("seqused_k", p.seqused_k, p.batch > 0, p.batch - 1, 4);
   add("block_table", p.block_table, p.batch > 0 && p.pages_per_seq > 0,
       (p.batch - 1) * p.block_table_stride + p.pages_per_seq - 1, 4);
+  const int64_t blocks = p.descale_block != 0 ? (p.seqlen_k + p.descale_block - 1) / p.descale_block : 1;
+  const auto add_descale = [&](const char* field, const Descale& x, int64_t count) {
+    add(field, x.data, p.batch > 0 && count > 0,
+        (p.batch - 1) * x.stride_b + (p.heads_kv - 1) * x.stride_h + (count - 1) * x.stride_block, 4);
+  };
+  add_descale("q_descale", p.q_descale, 1);
+  add_descale("k_descale", p.k_descale, blocks);
+  add_descale("v_descale", p.v_descale, blocks);
   return all;
 }
 

@@ -65,7 +65,7 @@ TEST_F(TensorInit, EmptyExtentsKeepTheStridesPositive) {
 
 TEST_F(TensorInit, RefusesWhatCannotBe) {
   expect_refused(init(ADAATTN_DTYPE_NONE, {1}), ADAATTN_ERROR_INVALID_DTYPE, "dtype is 0");
-  expect_refused(init(6, {1}), ADAATTN_ERROR_INVALID_DTYPE, "dtype is 6");
+  expect_refused(init(7, {1}), ADAATTN_ERROR_INVALID_DTYPE, "dtype is 7");
   expect_refused(init(ADAATTN_DTYPE_F32, {}), ADAATTN_ERROR_INVALID_SHAPE, "ndim is 0");
   expect_refused(init(ADAATTN_DTYPE_F32, {1, 1, 1, 1, 1}), ADAATTN_ERROR_INVALID_SHAPE, "ndim is 5");
   expect_refused(init(ADAATTN_DTYPE_F32, {2, -1}), ADAATTN_ERROR_INVALID_SHAPE, "shape[1] is -1");
@@ -104,11 +104,8 @@ TEST_F(Dlpack, KnowsTheDtypes) {
   const struct {
     uint8_t code, bits;
     adaattn_dtype_t dtype;
-  } rows[] = {{2, 32, ADAATTN_DTYPE_F32},
-              {2, 16, ADAATTN_DTYPE_F16},
-              {4, 16, ADAATTN_DTYPE_BF16},
-              {0, 32, ADAATTN_DTYPE_I32},
-              {0, 64, ADAATTN_DTYPE_I64}};
+  } rows[] = {{2, 32, ADAATTN_DTYPE_F32}, {2, 16, ADAATTN_DTYPE_F16}, {4, 16, ADAATTN_DTYPE_BF16},
+              {0, 32, ADAATTN_DTYPE_I32}, {0, 64, ADAATTN_DTYPE_I64}, {10, 8, ADAATTN_DTYPE_E4M3}};
   for (const auto& row : rows) {
     dl_.code = row.code;
     dl_.bits = row.bits;

@@ -109,7 +109,8 @@ void patch_all(Input& in, std::vector<Block*> blocks) {
 
 // In 128 bits, independently of the library's arithmetic.
 __int128 declared_bytes(const adaattn_tensor_t& t) {
-  const __int128 size = t.dtype == ADAATTN_DTYPE_I64                                   ? 8
+  const __int128 size = t.dtype == ADAATTN_DTYPE_E4M3                                  ? 1
+                        : t.dtype == ADAATTN_DTYPE_I64                                 ? 8
                         : t.dtype == ADAATTN_DTYPE_F32 || t.dtype == ADAATTN_DTYPE_I32 ? 4
                                                                                        : 2;
   __int128 last = 0;
@@ -149,7 +150,10 @@ void expect_inside(const AttnParams& params, const adaattn_io_t& io) {
                  {"cu_seqlens_q", io.cu_seqlens_q},
                  {"cu_seqlens_k", io.cu_seqlens_k},
                  {"seqused_k", io.seqused_k},
-                 {"block_table", io.block_table}};
+                 {"block_table", io.block_table},
+                 {"q_descale", io.q_descale},
+                 {"k_descale", io.k_descale},
+                 {"v_descale", io.v_descale}};
   for (const Reach& reach : reach_of(params))
     for (const auto& row : tensors)
       if (std::strcmp(row.field, reach.field) == 0) expect_inside(reach, row.tensor);

@@ -50,6 +50,24 @@ TEST(Number, EveryHalfAndBfloatValueSurvivesARoundTrip) {
   }
 }
 
+TEST(Number, KnownE4m3Bits) {
+  EXPECT_EQ(bits_of(1.0, ADAATTN_DTYPE_E4M3), 0x38);
+  EXPECT_EQ(bits_of(-1.5, ADAATTN_DTYPE_E4M3), 0xbc);
+  EXPECT_EQ(bits_of(448.0, ADAATTN_DTYPE_E4M3), 0x7e);
+  EXPECT_EQ(bits_of(1e9, ADAATTN_DTYPE_E4M3), 0x7e) << "there is no infinity";
+  EXPECT_EQ(bits_of(0x1p-9, ADAATTN_DTYPE_E4M3), 0x01) << "the smallest subnormal";
+  EXPECT_EQ(bits_of(0x1p-10, ADAATTN_DTYPE_E4M3), 0x00) << "a tie goes to even";
+  EXPECT_EQ(bits_of(0x1.ep-7, ADAATTN_DTYPE_E4M3), 0x08) << "rounding carries out of the subnormals";
+  EXPECT_EQ(bits_of(1.0625, ADAATTN_DTYPE_E4M3), 0x38) << "a tie goes to even";
+  EXPECT_EQ(bits_of(1.1875, ADAATTN_DTYPE_E4M3), 0x3a) << "a tie goes to even";
+  EXPECT_EQ(bits_of(1.99, ADAATTN_DTYPE_E4M3), 0x40) << "rounding carries into the exponent";
+  for (uint16_t bits = 0; bits < 256; ++bits) {
+    const double value = value_of(bits, ADAATTN_DTYPE_E4M3);
+    ASSERT_EQ(std::isnan(value), (bits & 0x7f) == 0x7f) << bits;
+    ASSERT_EQ(bits_of(value, ADAATTN_DTYPE_E4M3), bits);
+  }
+}
+
 TEST(Number, BfloatIsTheUpperHalfOfAFloat) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const uint32_t wide = bits << 16;

@@ -82,15 +82,16 @@ Tensor make_bias(const AttentionCase& c, const adaattn_attn_desc_t& desc, Random
   };
   const auto buffer = [&](int64_t n, adaattn_dtype_t dtype) { return std::make_shared<Buffer>(bytes(n, dtype)); };
   constexpr auto kF32 = ADAATTN_DTYPE_F32;
+  const adaattn_dtype_t as_q = desc.dtype_q == ADAATTN_DTYPE_E4M3 ? kF32 : desc.dtype_q;
   Tensor bias;
   switch (c.bias) {
     case Bias::kNone:
       return bias;
     case Bias::kFull:
-      bias = Tensor(desc.dtype_q, full);
+      bias = Tensor(as_q, full);
       break;
     case Bias::kPerHead:
-      bias = Tensor(desc.dtype_q, {1, h, q, k});
+      bias = Tensor(as_q, {1, h, q, k});
       break;
     case Bias::kPerKey:
       bias = Tensor(buffer(b * k, kF32), kF32, full, {k, 0, 0, 1});
@@ -204,11 +205,41 @@ AttentionData::AttentionData(const AttentionCase& c, const Dtypes& dtypes, uint6
     sinks = Tensor(ADAATTN_DTYPE_F32, {c.heads_q});
     sinks.fill([&] { return random.normal(); });
   }
+  add_descales(random);
+}
+
+// One factor for all of k, one per head of q and, in blocks, one for each block of v.
+void AttentionData::add_descales(Random& random) {
+  const auto factors = [&random](const std::vector<int64_t>& shape) {
+    Tensor t(ADAATTN_DTYPE_F32, shape);
+    t.fill([&] { return std::exp2(0.5 * random.normal()); });
+    return t;
+  };
+  const int64_t block = desc.descale_block, b = desc.max_batch, h = desc.heads_kv;
+  const int64_t blocks = block != 0 ? (desc.max_seqlen_k + block - 1) / block : 0;
+  if (desc.dtype_q == ADAATTN_DTYPE_E4M3) q_descale = factors({b, h});
+  if (desc.dtype_kv != ADAATTN_DTYPE_E4M3) return;
+  k_descale = block != 0 ? factors({1, h, blocks}) : factors({1, 1});
+  v_descale = block != 0 ? factors({b, h, blocks}) : factors({b, h});
 }
 
 const std::vector<const Tensor*> AttentionData::all() const {
-  return {&q,         &k,          &v, &o, &lse, &entropy, &bias, &alibi_slopes, &sinks, &cu_seqlens_q, &cu_seqlens_k,
-          &seqused_k, &block_table};
+  return {&q,
+          &k,
+          &v,
+          &o,
+          &lse,
+          &entropy,
+          &bias,
+          &alibi_slopes,
+          &sinks,
+          &cu_seqlens_q,
+          &cu_seqlens_k,
+          &seqused_k,
+          &block_table,
+          &q_descale,
+          &k_descale,
+          &v_descale};
 }
 
 adaattn_io_t AttentionData::io(adaattn_device_t device, int32_t id) const {
@@ -226,7 +257,10 @@ adaattn_io_t AttentionData::io(adaattn_device_t device, int32_t id) const {
                                &io.cu_seqlens_q,
                                &io.cu_seqlens_k,
                                &io.seqused_k,
-                               &io.block_table};
+                               &io.block_table,
+                               &io.q_descale,
+                               &io.k_descale,
+                               &io.v_descale};
   const auto tensors = all();
   for (size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i]->present()) *slots[i] = tensors[i]->on(device, id);

@@ -12,7 +12,8 @@ namespace adaattn::test {
 
 struct AttentionData {
   adaattn_attn_desc_t desc;
-  Tensor q, k, v, o, lse, entropy, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
+  Tensor q, k, v, o, lse, entropy, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+      q_descale, k_descale, v_descale;
 
   // Random inputs; outputs poisoned with NaN.
   AttentionData(const AttentionCase& c, const Dtypes& dtypes, uint64_t seed, uint32_t outputs = ADAATTN_OUTPUT_ALL);
@@ -35,6 +36,7 @@ struct AttentionData {
   std::vector<int64_t> row_index(int64_t b, int64_t i, int64_t h) const;               // lse, entropy
 
  private:
+  void add_descales(Random& random);
   const std::vector<const Tensor*> all() const;
 };
 

@@ -205,7 +205,8 @@ std::vector<AttentionCase> make_cases() {
   return cases;
 }
 
-constexpr adaattn_dtype_t kF32 = ADAATTN_DTYPE_F32, kF16 = ADAATTN_DTYPE_F16, kBF16 = ADAATTN_DTYPE_BF16;
+constexpr adaattn_dtype_t kF32 = ADAATTN_DTYPE_F32, kF16 = ADAATTN_DTYPE_F16, kBF16 = ADAATTN_DTYPE_BF16,
+                          kE4M3 = ADAATTN_DTYPE_E4M3;
 
 }  // namespace
 
@@ -225,6 +226,12 @@ const std::vector<Dtypes>& mixed_dtypes() {
                                            {"bf16_kv_f32", kBF16, kF32, kBF16},  {"bf16_kv_f16", kBF16, kF16, kBF16},
                                            {"bf16_out_f32", kBF16, kBF16, kF32}, {"f16_out_f32", kF16, kF16, kF32},
                                            {"f32_out_bf16", kF32, kF32, kBF16},  {"f32_out_f16", kF32, kF32, kF16}};
+  return list;
+}
+
+const std::vector<Dtypes>& e4m3_dtypes() {
+  static const std::vector<Dtypes> list = {
+      {"e4m3", kE4M3, kE4M3, kBF16}, {"e4m3_blocks", kE4M3, kE4M3, kF32, 64}, {"bf16_kv_e4m3", kBF16, kE4M3, kBF16}};
   return list;
 }
 
@@ -259,6 +266,7 @@ adaattn_attn_desc_t make_desc(const AttentionCase& c, const Dtypes& dtypes, uint
   desc.softcap = c.softcap;
   desc.flags = c.flags | (c.bias != Bias::kNone ? ADAATTN_FLAG_BIAS : 0);
   desc.outputs = outputs;
+  desc.descale_block = dtypes.descale_block;
   return desc;
 }
 

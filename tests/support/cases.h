@@ -63,12 +63,15 @@ std::string describe(const AttentionCase& c);
 struct Dtypes {
   const char* name;
   adaattn_dtype_t q, kv, o;
+  int64_t descale_block = 0;  // E4M3
 };
 
 // One dtype throughout: f32, f16, bf16.
 const std::vector<Dtypes>& uniform_dtypes();
 // Narrower or wider keys and outputs.
 const std::vector<Dtypes>& mixed_dtypes();
+// E4M3 keys and values, queries in E4M3 or wider, one descale factor per head or per block of keys.
+const std::vector<Dtypes>& e4m3_dtypes();
 
 // Descriptor whose maxima are exactly the case's own sizes.
 adaattn_attn_desc_t make_desc(const AttentionCase& c, const Dtypes& dtypes, uint32_t outputs = ADAATTN_OUTPUT_ALL);
