@@ -25,10 +25,9 @@ constexpr ForwardConfig forward_config() {
     c.groups = 3;
     c.ordered = false;
   } else if (kDqk <= 128) {
-    // Wide blocks waste too much on the diagonal; without one they pay.
-    c.tile_n = c.masked ? 128 : 176;
     c.ordered = c.softcap;
-    c.early_columns = c.softcap ? 6 : c.masked ? 0 : 3;
+    c.early_columns = c.softcap ? 6 : 0;
+    c.quick = !c.softcap;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;

@@ -21,6 +21,7 @@ struct ForwardConfig {
   bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
   bool ordered = true;         // warpgroups take turns in issuing matrix products
   int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
+  bool quick = false;          // blocks without a mask take the maxima of earlier ones for granted
   bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
 };
 

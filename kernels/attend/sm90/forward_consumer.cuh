@@ -82,11 +82,23 @@ class Consumer : protected ConsumerCore<Traits> {
       for (int stop = max(range_.n_min, free_end_);; stop = range_.n_min) {
         for (; n >= stop; --n) Core::template step<MaskSides::kBoth>(n, v_count_ + 1, n == range_.n_min);
         if (stop == range_.n_min) break;
-        for (; n >= max(range_.n_min, free_begin_); --n)
-          Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
+        free_blocks(n, max(range_.n_min, free_begin_));
       }
     } else {
-      for (; n >= range_.n_min; --n) Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
+      free_blocks(n, range_.n_min);
+    }
+  }
+
+  // Blocks down to `end` that every row sees whole.
+  __device__ __forceinline__ void free_blocks(int& n, int end) {
+    if constexpr (kC.quick) {
+      if (n >= end && Core::any_unseen()) {
+        Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
+        --n;
+      }
+      for (; n >= end; --n) Core::quick_step(n, v_count_ + 1, n == range_.n_min);
+    } else {
+      for (; n >= end; --n) Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
     }
   }
 

@@ -13,7 +13,7 @@ constexpr int kGroupRows = 64;  // wgmma's M
 constexpr int kStages = 2;      // of K and of V
 
 // Named barriers, one per consumer warpgroup from these numbers on; 0 is __syncthreads.
-enum class NamedBarrier : int { kOrder = 1, kTailZeroed = 4, kQuantized = 7, kSquared = 10 };
+enum class NamedBarrier : int { kOrder = 1, kTailZeroed = 4, kQuantized = 7, kSquared = 10, kVote = 13 };
 
 struct Tile {
   int m_block = -1;  // -1: no more work

@@ -13,7 +13,7 @@ static_assert(kFarTiles == 128, "a block of centroids is two mask words");
 template <int kRank>  // columns of V: kWalkDim, or fewer of V in its basis
 struct WalkPolicy {
   static constexpr ForwardConfig kConfig = {
-      .d_qk = kWalkDim, .d_v = kRank, .tile_n = 128, .masked = true, .dynamic = true, .ordered = false};
+      .d_qk = kWalkDim, .d_v = kRank, .tile_n = 128, .masked = true, .dynamic = true, .ordered = false, .quick = true};
 };
 
 struct WalkTile {
