@@ -40,19 +40,9 @@ const char* name_of(Start start) {
 }
 
 // x diag(energies) x^T after the columns of x were made orthonormal.
-Matrix gram_from(Matrix x, const std::vector<double>& energies) {
+Matrix gram_from(const Matrix& columns, const std::vector<double>& energies) {
+  const Matrix x = reference::orthonormal_columns(columns);
   const int64_t n = x.rows;
-  for (int64_t j = 0; j < n; ++j)
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int64_t i = 0; i < j; ++i) {
-        double dot = 0;
-        for (int64_t r = 0; r < n; ++r) dot += x(r, i) * x(r, j);
-        for (int64_t r = 0; r < n; ++r) x(r, j) -= dot * x(r, i);
-      }
-      double square = 0;
-      for (int64_t r = 0; r < n; ++r) square += x(r, j) * x(r, j);
-      for (int64_t r = 0; r < n; ++r) x(r, j) /= std::sqrt(square);
-    }
   Matrix scaled = x;
   for (int64_t r = 0; r < n; ++r)
     for (int64_t j = 0; j < n; ++j) scaled(r, j) *= energies[static_cast<size_t>(j)];

@@ -15,9 +15,9 @@
 #include "adaptive/analyze.h"
 #include "adaptive/sample.h"
 #include "adaptive/tile_tally.h"
-#include "attend/plan.h"
 #include "attend/sm90/walk.h"
 #include "cuda_call.h"
+#include "hopper_call.h"
 #include "model_attention.h"
 
 namespace adaattn::bench {
@@ -59,24 +59,9 @@ class Stages {
     v_ = make(kv_bytes, &LayerOperands::v, 3);
     o_ = std::make_unique<CudaBuffer>(q_bytes * batch);
     counters_ = std::make_unique<CudaBuffer>(8);
-    AttnParams& p = args_.p;
-    p.batch = c.batch;
-    p.heads_q = c.heads_q;
-    p.heads_kv = c.heads_kv;
-    p.d_qk = p.d_v = kD;
-    p.seqlen_q = p.seqlen_k = c.seqlen;
-    p.total_q = p.total_k = c.batch * c.seqlen;
-    p.window_right = 0;
-    p.scale = 1 / std::sqrt(static_cast<float>(kD));
-    const auto operand = [&](const std::unique_ptr<CudaBuffer>& x, int64_t heads) {
-      return Operand{x->data(), c.seqlen * heads * kD, heads * kD, kD, Dtype::kBF16};
-    };
-    p.q = operand(q_, c.heads_q);
-    p.o = operand(o_, c.heads_q);
-    p.k = operand(k_, c.heads_kv);
-    p.v = operand(v_, c.heads_kv);
-    args_.scale_log2 = p.scale * 1.4426950408889634f;
-    check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, 0));
+    args_.p = hopper_params({c.batch, c.heads_q, c.heads_kv, c.seqlen, kD, true}, q_->data(), k_->data(), v_->data(),
+                            o_->data());
+    args_.scale_log2 = args_.p.scale * 1.4426950408889634f;
   }
 
   void set(const Setting& x) {
@@ -125,7 +110,7 @@ class Stages {
     call.far_field = args_.options.far_field;
     call.far_share = call.far_field ? static_cast<float*>(far_share_->data()) : nullptr;
     call.counters = static_cast<uint32_t*>(counters_->data());
-    call.multiprocessors = multiprocessors_;
+    call.multiprocessors = multiprocessors();
     for (int c = 0; c < decide::kRankClasses; ++c) {
       if (c != 0 && decide::rank_of_class(c) > args_.shape.max_rank) continue;
       call.rank_class = c;
@@ -150,21 +135,8 @@ class Stages {
     tally(s);
   }
   void exact(cudaStream_t s) {
-    const cuda::AttendKernel* kernel = nullptr;
-    for (const cuda::AttendKernel* row : cuda::attend_kernels())
-      if (std::strcmp(row->name, "sm90_forward_bf16_d128_masked") == 0) kernel = row;
-    cuda::prepare_kernel(*kernel);
-    cuda::AttendArgs args;
-    args.p = args_.p;
-    args.m_tiles = static_cast<int32_t>((c_.seqlen + kernel->tile_q - 1) / kernel->tile_q);
-    args.heads = static_cast<int32_t>(c_.heads_q);
-    args.group = static_cast<int32_t>(c_.heads_q / c_.heads_kv);
-    args.section = static_cast<int32_t>(std::clamp<int64_t>((int64_t{25} << 20) / (c_.seqlen * kD * 4 / args.group),
-                                                            std::min<int64_t>(args.group, 8), 1 << 16));
-    args.causal_order = true;
-    args.scheduler = static_cast<uint32_t*>(counters_->data());
-    args.multiprocessors = multiprocessors_;
-    check(kernel->launch(args, s));
+    const ExactCall call = exact_call("sm90_forward_bf16_d128_masked", args_.p, counters_->data());
+    check(call.kernel->launch(call.args, s));
   }
 
   void report(const char* input, const Setting& x) {
@@ -202,7 +174,6 @@ class Stages {
   cuda::AnalyzeArgs args_;
   std::unique_ptr<CudaBuffer> q_, k_, v_, o_, counters_, workspace_, basis_, warm_, far_share_, tallies_, totals_;
   std::unique_ptr<CudaBuffer> calls_, outlook_;
-  int multiprocessors_ = 0;
 };
 
 // One run of everything, for a profiler.

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "adaptive/tables.h"
-#include "attend/plan.h"
 #include "attend/sm90/walk.h"
 #include "cuda_call.h"
+#include "hopper_call.h"
 
 namespace adaattn::bench {
 namespace {
@@ -54,21 +54,8 @@ class Problem {
     q_ = normal(q_count), o_ = std::make_unique<CudaBuffer>(static_cast<size_t>(q_count) * 2);
     k_ = normal(kv_count), v_ = normal(kv_count);
     counters_ = copy_of(std::vector<uint32_t>(2));
-    params.batch = c.batch;
-    params.heads_q = c.heads_q;
-    params.heads_kv = c.heads_kv;
-    params.d_qk = params.d_v = kD;
-    params.seqlen_q = params.seqlen_k = c.seqlen;
-    params.total_q = params.total_k = c.batch * c.seqlen;
-    params.window_right = c.causal ? 0 : -1;
-    params.scale = 1 / std::sqrt(static_cast<float>(kD));
-    const auto operand = [&](const std::unique_ptr<CudaBuffer>& x, int64_t heads, int64_t dim) {
-      return Operand{x->data(), c.seqlen * heads * dim, heads * dim, dim, Dtype::kBF16};
-    };
-    params.q = operand(q_, c.heads_q, kD);
-    params.o = operand(o_, c.heads_q, kD);
-    params.k = operand(k_, c.heads_kv, kD);
-    params.v = operand(v_, c.heads_kv, kD);
+    params = hopper_params({c.batch, c.heads_q, c.heads_kv, c.seqlen, kD, c.causal}, q_->data(), k_->data(), v_->data(),
+                           o_->data());
     cuda::TableShape& t = tables_.shape;
     t.batch = static_cast<int32_t>(c.batch);
     t.heads_q = static_cast<int32_t>(c.heads_q);
@@ -92,7 +79,6 @@ class Problem {
     tables_.group_v = bf16(group_v_);
     tables_.group_v_low = bf16(group_v_low_);
     tables_.v_mean = static_cast<const float*>(v_mean_->data());
-    check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, 0));
   }
 
   // Masks at a share of the visible tiles that varies between heads by up to half; `sections`: heads in groups whose K
@@ -157,7 +143,7 @@ class Problem {
     call.rank_class = rank_class;
     call.far_field = far_field;
     call.counters = static_cast<uint32_t*>(counters_->data());
-    call.multiprocessors = multiprocessors_;
+    call.multiprocessors = multiprocessors();
     const int64_t items = int64_t{tables_.shape.batch} * tables_.shape.heads_q * tables_.shape.wave_tiles;
     // Every class finds the one list there is.
     call.tables.work = static_cast<const uint32_t*>(work_->data()) - rank_class * items;
@@ -168,24 +154,11 @@ class Problem {
   double exact_us(int64_t d_v) {
     const std::string name =
         "sm90_forward_bf16_d128" + (d_v == kD ? std::string() : "v" + std::to_string(d_v)) + "_masked";
-    for (const cuda::AttendKernel* kernel : cuda::attend_kernels()) {
-      if (kernel->name != name) continue;
-      cuda::prepare_kernel(*kernel);
-      cuda::AttendArgs args;
-      args.p = params;
-      args.p.d_v = d_v;
-      args.m_tiles = static_cast<int32_t>((c_.seqlen + kernel->tile_q - 1) / kernel->tile_q);
-      args.heads = static_cast<int32_t>(c_.heads_q);
-      args.group = static_cast<int32_t>(c_.heads_q / c_.heads_kv);
-      const int64_t kv_bytes = c_.seqlen * (kD + d_v) * 2 / args.group;
-      args.section = static_cast<int32_t>(
-          std::clamp<int64_t>((int64_t{25} << 20) / kv_bytes, std::min<int64_t>(args.group, 8), 1 << 16));
-      args.causal_order = c_.causal;
-      args.scheduler = static_cast<uint32_t*>(counters_->data());
-      args.multiprocessors = multiprocessors_;
-      return measure_on_device([&](cudaStream_t s) { check(kernel->launch(args, s)); }, false).us;
-    }
-    return 0;
+    AttnParams narrow = params;
+    narrow.d_v = d_v;
+    const ExactCall call = exact_call(name.c_str(), narrow, counters_->data());
+    if (call.kernel == nullptr) return 0;
+    return measure_on_device([&](cudaStream_t s) { check(call.kernel->launch(call.args, s)); }, false).us;
   }
 
   AttnParams params;
@@ -195,7 +168,6 @@ class Problem {
   std::unique_ptr<CudaBuffer> q_, k_, v_, o_, v_low_, basis_, v_mean_, group_k_, group_v_, group_v_low_, counters_;
   std::unique_ptr<CudaBuffer> mask_, kept_, range_, work_, count_;
   cuda::AdaptiveTables tables_;
-  int multiprocessors_ = 0;
 };
 
 void run(const WalkCase& c) {

@@ -102,6 +102,21 @@ Matrix transpose(const Matrix& a) {
   return t;
 }
 
+Matrix orthonormal_columns(Matrix a) {
+  for (int64_t j = 0; j < a.cols; ++j) {
+    for (int pass = 0; pass < 2; ++pass)
+      for (int64_t k = 0; k < j; ++k) {
+        double dot = 0;
+        for (int64_t i = 0; i < a.rows; ++i) dot += a(i, k) * a(i, j);
+        for (int64_t i = 0; i < a.rows; ++i) a(i, j) -= dot * a(i, k);
+      }
+    double square = 0;
+    for (int64_t i = 0; i < a.rows; ++i) square += a(i, j) * a(i, j);
+    for (int64_t i = 0; i < a.rows; ++i) a(i, j) /= std::sqrt(square);
+  }
+  return a;
+}
+
 double reconstruction_error(const Matrix& a, const Matrix& u, const std::vector<double>& s, const Matrix& v) {
   Matrix us = u;
   for (int64_t i = 0; i < us.rows; ++i)

@@ -26,6 +26,8 @@ int64_t effective_rank(const std::vector<double>& sigma, double threshold);
 double frobenius_norm(const Matrix& a);
 Matrix multiply(const Matrix& a, const Matrix& b);
 Matrix transpose(const Matrix& a);
+// Columns made orthonormal in their order (Gram-Schmidt, twice); they must be independent.
+Matrix orthonormal_columns(Matrix a);
 // ||a - u diag(s) v^T||_F
 double reconstruction_error(const Matrix& a, const Matrix& u, const std::vector<double>& s, const Matrix& v);
 // Largest |q^T q - identity| entry.

@@ -6,6 +6,8 @@
 #include <random>
 #include <vector>
 
+#include "decide/level_checks.h"
+
 namespace adaattn::decide {
 namespace {
 
@@ -23,22 +25,16 @@ TEST(Cells, ATileWithThePeakIsKeptAtEveryLevel) {
     without.row = with.row = {0, tiles, 0, tiles};
     measure_cells(mass.data(), peak.data(), 0, 1000, &without);
     measure_cells(mass.data(), peak.data(), keep_peak, 1000, &with);
-    uint64_t total = 0;
-    for (const uint32_t m : mass) total += m;
-    for (int level = 0; level < kLevels; ++level) {
-      uint32_t kept = 0;
-      uint64_t dropped = 0;
-      for (int t = 0; t < tiles; ++t) {
-        const auto i = static_cast<size_t>(t);
-        const bool expected = keeps_tile(without, level, t, mass[i], peak[i], 0) || peak[i] >= keep_peak;
-        EXPECT_EQ(keeps_tile(with, level, t, mass[i], peak[i], keep_peak), expected) << "tile " << t << " of " << tiles;
-        kept += expected;
-        dropped += expected ? 0 : mass[i];
-      }
-      EXPECT_EQ(with.kept[level], kept);
-      EXPECT_EQ(with.dropped[level], (dropped << 16) / total);
-    }
-    EXPECT_EQ(with.kept[kDenseLevel], static_cast<uint32_t>(tiles));
+    expect_levels(
+        with, mass,
+        [&](int level, int t) {
+          const auto i = static_cast<size_t>(t);
+          return keeps_tile(without, level, t, mass[i], peak[i], 0) || peak[i] >= keep_peak;
+        },
+        [&](int level, int t) {
+          const auto i = static_cast<size_t>(t);
+          return keeps_tile(with, level, t, mass[i], peak[i], keep_peak);
+        });
   }
 }
 

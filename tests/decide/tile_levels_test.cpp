@@ -5,6 +5,8 @@
 #include <random>
 #include <vector>
 
+#include "decide/level_checks.h"
+
 namespace adaattn::decide {
 namespace {
 
@@ -25,21 +27,13 @@ TEST(TileLevels, ATileOfTheShareIsKeptAtEveryLevel) {
     measure_levels(estimate.data(), 1000, share, mass.data(), &with);
     uint64_t total = 0;
     for (const uint32_t m : mass) total += m;
-    for (int level = 0; level < kLevels; ++level) {
-      uint32_t kept = 0;
-      uint64_t dropped = 0;
-      for (int t = 0; t < tiles; ++t) {
-        const auto i = static_cast<size_t>(t);
-        const bool expected =
-            keeps(without, level, t, estimate[i]) || (static_cast<uint64_t>(mass[i]) << 24) >= total * share;
-        EXPECT_EQ(keeps(with, level, t, estimate[i]), expected) << "tile " << t << " level " << level;
-        kept += expected;
-        dropped += expected ? 0 : mass[i];
-      }
-      EXPECT_EQ(with.kept[level], kept);
-      EXPECT_EQ(with.dropped[level], (dropped << 16) / total);
-    }
-    EXPECT_EQ(with.kept[kDenseLevel], static_cast<uint32_t>(tiles));
+    expect_levels(
+        with, mass,
+        [&](int level, int t) {
+          const auto i = static_cast<size_t>(t);
+          return keeps(without, level, t, estimate[i]) || (static_cast<uint64_t>(mass[i]) << 24) >= total * share;
+        },
+        [&](int level, int t) { return keeps(with, level, t, estimate[static_cast<size_t>(t)]); });
   }
 }
 

@@ -1,7 +1,6 @@
 #include "cpu_fallback/tools/tool_fixture.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "cpu_fallback/isa/registry.h"
@@ -78,19 +77,7 @@ Matrix random_matrix(Random& random, int64_t rows, int64_t cols) {
 }
 
 Matrix random_orthonormal(Random& random, int64_t rows, int64_t cols) {
-  Matrix q = random_matrix(random, rows, cols);
-  for (int64_t j = 0; j < cols; ++j) {
-    for (int pass = 0; pass < 2; ++pass)
-      for (int64_t k = 0; k < j; ++k) {
-        double dot = 0;
-        for (int64_t i = 0; i < rows; ++i) dot += q(i, k) * q(i, j);
-        for (int64_t i = 0; i < rows; ++i) q(i, j) -= dot * q(i, k);
-      }
-    double energy = 0;
-    for (int64_t i = 0; i < rows; ++i) energy += q(i, j) * q(i, j);
-    for (int64_t i = 0; i < rows; ++i) q(i, j) /= std::sqrt(energy);
-  }
-  return q;
+  return reference::orthonormal_columns(random_matrix(random, rows, cols));
 }
 
 Matrix with_spectrum(Random& random, int64_t rows, int64_t cols, const std::vector<double>& sigma) {
