@@ -17,7 +17,7 @@ struct ForwardShape {
   static constexpr int kRowTiles = kDv > 128 ? 1 : 2;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kM = kWarps * kWarpRows;
-  static constexpr int kN = kDqk <= 64 && kDv <= 64 ? 128 : 64;
+  static constexpr int kN = kDqk <= 64 && kDv <= 64 && kDv > 0 ? 128 : 64;
   static constexpr int kStages = kDqk <= 128 && kDv <= 128 ? 2 : 1;
   static constexpr int kQBytes = kM * (kDqk > kDv ? kDqk : kDv) * 2;
   static constexpr int kKBytes = kN * kDqk * 2, kVBytes = kN * kDv * 2;
@@ -98,7 +98,11 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
   uint32_t v_lane = v_shared + VLayout::offset(lane & 15, lane >> 4);
 
   const int first_row = m0 + warp * Shape::kWarpRows + lane / 4;  // row i of this thread is first_row + 8 i
-  const float to_log2 = kExtras ? kLog2e : p.scale * kLog2e;
+  // Scores that are more than scaled products, or products scaled by 0 or less, are changed one by one. To ask which a
+  // call has takes registers, which only the tool has left.
+  const bool modified =
+      kEntropyTool ? p.softcap > 0 || p.alibi_slopes != nullptr || p.bias.data != nullptr || !(p.scale > 0) : kExtras;
+  const float to_log2 = modified ? kLog2e : p.scale * kLog2e;
 
   float out[kRowTiles][kEntropyTool ? 1 : kDimTiles][4];
   RunningSoftmax<kRows, kExtras> soft;
@@ -162,13 +166,13 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
     }
 
     const bool masked = n < blocks.full_begin || n >= blocks.full_end;
-    if (kExtras || masked) {
+    if (modified || masked) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int m = first_row + 8 * i, position = row_map.position(m);
         const KeySpan span = key_span(args, s, position);
         const int key0 = n * kN + 2 * (lane % 4);
-        if constexpr (kExtras) {
+        if (modified) {
           const bool real = m < rows;
           const ScoreModifier modify(args, s, tile.batch, real ? row_map.head(m) : row_map.first_head,
                                      real ? position : 0);
@@ -234,7 +238,12 @@ __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__
           const float centred = fmaf(x, to_log2, -base);
           x = exp2_approx(centred);
           soft.sum[i] += x;
-          if (kExtras && x > 0) soft.weighted[i] = fmaf(x, centred, soft.weighted[i]);
+          // -inf times 0 is not a number; 2^-150 is 0.
+          if constexpr (kEntropyTool) {
+            soft.weighted[i] = fmaf(x, fmaxf(centred, -150.0f), soft.weighted[i]);
+          } else if (kExtras && x > 0) {
+            soft.weighted[i] = fmaf(x, centred, soft.weighted[i]);
+          }
         }
     }
 
