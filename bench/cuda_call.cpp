@@ -31,7 +31,8 @@ CudaBuffer::CudaBuffer(size_t bytes, adaattn_dtype_t dtype, uint64_t seed) : Cud
                      cudaMemcpyHostToDevice));
 }
 
-std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int warm_runs, int runs, bool cold) {
+std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int warm_runs, int runs, bool cold,
+                                    bool held) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   int l2_bytes = 0;
@@ -52,7 +53,7 @@ std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& cal
       while (!static_cast<std::atomic<bool>*>(flag)->load()) {
       }
     };
-    check(cudaLaunchHostFunc(stream, hold, &go));
+    if (held) check(cudaLaunchHostFunc(stream, hold, &go));
     if (cold) check(cudaMemsetAsync(flush.data(), i, flush.bytes(), stream));
     check(cudaEventRecord(start, stream));
     call(stream);
@@ -69,9 +70,9 @@ std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& cal
   return us;
 }
 
-Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold) {
+Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold, bool held) {
   constexpr int kWarmRuns = 3, kRuns = 15;
-  std::vector<double> us = times_on_device(call, kWarmRuns, kRuns, cold);
+  std::vector<double> us = times_on_device(call, kWarmRuns, kRuns, cold, held);
   std::sort(us.begin(), us.end());
   const double median = us[us.size() / 2];
   return {median, (us.back() - us.front()) / median};

@@ -30,12 +30,13 @@ class CudaBuffer {
 };
 
 // Device times of `call` in microseconds, one run after another, when it has run `warm_runs` times: the stream is held
-// until everything of a run is enqueued, so launch costs do not show. cold: the L2 cache is overwritten before each
-// run.
-std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int warm_runs, int runs, bool cold);
+// until everything of a run is enqueued, so launch costs do not show; not held: for calls that wait for their stream.
+// cold: the L2 cache is overwritten before each run.
+std::vector<double> times_on_device(const std::function<void(cudaStream_t)>& call, int warm_runs, int runs, bool cold,
+                                    bool held = true);
 
 // Their median.
-Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold);
+Timing measure_on_device(const std::function<void(cudaStream_t)>& call, bool cold, bool held = true);
 
 // A context on device 0, whose name the report gets.
 class CudaContext {

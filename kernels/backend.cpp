@@ -8,6 +8,7 @@
 #include "attend/plan.h"
 #include "core/error.h"
 #include "entropy/entropy.h"
+#include "lowrank/libraries.h"
 #include "lowrank/lowrank.h"
 #include "runtime.h"
 #include "tools.h"
@@ -107,6 +108,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override {
     try {
       const DeviceScope scope(device_id_);
+      libraries_.reset();
       records_.reset();
       pool_.reset();
     } catch (const Error&) {  // the device is gone; so is its memory
@@ -182,10 +184,13 @@ class CudaBackend final : public Backend {
     const DeviceScope scope(device_id_);
     cuda::entropy(params, workspace, traits_, stream);
   }
-  size_t low_rank_workspace(const LowRankParams& params) const override { return cuda::low_rank_workspace(params); }
+  size_t low_rank_workspace(const LowRankParams& params) const override {
+    const DeviceScope scope(device_id_);
+    return cuda::low_rank_workspace(params, libraries_.get());
+  }
   void low_rank(const LowRankParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
     const DeviceScope scope(device_id_);
-    cuda::low_rank(params, workspace, stream);
+    cuda::low_rank(params, workspace, libraries_.get(), stream);
   }
   void low_rank_project(const ProjectParams& params, adaattn_stream_t stream) override {
     if (params.residual.data != nullptr) check_stream(stream, true);
@@ -193,11 +198,12 @@ class CudaBackend final : public Backend {
     cuda::low_rank_project(params, allocator_, stream);
   }
   size_t effective_rank_workspace(const EffectiveRankParams& params) const override {
-    return cuda::effective_rank_workspace(params);
+    const DeviceScope scope(device_id_);
+    return cuda::effective_rank_workspace(params, libraries_.get());
   }
   void effective_rank(const EffectiveRankParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
     const DeviceScope scope(device_id_);
-    cuda::effective_rank(params, workspace, stream);
+    cuda::effective_rank(params, workspace, libraries_.get(), stream);
   }
   size_t spectral_norm_workspace(const SpectralNormParams& params) const override {
     return cuda::spectral_norm_workspace(params);
@@ -215,6 +221,7 @@ class CudaBackend final : public Backend {
   Allocator allocator_;
   std::unique_ptr<PoolAllocator> pool_;
   std::shared_ptr<cuda::RecordPool> records_;
+  std::unique_ptr<cuda::MathLibraries> libraries_ = std::make_unique<cuda::MathLibraries>();
 };
 
 }  // namespace

@@ -1,8 +1,11 @@
 // Eigen-decompositions of Gram matrices by Hestenes' one-sided Jacobi: pairs of columns of G are rotated until they are
 // orthogonal, G V = U diag(lambda), and for a positive semi-definite G the columns of V are eigenvectors. Pairs of a
 // round are disjoint (round-robin tournament), one warp per pair.
+#include <algorithm>
+
 #include "attend/launch.h"
 #include "lowrank/eigen.h"
+#include "lowrank/libraries.h"
 #include "lowrank/subspace.h"
 #include "runtime.h"
 
@@ -14,6 +17,7 @@ constexpr int kRoundThreads = 256;
 constexpr int kMaxSweeps = 40;
 constexpr int kMaxLaunchedSweeps = 40;
 constexpr int64_t kOneCtaDim = 256;     // up to here one CTA decomposes a matrix
+constexpr int64_t kSolverBatch = 8;     // cuSOLVER takes one matrix after the other
 constexpr size_t kStaticShared = 4096;  // more than the kernel declares
 // Columns count as orthogonal below this cosine: float64 rounding of sums of a few hundred terms.
 constexpr double kOrthogonal = 1e-14;
@@ -159,17 +163,62 @@ __global__ __launch_bounds__(kJacobiThreads) void finish_kernel(const __grid_con
                args.order + matrix * args.n);
 }
 
+// What cuSOLVER left, as the rounds of rotations leave it: a vector per row, values descending and not negative.
+__global__ __launch_bounds__(kRoundThreads) void solved_kernel(const __grid_constant__ RoundArgs args,
+                                                               const double* ascending, const int* info) {
+  const int64_t matrix = blockIdx.x, n = args.n;
+  const double* from = args.grams + matrix * args.ld * args.ld;
+  const bool spoilt = info[matrix] != 0;
+  for (int64_t i = int64_t{blockIdx.y} * kRoundThreads + threadIdx.x; i < n * n;
+       i += int64_t{gridDim.y} * kRoundThreads)
+    args.vectors[matrix * n * n + i] = spoilt ? nan("") : from[i / n * args.ld + i % n];
+  if (blockIdx.y != 0) return;
+  for (int64_t j = threadIdx.x; j < n; j += kRoundThreads) {
+    const double value = ascending[matrix * n + n - 1 - j];
+    args.values[matrix * n + j] = spoilt ? nan("") : value < 0 ? 0.0 : value;
+    args.order[matrix * n + j] = static_cast<int>(n - 1 - j);
+  }
+}
+
 int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+bool solver_pays(int64_t n, int64_t batch, MathLibraries* libraries) {
+  return n > kOneCtaDim && batch <= kSolverBatch && libraries != nullptr && libraries->has_solver();
+}
+
+bool captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "stream");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void solve(const RoundArgs& args, void* workspace, MathLibraries& libraries, cudaStream_t stream) {
+  const int64_t n = args.n;
+  char* at = static_cast<char*>(workspace);
+  auto* ascending = reinterpret_cast<double*>(at);
+  auto* info = reinterpret_cast<int*>(at += align(n * args.batch * 8));
+  at += align(args.batch * 4);
+  const size_t bytes = libraries.eigen_bytes(n, args.ld);
+  for (int64_t i = 0; i < args.batch; ++i)
+    libraries.eigen(n, args.ld, args.grams + i * args.ld * args.ld, ascending + i * n, at, bytes, info + i, stream);
+  check(launch_grid(solved_kernel, dim3(static_cast<unsigned>(args.batch), 64), kRoundThreads, 0, stream, args,
+                    static_cast<const double*>(ascending), static_cast<const int*>(info)),
+        "eigenvectors");
+}
 
 }  // namespace
 
-size_t eigen_bytes(int64_t n, int64_t batch) {
+size_t eigen_bytes(int64_t n, int64_t batch, MathLibraries* libraries) {
   int64_t bytes = align(n * n * batch * 8) + align(n * batch * 8) + align(n * batch * 4);
-  if (n > kOneCtaDim) bytes += align(batch * 8) + align(kMaxLaunchedSweeps * batch * 4);
-  return static_cast<size_t>(bytes);
+  if (n <= kOneCtaDim) return static_cast<size_t>(bytes);
+  int64_t more = align(batch * 8) + align(kMaxLaunchedSweeps * batch * 4);
+  if (solver_pays(n, batch, libraries))
+    more = std::max(more, align(n * batch * 8) + align(batch * 4) +
+                              align(static_cast<int64_t>(libraries->eigen_bytes(n, subspace_ld(n)))));
+  return static_cast<size_t>(bytes + more);
 }
 
-Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, cudaStream_t stream) {
+Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, MathLibraries* libraries, cudaStream_t stream) {
   char* at = static_cast<char*>(workspace);
   Eigen e;
   e.vectors = reinterpret_cast<double*>(at);
@@ -177,7 +226,12 @@ Eigen eigen_of(int64_t n, int64_t batch, double* gram, void* workspace, cudaStre
   e.order = reinterpret_cast<int*>(at += align(n * batch * 8));
   if (n > kOneCtaDim) {
     RoundArgs args{static_cast<int>(n), subspace_ld(n), batch, gram, e.vectors, nullptr, e.values, e.order, nullptr};
-    args.noise = reinterpret_cast<double*>(at += align(n * batch * 4));
+    at += align(n * batch * 4);
+    if (solver_pays(n, batch, libraries) && !captured(stream)) {
+      solve(args, at, *libraries, stream);
+      return e;
+    }
+    args.noise = reinterpret_cast<double*>(at);
     args.turned = reinterpret_cast<int*>(at + align(batch * 8));
     const auto grid = [&](int64_t y) { return dim3(static_cast<unsigned>(batch), static_cast<unsigned>(y)); };
     check(launch_grid(start_kernel, grid(64), kRoundThreads, 0, stream, args), "jacobi");

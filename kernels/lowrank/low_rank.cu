@@ -153,7 +153,7 @@ struct Layout {
   int64_t columns;
   bool whole;  // all eigenvectors, for there are nearly as many wanted
   int64_t basis, values, scratch, squares, norms, bytes;
-  explicit Layout(const LowRankParams& p)
+  Layout(const LowRankParams& p, MathLibraries* libraries)
       : a(tall_view(p.a)), columns(subspace_columns(p.rank, p.oversampling)), whole(!subspace_pays(a.cols, columns)) {
     int64_t at = static_cast<int64_t>(gram_bytes(a));
     const auto take = [&](int64_t size) {
@@ -161,7 +161,8 @@ struct Layout {
       at += align(size);
       return here;
     };
-    basis = take(whole ? static_cast<int64_t>(eigen_bytes(a.cols, a.batch)) : a.batch * columns * a.cols * 8);
+    basis =
+        take(whole ? static_cast<int64_t>(eigen_bytes(a.cols, a.batch, libraries)) : a.batch * columns * a.cols * 8);
     values = take(whole ? 0 : a.batch * columns * 8);
     scratch = take(whole ? 0 : static_cast<int64_t>(subspace_scratch_bytes(a.batch, a.cols, columns)));
     squares = take(a.batch * product_blocks(a) * p.rank * 8);
@@ -181,14 +182,14 @@ void finish_left(const LeftArgs& w, int64_t matrices, cudaStream_t stream) {
   check(launch_grid(repair_kernel, dim3(batch), kThreads, 0, stream, w), "low_rank");
 }
 
-size_t low_rank_workspace(const LowRankParams& params) {
-  return by_gram(params) ? static_cast<size_t>(Layout(params).bytes) : range_bytes(params);
+size_t low_rank_workspace(const LowRankParams& params, MathLibraries* libraries) {
+  return by_gram(params) ? static_cast<size_t>(Layout(params, libraries).bytes) : range_bytes(params, libraries);
 }
 
-void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream) {
+void low_rank(const LowRankParams& params, void* workspace, MathLibraries* libraries, cudaStream_t stream) {
   if (params.a.batch() == 0) return;
-  if (!by_gram(params)) return low_rank_by_range(params, workspace, stream);
-  const Layout layout(params);
+  if (!by_gram(params)) return low_rank_by_range(params, workspace, libraries, stream);
+  const Layout layout(params, libraries);
   const TallView& a = layout.a;
   const auto at = [&](int64_t offset) { return reinterpret_cast<double*>(static_cast<char*>(workspace) + offset); };
   double* const gram = gram_of(a, workspace, stream);
@@ -204,7 +205,7 @@ void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream)
   w.values = params.s;
   w.seed = params.seed;
   if (layout.whole) {
-    const Eigen eigen = eigen_of(a.cols, a.batch, gram, at(layout.basis), stream);
+    const Eigen eigen = eigen_of(a.cols, a.batch, gram, at(layout.basis), libraries, stream);
     w.right = eigen.vectors;
     w.order = eigen.order;
     w.right_vectors = a.cols;
@@ -238,16 +239,16 @@ void low_rank(const LowRankParams& params, void* workspace, cudaStream_t stream)
   finish_left(w, a.batch, stream);
 }
 
-size_t effective_rank_workspace(const EffectiveRankParams& params) {
+size_t effective_rank_workspace(const EffectiveRankParams& params, MathLibraries* libraries) {
   const TallView a = tall_view(params.a);
-  return gram_bytes(a) + eigen_bytes(a.cols, a.batch);
+  return gram_bytes(a) + eigen_bytes(a.cols, a.batch, libraries);
 }
 
-void effective_rank(const EffectiveRankParams& params, void* workspace, cudaStream_t stream) {
+void effective_rank(const EffectiveRankParams& params, void* workspace, MathLibraries* libraries, cudaStream_t stream) {
   const TallView a = tall_view(params.a);
   if (a.batch == 0) return;
   double* const gram = gram_of(a, workspace, stream);
-  const Eigen eigen = eigen_of(a.cols, a.batch, gram, static_cast<char*>(workspace) + gram_bytes(a), stream);
+  const Eigen eigen = eigen_of(a.cols, a.batch, gram, static_cast<char*>(workspace) + gram_bytes(a), libraries, stream);
   check(launch_grid(rank_kernel, dim3(static_cast<unsigned>(a.batch)), kThreads, 0, stream, a.cols, eigen.values,
                     params.threshold, params.ranks, params.singular_values),
         "effective_rank");

@@ -22,9 +22,13 @@ struct ProductArgs {
   MatrixBatch out;  // f32 [a.rows, vectors]; data null: only the squares are wanted
   double* squares =
       nullptr;  // [batch, product_blocks(a), vectors]: sums of squares over blocks of rows; null: unwanted
+  // [product_splits(a, vectors), batch, vectors, y_stride], where y alone is wanted: a matrix of few rows is split by
+  // its columns, so that it fills the device. Null: not split.
+  double* partial = nullptr;
 };
 
 int64_t product_blocks(const TallView& a);
+int64_t product_splits(const TallView& a, int64_t vectors);
 void product(const ProductArgs& args, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

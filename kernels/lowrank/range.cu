@@ -8,6 +8,7 @@
 #include "lowrank/eigen.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/left.cuh"
+#include "lowrank/libraries.h"
 #include "lowrank/product.cuh"
 #include "lowrank/range.h"
 #include "lowrank/subspace.h"
@@ -163,15 +164,53 @@ __global__ __launch_bounds__(kThreads) void rotate_kernel(const __grid_constant_
   args.squares[(matrix * gridDim.y + blockIdx.y) * args.rank + j] = total;
 }
 
+__global__ __launch_bounds__(kThreads) void to_f32_kernel(const double* from, float* to, int64_t elements) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < elements) to[i] = static_cast<float>(from[i]);
+}
+
+// Vectors [count, padded], of which the elements behind `length` stay.
+__global__ __launch_bounds__(kThreads) void to_f64_kernel(const float* from, double* to, int64_t length,
+                                                          int64_t padded) {
+  const int64_t i = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  if (i < length) to[blockIdx.x * padded + i] = static_cast<double>(from[blockIdx.x * padded + i]);
+}
+
 int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t padded(int64_t length) { return (length + 7) / 8 * 8; }
 int64_t blocks_of(int64_t length) { return (padded(length) + kColumns - 1) / kColumns; }
 
+// Seen from the other side.
+TallView transpose(TallView a) {
+  std::swap(a.rows, a.cols);
+  std::swap(a.stride_row, a.stride_col);
+  return a;
+}
+
+// Products with a in f32 by cuBLAS: exact to f32's rounding, which for a large matrix is what its elements are worth.
+// Small ones gain nothing over our own in float64.
+bool blas_pays(const TallView& a, MathLibraries* libraries) {
+  constexpr int64_t kLarge = int64_t{1} << 21;
+  return a.rows * a.cols >= kLarge && libraries != nullptr && libraries->has_blas();
+}
+
+// Whether cuBLAS can read a.
+bool blas_reads(const TallView& a) {
+  const bool rows_adjacent = a.stride_row == 1 && a.stride_col >= a.rows;
+  const bool columns_adjacent = a.stride_col == 1 && a.stride_row >= a.cols;
+  const bool even_batch = a.batch == 1 || a.batch1 == 1 || a.batch1 == a.batch;
+  return (rows_adjacent || columns_adjacent) && even_batch && a.batch0_stride >= 0 && a.batch1_stride >= 0;
+}
+
 struct Layout {
   TallView a;
   int64_t columns, long_padded, short_padded;
-  int64_t left, right, gram, scale, marks, done, eigen, squares, norms, bytes;
-  explicit Layout(const LowRankParams& p) : a(tall_view(p.a)), columns(subspace_columns(p.rank, p.oversampling)) {
+  bool blas;  // strides decide it, so that a query for shapes must leave room for either way
+  int64_t left, right, left_f32, right_f32, partial, blas_space, gram, scale, marks, done, eigen, squares, norms, bytes;
+  Layout(const LowRankParams& p, MathLibraries* libraries)
+      : a(tall_view(p.a)), columns(subspace_columns(p.rank, p.oversampling)) {
+    const bool large = blas_pays(a, libraries);
+    blas = large && blas_reads(a);
     int64_t at = 0;
     const auto take = [&](int64_t size) {
       const int64_t here = at;
@@ -182,12 +221,18 @@ struct Layout {
     short_padded = padded(a.cols);
     left = take(a.batch * columns * long_padded * 8);
     right = take(a.batch * columns * short_padded * 8);
+    left_f32 = take(large ? a.batch * columns * long_padded * 4 : 0);
+    right_f32 = take(large ? a.batch * columns * short_padded * 4 : 0);
+    blas_space = take(large ? static_cast<int64_t>(MathLibraries::kWorkspaceBytes) : 0);
+    partial =
+        take(a.batch * columns * 8 *
+             std::max(product_splits(a, columns) * long_padded, product_splits(transpose(a), columns) * short_padded));
     gram = take(static_cast<int64_t>(std::max(gram_bytes(VectorView(nullptr, columns, long_padded, a.batch)),
                                               gram_bytes(VectorView(nullptr, columns, short_padded, a.batch)))));
     scale = take(a.batch * columns * 8);
     marks = take(a.batch * columns / 8 * 2);
     done = take(a.batch * 4);
-    eigen = take(static_cast<int64_t>(eigen_bytes(columns, a.batch)));
+    eigen = take(static_cast<int64_t>(eigen_bytes(columns, a.batch, libraries)));
     squares = take(a.batch * blocks_of(a.cols) * p.rank * 8);
     norms = take(a.batch * p.rank * 8);
     bytes = at;
@@ -196,30 +241,73 @@ struct Layout {
 
 }  // namespace
 
-size_t range_bytes(const LowRankParams& params) { return static_cast<size_t>(Layout(params).bytes); }
+size_t range_bytes(const LowRankParams& params, MathLibraries* libraries) {
+  return static_cast<size_t>(Layout(params, libraries).bytes);
+}
 
-void low_rank_by_range(const LowRankParams& params, void* workspace, cudaStream_t stream) {
-  const Layout layout(params);
+void low_rank_by_range(const LowRankParams& params, void* workspace, MathLibraries* libraries, cudaStream_t stream) {
+  const Layout layout(params, libraries);
   const TallView& a = layout.a;
-  TallView transposed = a;
-  std::swap(transposed.rows, transposed.cols);
-  std::swap(transposed.stride_row, transposed.stride_col);
   const auto at = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
   auto* const left = reinterpret_cast<double*>(at(layout.left));
   auto* const right = reinterpret_cast<double*>(at(layout.right));
   const auto batch = static_cast<unsigned>(a.batch);
   const int64_t columns = layout.columns;
 
-  // left = A right, or right = A^T left.
+  // left = A right, or right = A^T left, where cuBLAS takes them in f32.
+  const auto multiply_f32 = [&](bool to_left) {
+    const int64_t from_padded = to_left ? layout.short_padded : layout.long_padded;
+    const int64_t to_padded = to_left ? layout.long_padded : layout.short_padded, length = to_left ? a.rows : a.cols;
+    auto* const from = reinterpret_cast<float*>(at(to_left ? layout.right_f32 : layout.left_f32));
+    auto* const to = reinterpret_cast<float*>(at(to_left ? layout.left_f32 : layout.right_f32));
+    const int64_t elements = a.batch * columns * from_padded;
+    check(launch_grid(to_f32_kernel, dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads)), kThreads, 0,
+                      stream, static_cast<const double*>(to_left ? right : left), from, elements),
+          "low_rank");
+    ColumnProduct<float> p;
+    p.transpose_a = (a.stride_col == 1) == to_left;  // adjacent columns are the transpose of a column-major matrix
+    p.m = length;
+    p.n = columns;
+    p.k = to_left ? a.cols : a.rows;
+    p.a = a.data;
+    p.lda = a.stride_col == 1 ? a.stride_row : a.stride_col;
+    p.stride_a = a.batch1 == 1 ? a.batch0_stride : a.batch1_stride;
+    p.b = from;
+    p.ldb = from_padded;
+    p.stride_b = columns * from_padded;
+    p.c = to;
+    p.ldc = to_padded;
+    p.stride_c = columns * to_padded;
+    p.batch = a.batch;
+    libraries->multiply(p, at(layout.blas_space), stream);
+    check(launch_grid(
+              to_f64_kernel,
+              dim3(static_cast<unsigned>(a.batch * columns), static_cast<unsigned>((length + kThreads - 1) / kThreads)),
+              kThreads, 0, stream, static_cast<const float*>(to), to_left ? left : right, length, to_padded),
+          "low_rank");
+  };
   const auto multiply = [&](bool to_left) {
+    if (layout.blas) return multiply_f32(to_left);
     ProductArgs p;
-    p.a = to_left ? a : transposed;
+    p.a = to_left ? a : transpose(a);
+    p.partial = reinterpret_cast<double*>(at(layout.partial));
     p.x = to_left ? right : left;
     p.x_vectors = p.vectors = columns;
     p.x_stride = to_left ? layout.short_padded : layout.long_padded;
     p.y = to_left ? left : right;
     p.y_stride = to_left ? layout.long_padded : layout.short_padded;
     product(p, stream);
+  };
+  const auto gram_of_vectors = [&](const double* y, int64_t padded_length) {
+    if (!layout.blas) return gram_of(VectorView(y, columns, padded_length, a.batch), at(layout.gram), stream);
+    auto* const gram = reinterpret_cast<double*>(at(layout.gram));
+    const int64_t ld = subspace_ld(columns);
+    check(cudaMemsetAsync(gram, 0, static_cast<size_t>(a.batch * ld * ld) * 8, stream), "low_rank");
+    libraries->multiply(
+        ColumnProduct<double>{true, columns, columns, padded_length, y, padded_length, columns * padded_length, y,
+                              padded_length, columns * padded_length, gram, ld, ld * ld, a.batch},
+        at(layout.blas_space), stream);
+    return gram;
   };
   const auto orthonormalize = [&](bool of_left, int passes) {
     OrthArgs o;
@@ -233,7 +321,7 @@ void low_rank_by_range(const LowRankParams& params, void* workspace, cudaStream_
     o.done = reinterpret_cast<int32_t*>(at(layout.done));
     o.seed = params.seed;
     for (o.pass = 0; o.pass < passes; ++o.pass) {
-      o.gram = gram_of(VectorView(o.y, columns, o.padded, a.batch), at(layout.gram), stream);
+      o.gram = gram_of_vectors(o.y, o.padded);
       check(launch_grid(factor_kernel, dim3(batch), kThreads, 0, stream, o), "low_rank");
       check(launch_grid(solve_kernel, dim3(batch, static_cast<unsigned>(blocks_of(o.length))), kThreads, 0, stream, o),
             "low_rank");
@@ -254,8 +342,8 @@ void low_rank_by_range(const LowRankParams& params, void* workspace, cudaStream_
   orthonormalize(true, kFinalPasses);
   multiply(false);
   // A = left^T right: the eigenvectors of right right^T turn both to singular vectors.
-  double* const gram = gram_of(VectorView(right, columns, layout.short_padded, a.batch), at(layout.gram), stream);
-  const Eigen eigen = eigen_of(columns, a.batch, gram, at(layout.eigen), stream);
+  double* const gram = gram_of_vectors(right, layout.short_padded);
+  const Eigen eigen = eigen_of(columns, a.batch, gram, at(layout.eigen), libraries, stream);
 
   LeftArgs w{};
   w.rows = a.cols;

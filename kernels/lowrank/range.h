@@ -9,8 +9,10 @@
 
 namespace adaattn::cuda {
 
+class MathLibraries;
+
 // desc.rank + desc.oversampling, rounded up to whole tiles of 8, at most kMaxEigenDim.
-size_t range_bytes(const LowRankParams& params);
-void low_rank_by_range(const LowRankParams& params, void* workspace, cudaStream_t stream);
+size_t range_bytes(const LowRankParams& params, MathLibraries* libraries);
+void low_rank_by_range(const LowRankParams& params, void* workspace, MathLibraries* libraries, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

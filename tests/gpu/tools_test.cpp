@@ -219,10 +219,8 @@ TEST_F(DeviceTools, SpectralNormIsTheLargestSingularValue) {
   }
 }
 
-TEST_F(DeviceTools, ProjectionMeasuresWhatItLoses) {
-  Random random(run_seed());
-  const Context context(kCuda);
-  const int64_t rows = 77, cols = 40, rank = 9;
+void project(const Context& context, Random& random, int64_t rows, int64_t cols, int64_t rank) {
+  SCOPED_TRACE(std::to_string(rows) + " x " + std::to_string(cols) + ", rank " + std::to_string(rank));
   const std::vector<Matrix> batch = {random_matrix(random, rows, cols), random_matrix(random, rows, cols)};
   const Matrix basis = reference::svd(random_matrix(random, cols, rank)).u;
   const Tensor a = tensor_of(batch), b = tensor_of({basis, basis});
@@ -254,6 +252,18 @@ TEST_F(DeviceTools, ProjectionMeasuresWhatItLoses) {
     }
     EXPECT_NEAR(whole.get({i}), std::sqrt(lost / all), 1e-6);
   }
+}
+
+TEST_F(DeviceTools, ProjectionMeasuresWhatItLoses) {
+  Random random(run_seed());
+  const Context context(kCuda);
+  struct Size {
+    int64_t rows, cols, rank;
+  };
+  // Tensor cores from 64 rows on, up to rank 32 and 64; the others an element at a time.
+  for (const Size& z : {Size{77, 40, 9}, Size{64, 7, 1}, Size{1000, 130, 33}, Size{200, 96, 64}, Size{20, 40, 9},
+                        Size{150, 90, 70}, Size{70, 1500, 40}})
+    project(context, random, z.rows, z.cols, z.rank);
 }
 
 TEST_F(DeviceTools, DependentColumnsOfALargeMatrixLeaveOrthonormalVectors) {
