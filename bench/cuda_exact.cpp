@@ -62,6 +62,16 @@ double copy_tbps() {
   return 2.0 * static_cast<double>(kBytes) / time.us * 1e-6;
 }
 
+// Rate over the ceiling of the same run: products of large matrices in the row's arithmetic, copies for a decode row.
+double share_of_ceiling(const Report& report, const Case& c, double rate) {
+  const std::string name = c.shape.seqlen_q == 1                 ? "copy_tbps"
+                           : c.dtype.dtype == ADAATTN_DTYPE_BF16 ? "bf16_tflops"
+                           : c.math == ADAATTN_MATH_FAST_F32     ? "tf32_tflops"
+                                                                 : "f32_tflops";
+  if (!report.has_ceiling(name)) return 0;
+  return rate / (report.ceiling(name) * (c.shape.seqlen_q == 1 ? 1e3 : 1));
+}
+
 void run_case(Report& report, adaattn_context_t* context, const Case& c, const nlohmann::json& peers) {
   CudaCall call(context, c.shape, c.dtype.dtype, c.math);
   Row row;
@@ -71,6 +81,7 @@ void run_case(Report& report, adaattn_context_t* context, const Case& c, const n
   row.rate = decode ? call.kv_bytes() / row.time.us * 1e-3 : call.flops() / row.time.us * 1e-6;
   row.unit = decode ? "GB/s" : "TFLOP/s";
   row.error = call.sampled_error();
+  if (const double share = share_of_ceiling(report, c, row.rate); share > 0) row.details["of_ceiling"] = share;
   bool added = false;
   if (peers["rows"].contains(c.name))
     for (const auto& [peer, us] : peers["rows"][c.name].items()) {

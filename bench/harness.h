@@ -41,6 +41,7 @@ class Report {
   void set_device(std::string name) { device_ = std::move(name); }
   void add_ceiling(const std::string& name, double value);
   double ceiling(const std::string& name) const { return ceilings_.at(name); }
+  bool has_ceiling(const std::string& name) const { return ceilings_.count(name) != 0; }
   bool wants(const std::string& name) const { return name.find(filter_) != std::string::npos; }
   void add(const Row& row);
   const Row* find(const std::string& name) const;
