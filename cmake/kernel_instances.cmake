@@ -1,4 +1,5 @@
-# Reads kernels/instances.def and writes one translation unit per row plus the dispatch table.
+# Reads kernels/instances.def and writes one translation unit per row, the dispatch table, and report_rows.txt: what the
+# build report (cmake/kernel_report.cmake) says of each row, those that ADAATTN_KERNEL_FILTER leaves out included.
 #   adaattn_kernel_instances(<def> <folder> <table variable> <units variable prefix>)
 # sets <prefix>_<arch> to the units of each arch and the table variable to the table's source.
 function(adaattn_kernel_instances def folder table prefix)
@@ -7,11 +8,12 @@ function(adaattn_kernel_instances def folder table prefix)
   set(type_bf16 __nv_bfloat16)
   set(type_f16 __half)
   set(type_f32 float)
+  set(report "")
   set(declarations "")
   set(entries "")
   set(archs "")
   foreach(row IN LISTS rows)
-    if(NOT row MATCHES "^ADAATTN_KERNEL\\(([a-z0-9]+), ([a-z0-9]+), ([a-z0-9]+), ([0-9]+), ([0-9]+), ([a-z0-9]+), \".+\"\\)$")
+    if(NOT row MATCHES "^ADAATTN_KERNEL\\(([a-z0-9]+), ([a-z0-9]+), ([a-z0-9]+), ([0-9]+), ([0-9]+), ([a-z0-9]+), \"(.+)\"\\)$")
       message(FATAL_ERROR "${def}: cannot read the row ${row}")
     endif()
     set(arch ${CMAKE_MATCH_1})
@@ -20,11 +22,13 @@ function(adaattn_kernel_instances def folder table prefix)
     set(d_qk ${CMAKE_MATCH_4})
     set(d_v ${CMAKE_MATCH_5})
     set(features ${CMAKE_MATCH_6})
+    set(reason ${CMAKE_MATCH_7})
     set(name ${arch}_${phase}_${CMAKE_MATCH_3}_d${d_qk})
     if(NOT d_v EQUAL d_qk AND NOT d_v EQUAL 0)
       string(APPEND name v${d_v})
     endif()
     string(APPEND name _${features})
+    string(APPEND report "${name}|${reason}\n")
     if(ADAATTN_KERNEL_FILTER AND NOT name MATCHES "${ADAATTN_KERNEL_FILTER}")
       continue()
     endif()
@@ -60,6 +64,7 @@ const AttendKernel* const kTable[] = {
 std::span<const AttendKernel* const> attend_kernels() { return kTable; }
 }  // namespace adaattn::cuda
 ")
+  file(CONFIGURE OUTPUT ${folder}/report_rows.txt @ONLY CONTENT "@report@")
   set(${table} ${folder}/dispatch_table.cpp PARENT_SCOPE)
   list(REMOVE_DUPLICATES archs)
   foreach(arch IN LISTS archs)
