@@ -23,6 +23,12 @@ class BesideCaptures {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// The device's half of a slot.
+struct SlotMemory {
+  PlanRecord record;
+  ArrivalSet arrivals[kArrivalSets];
+};
+
 bool done(cudaEvent_t event) {
   const cudaError_t error = cudaEventQuery(event);
   if (error == cudaErrorNotReady) cudaGetLastError();  // or the next launch would seem to have failed
@@ -79,9 +85,11 @@ void RecordPool::add_slab() {
   if (cleared_ == nullptr)
     check(cudaEventCreateWithFlags(&cleared_, cudaEventDisableTiming), "making an event of plan records");
   RecordSlot slab;
-  constexpr size_t kBytes = kSlots * sizeof(PlanRecord);
-  check(cudaMalloc(reinterpret_cast<void**>(&slab.device), kBytes), "allocating plan records");
-  const cudaError_t error = cudaMallocHost(reinterpret_cast<void**>(&slab.host), kBytes);
+  constexpr size_t kBytes = kSlots * sizeof(SlotMemory);
+  SlotMemory* memory = nullptr;
+  check(cudaMalloc(reinterpret_cast<void**>(&memory), kBytes), "allocating plan records");
+  slab.device = &memory->record;
+  const cudaError_t error = cudaMallocHost(reinterpret_cast<void**>(&slab.host), kSlots * sizeof(PlanRecord));
   if (error != cudaSuccess) cudaFree(slab.device);
   check(error, "allocating plan records");
   const RecordSlot& first = slabs_.emplace_back(std::move(slab));
@@ -89,7 +97,8 @@ void RecordPool::add_slab() {
   check(cudaStreamSynchronize(stream_), "clearing plan records");
   for (int i = kSlots - 1; i >= 0; --i) {
     RecordSlot& slot = free_.emplace_back();
-    slot.device = first.device + i;
+    slot.device = &memory[i].record;
+    slot.arrivals = memory[i].arrivals;
     slot.host = first.host + i;
   }
 }
@@ -106,7 +115,7 @@ void RecordPool::reclaim() {
       std::partition(retired_.begin(), retired_.end(), [](const RecordSlot& slot) { return !slot.idle(); });
   if (first_idle == retired_.end()) return;
   for (auto slot = first_idle; slot != retired_.end(); ++slot)
-    check(cudaMemsetAsync(slot->device, 0, sizeof(PlanRecord), stream_), "clearing a plan record");
+    check(cudaMemsetAsync(slot->device, 0, sizeof(SlotMemory), stream_), "clearing a plan record");
   check(cudaEventRecord(cleared_, stream_), "clearing plan records");
   move_all(retired_, first_idle, clearing_);
 }

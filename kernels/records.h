@@ -7,8 +7,14 @@
 #include <vector>
 
 #include "attend/kernel.h"
+#include "attend/select.h"
 
 namespace adaattn::cuda {
+
+// Arrival counters of decode launches, a set for each launch in turn: those of one plan may overlap on different
+// streams. Zero between launches.
+inline constexpr int kArrivalSets = 32;
+using ArrivalSet = uint32_t[kMostJoinedTiles];
 
 // A record and the work that may still touch it: a plan can be dropped while its launches are queued.
 class RecordSlot {
@@ -18,7 +24,8 @@ class RecordSlot {
   RecordSlot& operator=(RecordSlot&&) = default;
 
   PlanRecord* device = nullptr;
-  PlanRecord* host = nullptr;  // pinned
+  ArrivalSet* arrivals = nullptr;  // [kArrivalSets], in device memory
+  PlanRecord* host = nullptr;      // pinned
 
   // Call behind each launch that touches_record() (attend/plan.h). Never waits.
   void mark(cudaStream_t stream);

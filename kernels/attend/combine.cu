@@ -1,13 +1,11 @@
-// Joins the partial results of split keys: o = sum_s w_s o_s, w_s = e^(lse_s - lse), lse = ln sum_s e^lse_s; the sink
-// enters here. H = sum_s p_s (H_s - ln p_s) over real keys, p_s = e^(lse_s - lse without sink).
+// The grid behind kernels with split keys.
 #include "attend/launch.h"
-#include "common/scores.cuh"
+#include "common/join.cuh"
 
 namespace adaattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxSplits = 128;
 
 // One CTA per (sequence, query, head).
 __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ AttendArgs args) {
@@ -25,28 +23,10 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, d_v = static_cast<int>(p.d_v);
 
   wait_for_previous_grid();
-  float top = kNegInf;
-  for (int i = lane; i < args.splits; i += 32) top = fmaxf(top, args.partial_lse[i * args.partial_rows + row]);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-  const float sink = p.sinks != nullptr ? p.sinks[head * p.sinks_stride] : kNegInf;
-  const float base = fmaxf(top, sink);
-  float real = 0, entropy = 0;
-  for (int i = lane; i < args.splits; i += 32) {
-    const float lse = args.partial_lse[i * args.partial_rows + row];
-    const float w = lse == kNegInf ? 0.0f : expf(lse - base);
-    if (warp == 0) weight[i] = w;
-    real += w;
-    if (args.partial_entropy != nullptr && w != 0)
-      entropy += w * (args.partial_entropy[i * args.partial_rows + row] - (lse - base));
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    real += __shfl_xor_sync(0xffffffffu, real, step);
-    entropy += __shfl_xor_sync(0xffffffffu, entropy, step);
-  }
-  const float total = real + (sink == kNegInf ? 0.0f : expf(sink - base));
-  const float factor = total == 0 ? 0.0f : 1.0f / total;
+  RowResult result{};
+  if (warp == 0) result = join_weights(args, row, head, lane, weight);
+  __shared__ float factor;
+  if (thread == 0) factor = result.factor;
   __syncthreads();
 
   float sum[8] = {};
@@ -61,31 +41,14 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
 #pragma unroll
   for (int c = 0; c < 8; ++c) partial[warp][lane + 32 * c] = sum[c];
   __syncthreads();
-  const int64_t o_offset = b * p.o.stride_b + token * p.o.stride_s + head * p.o.stride_h;
+  const JoinedPlace place{b, token, head};
   for (int column = thread; column < d_v; column += kThreads) {
     float x = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) x += partial[w][column];
-    x *= factor;
-    if (p.o.dtype == Dtype::kF32) {
-      static_cast<float*>(p.o.data)[o_offset + column] = x;
-    } else if (p.o.dtype == Dtype::kBF16) {
-      static_cast<__nv_bfloat16*>(p.o.data)[o_offset + column] = __float2bfloat16_rn(x);
-    } else {
-      static_cast<__half*>(p.o.data)[o_offset + column] = __float2half_rn(x);
-    }
+    place.store(p, column, x * factor);
   }
-  if (thread == 0) {
-    if (p.lse.data != nullptr)
-      static_cast<float*>(p.lse.data)[b * p.lse.stride_b + token * p.lse.stride_s + head * p.lse.stride_h] =
-          total == 0 ? kNegInf : base + logf(total);
-    if (p.entropy.data != nullptr) {
-      float x = real == 0 ? 0.0f : entropy / real + logf(real);
-      if (x < 0) x = 0;  // by rounding; NaN stays
-      static_cast<float*>(
-          p.entropy.data)[b * p.entropy.stride_b + token * p.entropy.stride_s + head * p.entropy.stride_h] = x;
-    }
-  }
+  if (thread == 0) place.store_statistics(p, result);
 }
 
 __global__ __launch_bounds__(kThreads) void report_kernel(const __grid_constant__ AttendArgs args) {

@@ -60,13 +60,16 @@ class Plan final : public AttentionPlan {
       const Launch launch =
           choose(problem_, extent, features, device_, workspace == nullptr ? 0 : static_cast<int64_t>(workspace_bytes));
       AttendArgs args = make_args(params, problem_, launch, workspace);
-      args.scheduler = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
+      args.scheduler = record_.device->scheduler + 2 * (launches_ % (std::size(record_.device->scheduler) / 2));
+      if (launch.kernel->phase == Phase::kDecode)
+        args.scheduler = launch.joined ? record_.arrivals[launches_ % kArrivalSets] : nullptr;
+      ++launches_;
       args.multiprocessors = device_.multiprocessors;
       args.overlap_grids = device_.compute_capability >= 90;
       if (lengths_on_device(params)) args.record = record_.device;
       check(launch.kernel->launch(args, stream), launch.kernel->name);
       if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
-      if (launch.splits > 1) check(launch_combine(args, stream), "combine");
+      if (launch.splits > 1 && !launch.joined) check(launch_combine(args, stream), "combine");
       if (touches_record(args, *launch.kernel)) record_.mark(stream);
       if (!lengths_on_device(params)) {
         rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);
@@ -150,6 +153,7 @@ AttendArgs make_args(const AttnParams& params, const Problem& problem, const Lau
 }
 
 bool touches_record(const AttendArgs& args, const AttendKernel& kernel) {
+  if (kernel.phase == Phase::kDecode && args.scheduler != nullptr) return true;
   // A Hopper kernel with one tile for each CTA needs no counter.
   return args.record != nullptr ||
          (kernel.arch >= 90 && args.p.batch * args.heads * args.m_tiles > args.multiprocessors);

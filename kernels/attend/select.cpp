@@ -86,6 +86,16 @@ int64_t choose_splits(int64_t tiles, int64_t slots, int64_t most) {
   return 1;
 }
 
+// Decode with few keys: equal parts, one CTA on each multiprocessor, which the last CTA of a tile joins. 1 where there
+// are too many keys, or too many parts for one CTA.
+int32_t joined_splits(int64_t tiles, int64_t blocks, const DeviceTraits& device) {
+  constexpr int64_t kMostBlocks = 16, kMostParts = 32;  // blocks of a part
+  if (tiles < 1 || tiles > kMostJoinedTiles) return 1;
+  const int64_t parts = device.multiprocessors / tiles;
+  if (parts < 2 || parts > kMostParts || blocks < 2 || blocks > parts * kMostBlocks) return 1;
+  return static_cast<int32_t>(ceil_div(blocks, ceil_div(blocks, parts)));
+}
+
 }  // namespace
 
 uint32_t features_of(const Problem& problem) {
@@ -168,12 +178,16 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   const int64_t tiles = launch.m_tiles * heads * extent.batch;
   const int64_t slots = int64_t{device.multiprocessors} * kernel.ctas_per_sm;
   if ((kernel.features & kSplit) != 0) {
-    // Two key blocks a part at least: less does not fill the pipeline.
-    int64_t most = std::min(kMaxSplits, ceil_div(keys, 2 * kernel.tile_k));
     const int64_t rows =
         (problem.layout_q == Layout::kTHD ? extent.total_q : extent.batch * extent.seqlen_q) * problem.heads_q;
+    int64_t most = kMaxSplits;
     if (partial_bytes >= 0 && rows > 0) most = std::min(most, partial_bytes / (rows * partial_row_bytes(problem)));
-    launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, most));
+    const int64_t blocks = ceil_div(keys, kernel.tile_k);
+    if (kernel.phase == Phase::kDecode) launch.splits = joined_splits(tiles, blocks, device);
+    launch.joined = launch.splits > 1 && launch.splits <= most;
+    // Two key blocks a part at least: less does not fill the pipeline.
+    if (!launch.joined)
+      launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, std::min(most, ceil_div(blocks, 2))));
   }
 
   const int64_t sharing = launch.pack > 1 ? 1 : group;

@@ -16,10 +16,14 @@ struct DeviceTraits {
   int64_t shared_bytes = 0;  // per CTA, opted in
 };
 
-// One grid and, with more than one split, the combining one.
+// Tiles of a launch whose splits are joined by the last of their CTAs.
+inline constexpr int32_t kMostJoinedTiles = 32;
+
+// One grid and, with more than one split that is not joined, the combining one.
 struct Launch {
   const AttendKernel* kernel = nullptr;
   int32_t m_tiles = 0, pack = 1, splits = 1, section = 1;
+  bool joined = false;
 };
 
 // Refuses (NOT_SUPPORTED, with the reason) what no kernel of this build and device serves.

@@ -1,6 +1,8 @@
 // Every row of kernels/instances.def, forced and seen to have run, against the oracle.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "attend/plan.h"
 #include "attend/select.h"
 #include "attention/fixture.h"
@@ -22,14 +24,14 @@ class EveryKernel : public testing::TestWithParam<const AttendKernel*> {
   }
 };
 
-// A device like this one on which the kernel is the first choice.
-cuda::DeviceTraits traits_for(const AttendKernel& kernel) {
+// A device like this one on which the kernel is the first choice; multiprocessors 0: as many as this one has.
+cuda::DeviceTraits traits_for(const AttendKernel& kernel, int multiprocessors) {
   cudaDeviceProp properties{};
   require(cudaGetDeviceProperties(&properties, 0));
   cuda::DeviceTraits traits;
   const int actual = properties.major * 10 + properties.minor;
   traits.compute_capability = kernel.arch < 90 ? std::min(actual, 89) : actual;
-  traits.multiprocessors = properties.multiProcessorCount;
+  traits.multiprocessors = multiprocessors > 0 ? multiprocessors : properties.multiProcessorCount;
   traits.l2_bytes = properties.l2CacheSize;
   traits.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   return traits;
@@ -64,14 +66,14 @@ bool has_plain_instance(const AttendKernel& kernel) {
   return false;
 }
 
-void run_row(const AttendKernel& kernel, const AttentionCase& c) {
-  SCOPED_TRACE(describe(c));
+void run_row(const AttendKernel& kernel, const AttentionCase& c, int multiprocessors = 0) {
+  SCOPED_TRACE(describe(c) + ", multiprocessors " + std::to_string(multiprocessors));
   const Dtypes dtypes = kernel.dtype == Dtype::kF32 ? kF32All : kernel.dtype == Dtype::kF16 ? kF16All : kBf16All;
   AttentionData data(c, dtypes, run_seed(), ADAATTN_OUTPUT_LSE);
   if (kernel.phase == Phase::kTf32) data.desc.math = ADAATTN_MATH_FAST_F32;
   const Problem problem = problem_from(data.desc, Use::kAttention);
   const auto records = std::make_shared<cuda::RecordPool>();
-  const auto plan = cuda::make_plan(problem, traits_for(kernel), 0, records);
+  const auto plan = cuda::make_plan(problem, traits_for(kernel, multiprocessors), 0, records);
   ASSERT_EQ(plan->info().kernel, kernel.name);
   const DeviceMemory workspace(plan->info().workspace_bytes);
   data.upload(ADAATTN_DEVICE_CUDA);
@@ -102,13 +104,21 @@ TEST_P(EveryKernel, AgreesWithTheOracle) {
   }
 }
 
+class DecodeKernel : public EveryKernel {};
+
+// Few parts are joined by the last CTA of their tile, many by a grid of their own.
+TEST_P(DecodeKernel, JoinsSplitKeysEitherWay) {
+  const AttendKernel& kernel = *GetParam();
+  AttentionCase c = case_for(kernel, false, true);
+  c.batch = 3;
+  if (!c.used_k.empty()) c.used_k = {333, 150, 7};
+  for (const int multiprocessors : {13, 48, 1000}) run_row(kernel, c, multiprocessors);
+}
+
 class PersistentKernels : public OnTheDevice {};
 
-// Tile counters belong to a launch: more tiles than SMs, two launches of one plan at a time.
-TEST_F(PersistentKernels, LaunchesOfOnePlanMayOverlapOnTwoStreams) {
-  AttentionCase c = {.name = "Overlap", .batch = 2, .heads_q = 16, .heads_kv = 16, .seqlen_q = 1024, .seqlen_k = 1024};
-  c.d_qk = c.d_v = 128;
-  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+// Two launches of one plan at a time.
+void overlap(const AttentionCase& c) {
   AttentionData one(c, kBf16All, run_seed(), 0), two(c, kBf16All, run_seed() + 1, 0);
   const Problem problem = problem_from(one.desc, Use::kAttention);
   const auto backend = make_cuda_backend({});
@@ -147,6 +157,21 @@ TEST_F(PersistentKernels, LaunchesOfOnePlanMayOverlapOnTwoStreams) {
   EXPECT_EQ(outputs(), alone);
 }
 
+// Tile counters belong to a launch: more tiles than SMs.
+TEST_F(PersistentKernels, LaunchesOfOnePlanMayOverlapOnTwoStreams) {
+  AttentionCase c = {.name = "Overlap", .batch = 2, .heads_q = 16, .heads_kv = 16, .seqlen_q = 1024, .seqlen_k = 1024};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  overlap(c);
+}
+
+// Arrival counters belong to a launch too.
+TEST_F(PersistentKernels, DecodeOfOnePlanMayOverlapOnTwoStreams) {
+  AttentionCase c = {.name = "Overlap", .batch = 1, .heads_q = 32, .heads_kv = 8, .seqlen_q = 1, .seqlen_k = 4096};
+  c.d_qk = c.d_v = 128;
+  overlap(c);
+}
+
 TEST(Sections, DivideThePairsEvenly) {
   EXPECT_EQ(cuda::even_section(128, 25, 1), 16);
   EXPECT_EQ(cuda::even_section(16, 3, 1), 2);
@@ -157,16 +182,20 @@ TEST(Sections, DivideThePairsEvenly) {
   EXPECT_EQ(cuda::even_section(1, 0, 1), 1);
 }
 
-std::vector<const AttendKernel*> rows() {
+std::vector<const AttendKernel*> rows(std::initializer_list<Phase> phases) {
   std::vector<const AttendKernel*> list;
   for (const AttendKernel* kernel : cuda::attend_kernels())
-    // No exact plan runs the others.
-    if (kernel->phase != Phase::kEntropy && kernel->phase != Phase::kInt8) list.push_back(kernel);
+    if (std::find(phases.begin(), phases.end(), kernel->phase) != phases.end()) list.push_back(kernel);
   return list;
 }
 
-INSTANTIATE_TEST_SUITE_P(Table, EveryKernel, testing::ValuesIn(rows()),
-                         [](const auto& info) { return std::string(info.param->name); });
+std::string name_of(const testing::TestParamInfo<const AttendKernel*>& info) { return info.param->name; }
+
+// No exact plan runs the phases that are not listed.
+INSTANTIATE_TEST_SUITE_P(Table, EveryKernel,
+                         testing::ValuesIn(rows({Phase::kForward, Phase::kDecode, Phase::kExactF32, Phase::kTf32})),
+                         name_of);
+INSTANTIATE_TEST_SUITE_P(Table, DecodeKernel, testing::ValuesIn(rows({Phase::kDecode})), name_of);
 
 }  // namespace
 }  // namespace adaattn::test

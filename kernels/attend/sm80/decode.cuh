@@ -1,9 +1,12 @@
 // Attention of few query rows over many keys, bound by the bytes of K and V. One 16-row tile holds the queries of all
 // heads that share a key head; each warp walks its own keys through its own cp.async stages, so no warp waits for
-// another until the end, where their partial results join in shared memory.
+// another until the end, where their partial results join in shared memory. With split keys and an arrival counter for
+// each tile (AttendArgs::scheduler, zero before and after) the last CTA of a tile joins its parts, so that no other
+// grid has to follow.
 #pragma once
 
 #include "attend/sm80/portable.cuh"
+#include "common/join.cuh"
 #include "common/scores.cuh"
 #include "common/tile.cuh"
 
@@ -23,6 +26,54 @@ struct DecodeShape {
   static_assert(kSharedBytes <= 98 * 1024, "compute capability 8.6 and 8.9 have 99 KiB");
 };
 
+// Whether this CTA is the last of its tile; what the others wrote is to be seen then.
+__device__ __forceinline__ bool arrives_last(const AttendArgs& args, int thread) {
+  __shared__ bool last;
+  __syncthreads();
+  if (thread == 0) {
+    uint32_t* arrived = args.scheduler + blockIdx.x;
+    __threadfence();
+    last = atomicAdd(arrived, 1u) + 1 == static_cast<uint32_t>(args.splits);
+    if (last) *arrived = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// The rows of a tile from their partial results, a warp for each. weights: [warps][kMaxSplits].
+template <int kD, int kWarps>
+__device__ __forceinline__ void join_parts(const AttendArgs& args, const TileIndex& tile, const Sequence& s,
+                                           const RowMap& row_map, int m0, int rows, int thread, float* weights) {
+  constexpr int kColumns = kD / 32;
+  const int warp = thread / 32, lane = thread % 32, d_v = static_cast<int>(args.p.d_v);
+  float* weight = weights + warp * kMaxSplits;
+  for (int m = m0 + warp; m < min(m0 + 16, rows); m += kWarps) {
+    const RowPlace part(args, tile, s, row_map, m);
+    const int64_t row = part.partial - tile.split * args.partial_rows;
+    const RowResult result = join_weights(args, row, part.head, lane, weight);
+    __syncwarp();
+    float sum[kColumns] = {};
+#pragma unroll 8
+    for (int i = 0; i < args.splits; ++i) {
+      const float w = weight[i];
+      const float* from = args.partial_o + (i * args.partial_rows + row) * d_v + lane;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        // An empty part's numbers do not count: they may be anything.
+        const float x = lane + 32 * c < d_v ? __ldcg(from + 32 * c) : 0.0f;
+        sum[c] = w != 0 ? fmaf(w, x, sum[c]) : sum[c];
+      }
+    }
+    __syncwarp();
+    const JoinedPlace place{tile.batch, part.token, part.head};
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (lane + 32 * c < d_v) place.store(args.p, lane + 32 * c, sum[c] * result.factor);
+    if (lane == 0) place.store_statistics(args.p, result);
+  }
+}
+
 template <typename T, int kD, uint32_t kFeatures>
 __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(const __grid_constant__ AttendArgs args) {
   constexpr bool kExtras = (kFeatures & kUnaligned) != 0;
@@ -32,7 +83,8 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   extern __shared__ __align__(128) unsigned char shared_memory[];
   __shared__ float warp_max2[kWarps][16], warp_sum[kWarps][16], warp_weighted[kWarps][16];
 
-  if (args.splits > 1) launch_dependents();
+  const bool joins = args.splits > 1 && args.scheduler != nullptr;
+  if (args.splits > 1 && !joins) launch_dependents();
   const AttnParams& p = args.p;
   const TileIndex tile = tile_index(args);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -223,6 +275,8 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       }
     }
   }
+  if (joins && arrives_last(args, thread))
+    join_parts<kD, kWarps>(args, tile, s, row_map, m0, rows, thread, reinterpret_cast<float*>(shared_memory));
   if (reports(args, tile)) report_sequence(args, tile.batch, thread, Shape::kThreads);
 }
 
