@@ -44,6 +44,12 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.energy = arena.take<TileEnergy>(units * s.key_tiles);
   t.units = arena.take<UnitStats>(units);
   t.levels = arena.take<decide::TileLevels>(heads * s.query_tiles);
+  // In floating point: the product of maxima that a descriptor may name need not fit an integer.
+  const double codes = static_cast<double>(heads) * s.query_tiles * s.key_tiles;
+  if (s.wave_tiles == s.query_tiles && codes <= kMaxCodeBytes)
+    t.codes = arena.take<uint8_t>(static_cast<int64_t>(codes));
+  t.head_sums = arena.take<HeadSums>(heads);
+  t.unit_sums = arena.take<UnitSums>(units);
   t.head_levels = arena.take<decide::HeadLevels>(heads);
   t.head_entropy = arena.take<float>(heads);
   t.choice = arena.take<decide::HeadChoice>(heads);

@@ -18,7 +18,7 @@ struct TileEnergy {
   float within;                          // ||v - mean of the tile||^2
   float between;                         // ||mean of the tile - v_mean||^2
   float captured[decide::kRankClasses];  // ||v_low||^2 over the columns of each rank class; [0] unused
-  int32_t k_finite, v_finite;
+  int32_t finite;
 };
 
 struct UnitStats {
@@ -27,6 +27,17 @@ struct UnitStats {
   float rank_energy = 1;   // share of it in the rank class
   int32_t rank_class = 0;  // candidate; 0: none keeps enough
   int32_t usable = 0;      // 0: not finite, or nothing varies: computed exactly
+};
+
+// What the levels of a unit's query tiles add up to, head by head.
+struct HeadSums {
+  unsigned long long kept[decide::kLevels], dropped_sq[decide::kLevels];
+  unsigned long long query_tiles, tiles;
+  unsigned long long entropy;  // of its query tiles, in units of 1 / kEntropyUnit
+};
+inline constexpr double kEntropyUnit = 4294967296.0;
+struct UnitSums {
+  uint32_t ctas, unusable;  // that are done; query tiles with estimates that are not finite
 };
 
 // When the stages of the call at hand began, in nanoseconds of the device: noted by the first CTA of a stage's first
@@ -39,14 +50,15 @@ struct StageClock {
 // What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start but for the
 // multipliers. Calls that share it may overlap.
 struct AdaptiveState {
-  double* basis = nullptr;                   // state_basis_doubles()
-  int32_t* warm = nullptr;                   // [units]
-  int32_t* dense_calls = nullptr;            // [units]: calls for which it is computed exactly without a look; or null
+  double* basis = nullptr;         // state_basis_doubles()
+  int32_t* warm = nullptr;         // [units]
+  int32_t* dense_calls = nullptr;  // [units]: calls for which it is computed exactly, whatever it holds; or null
   decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
   unsigned long long* calls = nullptr;       // done so far
   StageClock* clock = nullptr;               // null: not wanted
 };
-// A unit that was judged dense is looked at again after this many calls.
+// A unit that was judged dense is computed exactly for this many calls, in the last of which it is looked at again:
+// what that finds is for the calls after it, so that one in which all units are dense runs the exact kernel.
 inline constexpr int32_t kDenseCalls = 8;
 
 // The statistics between analyze and decide, and the writable views of AdaptiveTables' arrays. In the workspace.
@@ -54,14 +66,19 @@ struct AnalyzeTables {
   float* k_mean = nullptr;  // [units, d_qk]
   float* v_mean = nullptr;  // [units, d_v]
   // Means of 32 rows, of K less k_mean, each times 127 / its largest element: decide/cells.h.
-  int8_t* key_cells = nullptr;                // [units, key_cells_of_unit(), d_qk]
-  float* key_scales = nullptr;                // [units, key_cells_of_unit()]; 0 beyond the sequence
-  int8_t* query_cells = nullptr;              // [batch, heads_q, query_tiles, 4, d_qk]
-  float* query_scales = nullptr;              // [batch, heads_q, query_tiles, 4], in log2 units; 0 beyond the sequence
-  decide::CellRow* cell_rows = nullptr;       // [batch, heads_q, query_tiles, 4]
-  TileEnergy* energy = nullptr;               // [units, key_tiles]
-  UnitStats* units = nullptr;                 // [units]
-  decide::TileLevels* levels = nullptr;       // [batch, heads_q, query_tiles]
+  int8_t* key_cells = nullptr;           // [units, key_cells_of_unit(), d_qk]
+  float* key_scales = nullptr;           // [units, key_cells_of_unit()]; 0 beyond the sequence
+  int8_t* query_cells = nullptr;         // [batch, heads_q, query_tiles, 4, d_qk]
+  float* query_scales = nullptr;         // [batch, heads_q, query_tiles, 4], in log2 units; 0 beyond the sequence
+  decide::CellRow* cell_rows = nullptr;  // [batch, heads_q, query_tiles, 4]
+  TileEnergy* energy = nullptr;          // [units, key_tiles]
+  UnitStats* units = nullptr;            // [units]
+  decide::TileLevels* levels = nullptr;  // [batch, heads_q, query_tiles]
+  // The lowest level that keeps a tile, [batch, heads_q, query_tiles, key_tiles] from each query tile's first visible
+  // key tile on; null where they would take more than kMaxCodeBytes: then masks take the estimates again.
+  uint8_t* codes = nullptr;
+  HeadSums* head_sums = nullptr;              // [batch, heads_q], zeros before and after decide
+  UnitSums* unit_sums = nullptr;              // [units], likewise
   decide::HeadLevels* head_levels = nullptr;  // [batch, heads_q]
   float* head_entropy = nullptr;              // [batch, heads_q]: mean over query tiles; 1 = uniform
   decide::HeadChoice* choice = nullptr;
@@ -80,6 +97,7 @@ struct AnalyzeTables {
 };
 
 inline constexpr int kWorkBuckets = 128;
+inline constexpr int64_t kMaxCodeBytes = int64_t{16} << 20;
 // Tiles are read two at a time.
 ADAATTN_HD inline int64_t key_cells_of_unit(const TableShape& s) {
   return (int64_t{s.key_tiles} + 1) / 2 * 2 * decide::kCellsOfTile;

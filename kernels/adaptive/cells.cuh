@@ -123,14 +123,17 @@ class Cells {
   bool exists_[kProducts][2];
 };
 
-// Shared memory of the kernels below: masses and peaks of the tiles, and for the levels the masses again.
+// Shared memory of the kernels below: masses and peaks of the tiles, for the levels sums of the sorted masses, and for
+// levels that keep them the scores of the cells: each lane finds there what it left.
 template <int kTiles>
 struct Space {
+  float4* scores;
   uint32_t *mass, *peak, *sorted;
   int tiles, padded;
-  __device__ explicit Space(const TableShape& s) : tiles(s.key_tiles), padded(padded_tiles(s)) {
-    extern __shared__ uint32_t dynamic[];
-    mass = dynamic;
+  __device__ explicit Space(const TableShape& s, bool stored = false) : tiles(s.key_tiles), padded(padded_tiles(s)) {
+    extern __shared__ float4 dynamic[];
+    scores = dynamic;
+    mass = reinterpret_cast<uint32_t*>(dynamic + (stored ? score_slots(s) : 0));
     peak = mass + kTiles * tiles;
     sorted = peak + kTiles * tiles;
   }
@@ -139,41 +142,49 @@ struct Space {
     while (count < s.key_tiles) count *= 2;
     return count;
   }
-  static size_t bytes(const TableShape& s) {
-    return sizeof(uint32_t) * size_t{kTiles} * static_cast<size_t>(2 * s.key_tiles + padded_tiles(s));
+  static ADAATTN_HD int score_slots(const TableShape& s) { return (s.key_tiles / 2 + 1) * 32; }
+  static size_t bytes(const TableShape& s, bool stored) {
+    return sizeof(uint32_t) * size_t{kTiles} * static_cast<size_t>(2 * s.key_tiles + padded_tiles(s)) +
+           (stored ? sizeof(float4) * static_cast<size_t>(score_slots(s)) : 0);
   }
 };
 
-// Masses and peaks of the key tiles [begin, end) for all query tiles from the rows' tops and sums.
+// Masses and peaks of a pair of key tiles from the masses of their cells, which a lane has of rows lane / 4 and 8 more.
+template <int kTiles>
+__device__ __forceinline__ void weigh_pair(int m, int pair, const uint32_t (&cells)[2][2],
+                                           const decide::CellRow (&rows)[2], const Space<kTiles>& space) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t sum = cells[r][0] + cells[r][1], top = max(cells[r][0], cells[r][1]);
+    // Of a tile: two lanes have its cells. Of a query tile: four rows, in lanes 4 and 8 away.
+    sum += __shfl_xor_sync(kAll, sum, 1);
+    top = max(top, __shfl_xor_sync(kAll, top, 1));
+    uint32_t mass = decide::tile_share(sum, rows[r].inverse), peak = decide::cell_share(top, rows[r].inverse);
+#pragma unroll
+    for (int step = 4; step <= 8; step *= 2) {
+      mass += __shfl_xor_sync(kAll, mass, step);
+      peak = max(peak, __shfl_xor_sync(kAll, peak, step));
+    }
+    const int query = 4 * m + 2 * r + lane / 16, tile = 2 * pair + lane % 4 / 2;
+    if (lane / 4 % 4 != 0 || lane % 2 != 0 || query >= kTiles || tile >= space.tiles) continue;
+    space.mass[query * space.tiles + tile] = mass;
+    space.peak[query * space.tiles + tile] = peak;
+  }
+}
+
+// Those of the key tiles [begin, end) for all query tiles from the rows' tops and sums.
 template <int kTiles, int kDim>
 __device__ __forceinline__ void weigh_tiles(const Cells<kTiles, kDim>& cells, const decide::CellRow (*rows)[2],
                                             int begin, int end, const Space<kTiles>& space) {
-  const int lane = threadIdx.x % 32;
   cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
+    uint32_t mass[2][2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t sum = 0, top = 0;
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t mass =
-            keys[i] > 0 && cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
-        sum += mass;
-        top = max(top, mass);
-      }
-      // Of a tile: two lanes have its cells. Of a query tile: four rows, in lanes 4 and 8 away.
-      sum += __shfl_xor_sync(kAll, sum, 1);
-      top = max(top, __shfl_xor_sync(kAll, top, 1));
-      uint32_t mass = decide::tile_share(sum, rows[m][r].inverse), peak = decide::cell_share(top, rows[m][r].inverse);
-#pragma unroll
-      for (int step = 4; step <= 8; step *= 2) {
-        mass += __shfl_xor_sync(kAll, mass, step);
-        peak = max(peak, __shfl_xor_sync(kAll, peak, step));
-      }
-      const int query = 4 * m + 2 * r + lane / 16, tile = 2 * pair + lane % 4 / 2;
-      if (lane / 4 % 4 != 0 || lane % 2 != 0 || query >= kTiles || tile >= space.tiles) continue;
-      space.mass[query * space.tiles + tile] = mass;
-      space.peak[query * space.tiles + tile] = peak;
-    }
+      for (int i = 0; i < 2; ++i)
+        mass[r][i] = keys[i] > 0 && cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
+    weigh_pair(m, pair, mass, rows[m], space);
   });
 }
 
@@ -183,37 +194,43 @@ __device__ __forceinline__ int first_of(int query_tiles, int number) {
   return ((query_tiles + kTiles - 1) / kTiles - 1 - number) * kTiles;
 }
 
-// Query tiles of a CTA, and head_dim.
-template <int kTilesOfCta, int kHeadDim>
+// Query tiles of a CTA, head_dim, and whether the scores of cells stay in shared memory.
+template <int kTilesOfCta, int kHeadDim, bool kStoredScores>
 struct CellsShape {
   static constexpr int kTiles = kTilesOfCta, kDim = kHeadDim;
-  static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s); }
+  static constexpr bool kStored = kStoredScores;
+  static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s, kStored); }
 };
 
-// Calls back with the shape for as many query tiles at a time as fit shared memory.
+[[noreturn]] inline void refuse_cells(const TableShape& s) {
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_seqlen_k: %lld keys are more than the adaptive schedule takes",
+       static_cast<long long>(s.key_rows()));
+}
+
+// Calls back with the first shape whose shared memory is within its limit.
 template <typename Take>
-void with_cells_shape(const TableShape& s, const Take& take) {
+void with_levels_shape(const TableShape& s, const Take& take) {
+  constexpr size_t kHalf = size_t{110} << 10, kMaxShared = size_t{200} << 10;  // of a Hopper SM
+  const auto of_dim = [&](auto stored, auto eight, auto two) {
+    if (stored.bytes(s) <= kHalf) return take(stored);
+    if (eight.bytes(s) <= kMaxShared) return take(eight);
+    if (two.bytes(s) <= kMaxShared) return take(two);
+    refuse_cells(s);
+  };
+  if (s.d_qk == 64) return of_dim(CellsShape<4, 64, true>{}, CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
+  of_dim(CellsShape<4, 128, true>{}, CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
+}
+
+template <typename Take>
+void with_mask_shape(const TableShape& s, const Take& take) {
   constexpr size_t kMaxShared = size_t{200} << 10;
   const auto of_dim = [&](auto eight, auto two) {
     if (eight.bytes(s) <= kMaxShared) return take(eight);
     if (two.bytes(s) <= kMaxShared) return take(two);
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_seqlen_k: %lld keys are more than the adaptive schedule takes",
-         static_cast<long long>(s.key_rows()));
+    refuse_cells(s);
   };
-  if (s.d_qk == 64) return of_dim(CellsShape<8, 64>{}, CellsShape<2, 64>{});
-  of_dim(CellsShape<8, 128>{}, CellsShape<2, 128>{});
-}
-
-// head_rows: rows of CTAs that take no query tiles.
-template <typename... Params, typename... Extra>
-void launch_cells(void (*kernel)(Params...), size_t bytes, int tiles_of_cta, const AnalyzeArgs& args, int query_tiles,
-                  int head_rows, cudaStream_t stream, Extra... extra) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "decide");
-  const dim3 grid(static_cast<unsigned>(args.p.batch * args.shape.heads_q),
-                  static_cast<unsigned>((query_tiles + tiles_of_cta - 1) / tiles_of_cta + head_rows));
-  check(launch_grid_overlapped(kernel, grid, kDecideThreads, bytes, stream, true, args, extra...), "decide");
+  if (s.d_qk == 64) return of_dim(CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
+  of_dim(CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
 }
 
 }  // namespace adaattn::cuda

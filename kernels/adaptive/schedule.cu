@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "adaptive/cells.cuh"
+#include "adaptive/levels.cuh"
 #include "adaptive/stage_clock.cuh"
 #include "common/ptx.cuh"
 
@@ -31,7 +32,10 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
 // One CTA appends a section's items to the lists: a counting sort by the tiles they keep.
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section) {
   using decide::kRankClasses;
+  constexpr int kEach = 4;            // items of a thread whose reads are on their way together
+  constexpr int kRemembered = 16384;  // items whose place is read but once
   __shared__ uint32_t start[kRankClasses][kWorkBuckets], base[kRankClasses], before[kRankClasses];
+  __shared__ uint16_t places[kRemembered];  // rank class and bucket
   const TableShape& s = args.shape;
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, thread = threadIdx.x;
   const int first = section * units * s.group, last = min(first + units * s.group, heads);
@@ -41,32 +45,41 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
   for (int head = thread; head < first; head += kThreads)
     atomicAdd(&base[args.tables.choice[head].rank_class],
               static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
-  const auto each_item = [&](const auto& take) {
-    for (int i = thread; i < (last - first) * s.wave_tiles; i += kThreads) {
-      const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
-      if (in_wave >= wave_items(args, head / s.heads_q, first_tile)) continue;
-      const decide::HeadChoice& choice = args.tables.choice[head];
-      const decide::TileLevels& levels = args.tables.levels[int64_t{head} * s.query_tiles + first_tile + in_wave];
-      const int kept = choice.dense ? levels.row.end - levels.row.begin : static_cast<int>(levels.kept[choice.level]);
-      take(head, in_wave, choice.rank_class, bucket_of(kept, s.key_tiles));
-    }
+  const auto place_of = [&](int head, int in_wave) {
+    const decide::HeadChoice& choice = args.tables.choice[head];
+    const decide::TileLevels& levels = args.tables.levels[int64_t{head} * s.query_tiles + first_tile + in_wave];
+    const int all = levels.row.end - levels.row.begin, some = static_cast<int>(levels.kept[choice.level]);
+    return static_cast<uint16_t>(choice.rank_class * kWorkBuckets + bucket_of(choice.dense ? all : some, s.key_tiles));
   };
-  each_item([&](int, int, int rank_class, int bucket) { atomicAdd(&start[rank_class][bucket], 1u); });
+  const int items = (last - first) * s.wave_tiles;
+  const auto exists = [&](int i) {
+    return i < items && i % s.wave_tiles < wave_items(args, (first + i / s.wave_tiles) / s.heads_q, first_tile);
+  };
+  for (int from = thread; from < items; from += kEach * kThreads) {
+    uint16_t place[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = from + j * kThreads;
+      if (exists(i)) place[j] = place_of(first + i / s.wave_tiles, i % s.wave_tiles);
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = from + j * kThreads;
+      if (!exists(i)) continue;
+      if (i < kRemembered) places[i] = place[j];
+      atomicAdd(&start[0][place[j]], 1u);
+    }
+  }
   __syncthreads();
   if (thread / 32 < kRankClasses) {
-    constexpr int kEach = kWorkBuckets / 32;
-    uint32_t* const counts = &start[thread / 32][thread % 32 * kEach];
+    constexpr int kBuckets = kWorkBuckets / 32;
+    uint32_t* const counts = &start[thread / 32][thread % 32 * kBuckets];
     uint32_t own = 0;
-    for (int i = 0; i < kEach; ++i) own += counts[i];
-    uint32_t sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kAll, sum, step);
-      if (thread % 32 >= step) sum += other;
-    }
+    for (int i = 0; i < kBuckets; ++i) own += counts[i];
+    const uint32_t sum = running_sum(own);
     uint32_t at = base[thread / 32] + sum - own;
     if (thread % 32 == 31) before[thread / 32] = base[thread / 32] + sum;
-    for (int i = 0; i < kEach; ++i) {
+    for (int i = 0; i < kBuckets; ++i) {
       const uint32_t count = counts[i];
       counts[i] = at;
       at += count;
@@ -74,32 +87,78 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
   }
   __syncthreads();
   if (last == heads && thread < kRankClasses) args.tables.work_count[thread] = before[thread];
-  each_item([&](int head, int in_wave, int rank_class, int bucket) {
-    const uint32_t place = atomicAdd(&start[rank_class][bucket], 1u);
-    args.tables.work[int64_t{rank_class} * s.batch * s.heads_q * s.wave_tiles + place] =
+  for (int i = thread; i < items; i += kThreads) {
+    if (!exists(i)) continue;
+    const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
+    const int place = i < kRemembered ? places[i] : place_of(head, in_wave);
+    args.tables
+        .work[int64_t{place / kWorkBuckets} * s.batch * s.heads_q * s.wave_tiles + atomicAdd(&start[0][place], 1u)] =
         static_cast<uint32_t>(head * s.wave_tiles + in_wave);
-  });
+  }
 }
 
-// The first row of CTAs orders the work lists, a section each; the others write masks.
+// One warp: the mask of a query tile, of which keeps(tile) says whether a visible key tile is kept.
+template <typename Keeps>
+__device__ __forceinline__ void put_mask(const AnalyzeArgs& args, int64_t item, const decide::TileRow& row,
+                                         const Keeps& keeps) {
+  const TableShape& s = args.shape;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  uint64_t* const mask = args.tables.mask + item * s.mask_words;
+  int kept = 0;
+  for (int word = 0; word < s.mask_words; ++word) {
+    uint64_t bits = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int tile = 64 * word + 32 * half + lane;
+      const bool keep = tile >= row.begin && tile < row.end && keeps(tile);
+      bits |= static_cast<uint64_t>(__ballot_sync(kAll, keep)) << 32 * half;
+    }
+    kept += __popcll(bits);
+    if (lane == 0) mask[word] = bits;
+  }
+  if (lane == 0) args.tables.kept[item] = kept;
+}
+
+// The first CTAs order the work lists, a section each.
+__device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections) {
+  const int section = static_cast<int>(blockIdx.x);
+  if (section >= sections) return false;
+  order_section(args, first_tile, units, section);
+  begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
+  return true;
+}
+
+// Masks from the codes of the tiles, a query tile in each warp.
+__global__ __launch_bounds__(kThreads) void code_mask_kernel(const __grid_constant__ AnalyzeArgs args, int units,
+                                                             int sections) {
+  launch_dependents();
+  wait_for_previous_grid();
+  if (order_lists(args, 0, units, sections)) return;
+  const TableShape& s = args.shape;
+  const int64_t index = (int64_t{blockIdx.x} - sections) * kDecideWarps + threadIdx.x / 32;
+  if (index >= args.p.batch * s.heads_q * s.query_tiles) return;
+  const decide::HeadChoice choice = args.tables.choice[index / s.query_tiles];
+  const decide::TileRow row = args.tables.tile_range[index];
+  const uint8_t* const codes = args.tables.codes + index * s.key_tiles - row.begin;
+  put_mask(args, index, row, [&](int tile) { return code_keeps(codes[tile], choice); });
+}
+
+// Masks from the estimates, which are made again.
 template <int kTiles, int kDim>
 __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
-                                                           int units) {
+                                                           int units, int sections) {
   using Block = Cells<kTiles, kDim>;
   launch_dependents();
   wait_for_previous_grid();
-  const TableShape& s = args.shape;
-  const int head_index = static_cast<int>(blockIdx.x);
   if (first_tile > 0) begin_stage(args.state, kDecideStage);
-  if (blockIdx.y == 0) {
-    if (head_index * units * s.group < static_cast<int>(gridDim.x)) order_section(args, first_tile, units, head_index);
-    begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
-    return;
-  }
+  if (order_lists(args, first_tile, units, sections)) return;
+  const TableShape& s = args.shape;
   const Space<kTiles> space(s);
-  const int head = head_index % s.heads_q, b = head_index / s.heads_q, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int heads = static_cast<int>(args.p.batch) * s.heads_q, number = static_cast<int>(blockIdx.x) - sections;
+  const int head_index = number % heads, head = head_index % s.heads_q, b = head_index / s.heads_q;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = min(s.query_tiles - first_tile, s.wave_tiles);
-  const int in_wave = first_of<kTiles>(tiles, static_cast<int>(blockIdx.y) - 1), first = first_tile + in_wave;
+  const int in_wave = first_of<kTiles>(tiles, number / heads), first = first_tile + in_wave;
   const int count = min(kTiles, tiles - in_wave);
   const decide::HeadChoice choice = args.tables.choice[head_index];
   const int64_t index = int64_t{head_index} * s.query_tiles + first;
@@ -125,24 +184,11 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
   }
   if (warp >= count) return;
   const decide::TileLevels& levels = args.tables.levels[index + warp];
-  const decide::TileRow row = levels.row;
-  const int64_t item = int64_t{head_index} * s.wave_tiles + in_wave + warp;
-  uint64_t* mask = args.tables.mask + item * s.mask_words;
-  int kept = 0;
-  for (int word = 0; word < s.mask_words; ++word) {
-    uint64_t bits = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile = 64 * word + 32 * half + lane, at = warp * space.tiles + tile;
-      const bool seen = tile >= row.begin && tile < row.end;
-      const bool keep = seen && (choice.dense || decide::keeps_tile(levels, choice.level, tile, space.mass[at],
-                                                                    space.peak[at], args.keep_peak));
-      bits |= static_cast<uint64_t>(__ballot_sync(kAll, keep)) << 32 * half;
-    }
-    kept += __popcll(bits);
-    if (lane == 0) mask[word] = bits;
-  }
-  if (lane == 0) args.tables.kept[item] = kept;
+  put_mask(args, int64_t{head_index} * s.wave_tiles + in_wave + warp, levels.row, [&](int tile) {
+    const int at = warp * space.tiles + tile;
+    return choice.dense ||
+           decide::keeps_tile(levels, choice.level, tile, space.mass[at], space.peak[at], args.keep_peak);
+  });
 }
 
 }  // namespace
@@ -150,9 +196,25 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
 void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {
   const TableShape& s = args.shape;
   const int count = std::min(s.wave_tiles, s.query_tiles - first_tile), units = section_units(args);
-  with_cells_shape(s, [&](auto x) {
-    launch_cells(mask_kernel<x.kTiles, x.kDim>, x.bytes(s), x.kTiles, args, count, 1, stream, first_tile, units);
-  });
+  const int heads = static_cast<int>(args.p.batch) * s.heads_q;
+  const int sections = (static_cast<int>(args.p.batch) * s.heads_kv + units - 1) / units;
+  const auto launch = [&](auto kernel, int64_t masks, size_t bytes, auto... extra) {
+    check(launch_grid_overlapped(kernel, dim3(static_cast<unsigned>(sections + masks)), kThreads, bytes, stream, true,
+                                 args, extra...),
+          "decide");
+  };
+  if (args.tables.codes != nullptr)
+    return launch(code_mask_kernel, (int64_t{heads} * s.query_tiles + kDecideWarps - 1) / kDecideWarps, 0, units,
+                  sections);
+  const auto with_estimates = [&](auto x) {
+    const auto kernel = &mask_kernel<x.kTiles, x.kDim>;
+    const size_t bytes = x.bytes(s);
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "decide");
+    launch(kernel, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), bytes, first_tile, units, sections);
+  };
+  with_mask_shape(s, with_estimates);
 }
 
 }  // namespace adaattn::cuda

@@ -16,9 +16,10 @@ constexpr int kCell = 32;  // queries or keys behind one mean
 constexpr int kCellsOfTile = kTileK / kCell;
 static_assert(kTileQ == kTileK);
 
-// log2 of a cell's weight, up to a constant of the query block. keys: of the cell that exist.
+// log2 of a cell's weight, up to a constant of the query block. dot: of up to 256 products of bytes. keys: of the cell
+// that exist.
 ADAATTN_HD inline float cell_score(int32_t dot, float query_scale, float key_scale, int keys) {
-  const float score = static_cast<float>(dot) * (query_scale * key_scale);
+  const float score = float_of_integer(dot) * (query_scale * key_scale);
   return keys == kCell ? score : score + fixed_log2(static_cast<float>(keys) * (1.0f / kCell));
 }
 

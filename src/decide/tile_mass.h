@@ -34,7 +34,7 @@ ADAATTN_HD inline int level_for_mass(double mass) {
 
 // The mass of a tile as an integer: 2^22 for the heaviest of its row, 0 under 2^-22 of that.
 ADAATTN_HD inline uint32_t integer_mass(float log2_mass, float log2_max) {
-  return static_cast<uint32_t>(fixed_exp2(log2_mass - log2_max + 22.0f) + 0.5f);
+  return integer_of(fixed_exp2(log2_mass - log2_max + 22.0f) + 0.5f);
 }
 
 // Sum of the masses from x on. Compared as signed integers, which vector instructions offer everywhere.
