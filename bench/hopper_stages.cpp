@@ -96,7 +96,8 @@ class Stages {
     args_.state.calls = static_cast<unsigned long long*>(calls_->data());
     far_share_ = std::make_unique<CudaBuffer>(heads * static_cast<size_t>(s.wave_tiles) * cuda::sm90::kWalkShares * 4);
     tallies_ = std::make_unique<CudaBuffer>(heads * sizeof(cuda::HeadTally));
-    totals_ = std::make_unique<CudaBuffer>(sizeof(cuda::TileTotals));
+    totals_ = std::make_unique<CudaBuffer>(2 * sizeof(cuda::TileTotals));
+    ctas_ = std::make_unique<CudaBuffer>(sizeof(uint32_t));
   }
 
   void sample(cudaStream_t s) { cuda::sample(args_, s); }
@@ -121,10 +122,11 @@ class Stages {
     cuda::TallyTargets targets;
     targets.heads = static_cast<cuda::HeadTally*>(tallies_->data());
     targets.totals = static_cast<cuda::TileTotals*>(totals_->data());
+    targets.newest = targets.totals + 1;
+    targets.ctas = static_cast<uint32_t*>(ctas_->data());
     targets.outlook = static_cast<unsigned long long*>(outlook_->data());
     const float* far = args_.options.far_field ? static_cast<float*>(far_share_->data()) : nullptr;
-    check(cuda::launch_tally(args_, 0, far, targets, s));
-    check(cuda::launch_total(args_, targets, s));
+    check(cuda::launch_tally(args_, 0, far, targets, {}, nullptr, true, s));
   }
   void all(cudaStream_t s) {
     sample(s);
@@ -173,7 +175,7 @@ class Stages {
   StageCase c_;
   cuda::AnalyzeArgs args_;
   std::unique_ptr<CudaBuffer> q_, k_, v_, o_, counters_, workspace_, basis_, warm_, far_share_, tallies_, totals_;
-  std::unique_ptr<CudaBuffer> calls_, outlook_;
+  std::unique_ptr<CudaBuffer> calls_, outlook_, ctas_;
 };
 
 // One run of everything, for a profiler.
@@ -191,6 +193,7 @@ int main(int argc, char** argv) {
   using namespace adaattn::bench;
   using adaattn::decide::RankMode;
   adaattn::cuda::sm90::prepare_walk();
+  adaattn::cuda::prepare_analyze();
   const StageCase cases[] = {
       {"B4 H6/2 16k", 4, 6, 2, 16384}, {"B4 H6/2 8k", 4, 6, 2, 8192}, {"B4 H16/16 8k", 4, 16, 16, 8192}};
   if (argc > 1 && std::strcmp(argv[1], "once") == 0) {

@@ -95,6 +95,12 @@ int32_t sample_columns(const TableShape& s) {
   return static_cast<int32_t>(subspace_columns(s.max_rank, kOversampling));
 }
 
+void prepare_analyze() {
+  prepare_statistics();
+  prepare_levels();
+  prepare_masks();
+}
+
 void analyze(const AnalyzeArgs& args, cudaStream_t stream) {
   sample(args, stream);
   tile_statistics(args, stream);

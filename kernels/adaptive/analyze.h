@@ -129,6 +129,9 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile);
 // Costs of the kernels of this back-end, in exact tiles.
 decide::CostTable device_costs(const TableShape& shape, const decide::Options& options);
 
+// Once per device, before the first launch of what follows.
+void prepare_analyze();
+
 // analyze: bf16 or f16, d_qk and d_v 64 or 128, rows on 16 bytes. decide: a choice per head.
 void analyze(const AnalyzeArgs& args, cudaStream_t stream);
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream);

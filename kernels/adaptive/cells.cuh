@@ -202,6 +202,16 @@ struct CellsShape {
   static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s, kStored); }
 };
 
+constexpr size_t kMaxLevelsBytes = size_t{200} << 10;  // of a Hopper SM
+
+// Once per device, before the first launch of a kernel with up to `bytes` of dynamic shared memory.
+template <typename... Params>
+void prepare_shared(void (*kernel)(Params...), size_t bytes) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "adaptive kernels");
+}
+
 [[noreturn]] inline void refuse_cells(const TableShape& s) {
   fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_seqlen_k: %lld keys are more than the adaptive schedule takes",
        static_cast<long long>(s.key_rows()));
@@ -210,23 +220,23 @@ struct CellsShape {
 // Calls back with the first shape whose shared memory is within its limit.
 template <typename Take>
 void with_levels_shape(const TableShape& s, const Take& take) {
-  constexpr size_t kHalf = size_t{110} << 10, kMaxShared = size_t{200} << 10;  // of a Hopper SM
+  constexpr size_t kHalf = size_t{110} << 10;  // two CTAs at a time
   const auto of_dim = [&](auto stored, auto eight, auto two) {
     if (stored.bytes(s) <= kHalf) return take(stored);
-    if (eight.bytes(s) <= kMaxShared) return take(eight);
-    if (two.bytes(s) <= kMaxShared) return take(two);
+    if (eight.bytes(s) <= kMaxLevelsBytes) return take(eight);
+    if (two.bytes(s) <= kMaxLevelsBytes) return take(two);
     refuse_cells(s);
   };
   if (s.d_qk == 64) return of_dim(CellsShape<4, 64, true>{}, CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
   of_dim(CellsShape<4, 128, true>{}, CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
 }
 
+constexpr size_t kMaxMaskBytes = size_t{200} << 10;  // beside what ordering the lists takes
 template <typename Take>
 void with_mask_shape(const TableShape& s, const Take& take) {
-  constexpr size_t kMaxShared = size_t{200} << 10;
   const auto of_dim = [&](auto eight, auto two) {
-    if (eight.bytes(s) <= kMaxShared) return take(eight);
-    if (two.bytes(s) <= kMaxShared) return take(two);
+    if (eight.bytes(s) <= kMaxMaskBytes) return take(eight);
+    if (two.bytes(s) <= kMaxMaskBytes) return take(two);
     refuse_cells(s);
   };
   if (s.d_qk == 64) return of_dim(CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});

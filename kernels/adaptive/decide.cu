@@ -3,6 +3,7 @@
 #include "adaptive/cells.cuh"
 #include "adaptive/choose.cuh"
 #include "adaptive/levels.cuh"
+#include "adaptive/sample.h"
 #include "adaptive/stage_clock.cuh"
 #include "common/ptx.cuh"
 
@@ -221,16 +222,22 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
 
 }  // namespace
 
+void prepare_levels() {
+  const auto prepare = [](auto... shapes) {
+    (prepare_shared(&levels_kernel<shapes.kTiles, shapes.kDim, shapes.kStored>, kMaxLevelsBytes), ...);
+  };
+  prepare(CellsShape<4, 64, true>{}, CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
+  prepare(CellsShape<4, 128, true>{}, CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
+}
+
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
   with_levels_shape(s, [&](auto x) {
-    const auto kernel = &levels_kernel<x.kTiles, x.kDim, x.kStored>;
     const dim3 grid(static_cast<unsigned>(args.p.batch * s.heads_q),
                     static_cast<unsigned>((s.query_tiles + x.kTiles - 1) / x.kTiles));
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(x.bytes(s))),
+    check(launch_grid_overlapped(levels_kernel<x.kTiles, x.kDim, x.kStored>, grid, kThreads, x.bytes(s), stream, true,
+                                 args),
           "decide");
-    check(launch_grid_overlapped(kernel, grid, kThreads, x.bytes(s), stream, true, args), "decide");
   });
 }
 

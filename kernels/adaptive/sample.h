@@ -1,4 +1,4 @@
-// The steps of analyze.
+// The steps of analyze and decide.
 #pragma once
 
 #include "adaptive/analyze.h"
@@ -13,5 +13,10 @@ int32_t sample_columns(const TableShape& shape);  // vectors of a basis, those o
 void sample(const AnalyzeArgs& args, cudaStream_t stream);
 // Tables of all key and query tiles.
 void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream);
+
+// Parts of prepare_analyze().
+void prepare_statistics();
+void prepare_levels();
+void prepare_masks();
 
 }  // namespace adaattn::cuda

@@ -3,6 +3,7 @@
 
 #include "adaptive/cells.cuh"
 #include "adaptive/levels.cuh"
+#include "adaptive/sample.h"
 #include "adaptive/stage_clock.cuh"
 #include "common/ptx.cuh"
 
@@ -32,8 +33,8 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
 // One CTA appends a section's items to the lists: a counting sort by the tiles they keep.
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section) {
   using decide::kRankClasses;
-  constexpr int kEach = 4;            // items of a thread whose reads are on their way together
-  constexpr int kRemembered = 16384;  // items whose place is read but once
+  constexpr int kEach = 4;           // items of a thread whose reads are on their way together
+  constexpr int kRemembered = 8192;  // items whose place is read but once
   __shared__ uint32_t start[kRankClasses][kWorkBuckets], base[kRankClasses], before[kRankClasses];
   __shared__ uint16_t places[kRemembered];  // rank class and bucket
   const TableShape& s = args.shape;
@@ -193,6 +194,16 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
 
 }  // namespace
 
+void prepare_masks() {
+  const auto prepare = [](auto... shapes) {
+    (prepare_shared(&mask_kernel<shapes.kTiles, shapes.kDim>, kMaxMaskBytes), ...);
+  };
+  prepare(CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
+  prepare(CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, code_mask_kernel), "adaptive kernels");
+}
+
 void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {
   const TableShape& s = args.shape;
   const int count = std::min(s.wave_tiles, s.query_tiles - first_tile), units = section_units(args);
@@ -206,15 +217,10 @@ void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t st
   if (args.tables.codes != nullptr)
     return launch(code_mask_kernel, (int64_t{heads} * s.query_tiles + kDecideWarps - 1) / kDecideWarps, 0, units,
                   sections);
-  const auto with_estimates = [&](auto x) {
-    const auto kernel = &mask_kernel<x.kTiles, x.kDim>;
-    const size_t bytes = x.bytes(s);
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          "decide");
-    launch(kernel, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), bytes, first_tile, units, sections);
-  };
-  with_mask_shape(s, with_estimates);
+  with_mask_shape(s, [&](auto x) {
+    launch(mask_kernel<x.kTiles, x.kDim>, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), x.bytes(s), first_tile,
+           units, sections);
+  });
 }
 
 }  // namespace adaattn::cuda

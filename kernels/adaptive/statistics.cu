@@ -447,15 +447,16 @@ __global__ __launch_bounds__(kThreads, 4) void statistics_kernel(const __grid_co
     query_tiles<T>(args, item - 2 * key_items);
 }
 
+template <int kRank>
+constexpr int statistics_bytes(int d_v) {
+  return kRank > 0 ? 2 * (kRows * (d_v + 8) + d_v * (kRank + 8)) : 0;
+}
+
 template <typename T, int kRank>
 void launch_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
   const TableShape& s = args.shape;
-  const int bytes = kRank > 0 ? 2 * (kRows * (s.d_v + 8) + s.d_v * (kRank + 8)) : 0;
+  const int bytes = statistics_bytes<kRank>(s.d_v);
   const auto kernel = &statistics_kernel<T, kRank>;
-  if (bytes > 0)
-    check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "analyze");
   const auto items =
       static_cast<unsigned>(args.p.batch * (2 * int64_t{s.heads_kv} * s.key_tiles +
                                             int64_t{s.heads_q} * ((s.query_tiles + kQueryTiles - 1) / kQueryTiles)));
@@ -476,6 +477,22 @@ void launch_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
 }
 
 }  // namespace
+
+void prepare_statistics() {
+  const auto prepare = [](auto kernel, int bytes) {
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "adaptive kernels");
+  };
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    prepare(&statistics_kernel<T, 0>, statistics_bytes<0>(kMaxDim));
+    prepare(&statistics_kernel<T, 32>, statistics_bytes<32>(kMaxDim));
+    prepare(&statistics_kernel<T, 64>, statistics_bytes<64>(kMaxDim));
+  };
+  of_type(__nv_bfloat16{});
+  of_type(__half{});
+}
 
 void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream) {
   if (args.p.k.dtype == Dtype::kBF16)

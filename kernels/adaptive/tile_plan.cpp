@@ -92,8 +92,11 @@ class TilePlan final : public AttentionPlan {
     records_ = std::move(records);
     problem_.adaptive = device_options(problem.adaptive);
     sizes_ = tile_plan_sizes(problem_, device);
+    costs_ = device_costs(sizes_.shape, problem_.adaptive);
+    keep_peak_ = keep_peak(problem_);
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
+    prepare_analyze();
     prepare_verify();
     prepare_tally();
     take_memory();
@@ -119,13 +122,18 @@ class TilePlan final : public AttentionPlan {
     const DeviceScope scope(device_id_);
     Launch launch;
     AttendArgs common = make_args(params, problem_, launch, nullptr);
-    if (unseen(params, stream)) {
-      const AnalyzeArgs args = analyze_args(common.p, workspace);
-      check(launch_unseen_begin(args, stream), "statistics");
+    const AnalyzeArgs args = analyze_args(common.p, workspace);
+    if (const uint64_t ahead = exact_ahead(params, stream); ahead > 0) {
+      const bool looks = ahead == 1;
+      if (looks) {
+        analyze(args, stream);
+        decide_heads(args, stream);
+      }
+      check(launch_exact_begin(args, stream), "statistics");
       exact_plan_->execute(params, workspace, bytes, stream);
-      check(launch_unseen_end(args, targets_, stream), "statistics");
+      check(launch_exact_end(args, targets_, looks, stream), "statistics");
     } else {
-      run(analyze_args(common.p, workspace), workspace, stream);
+      run(args, workspace, stream);
     }
     ++runs_;
     if (lengths_on_host(params)) {
@@ -149,7 +157,7 @@ class TilePlan final : public AttentionPlan {
   void take_memory();
   AnalyzeArgs analyze_args(const AttnParams& p, void* workspace) const;
   void run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream);
-  bool unseen(const AttnParams& p, cudaStream_t stream);
+  uint64_t exact_ahead(const AttnParams& p, cudaStream_t stream);
   template <typename T>
   std::vector<T> read(const T* device, size_t count) const {
     std::vector<T> host(count);
@@ -165,6 +173,8 @@ class TilePlan final : public AttentionPlan {
   std::shared_ptr<RecordPool> records_;
   RecordSlot record_;
   TilePlanSizes sizes_;
+  decide::CostTable costs_;
+  uint32_t keep_peak_ = 0;
   std::unique_ptr<Outlook> outlook_;
   // Null: every call is the exact plan's. Freed before the outlook, since that waits for the work that writes to it.
   std::unique_ptr<PlanMemory> memory_;
@@ -196,6 +206,8 @@ void TilePlan::take_memory() {
     state_.clock = memory.take<StageClock>(1);
     targets_.heads = memory.take<HeadTally>(heads);
     targets_.totals = memory.take<TileTotals>(1);
+    targets_.newest = memory.take<TileTotals>(1);
+    targets_.ctas = memory.take<uint32_t>(1);
     targets_.map = memory.take<uint64_t>(map / sizeof(uint64_t));
     targets_.map_ranges = memory.take<decide::TileRow>(ranges);
     frozen_choices_ = memory.take<decide::HeadChoice>(heads);
@@ -219,18 +231,18 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.p = p;
   args.shape = sizes_.shape;
   args.options = problem_.adaptive;
-  args.costs = device_costs(sizes_.shape, args.options);
+  args.costs = costs_;
   args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
-  args.keep_peak = keep_peak(problem_);
+  args.keep_peak = keep_peak_;
   return args;
 }
 
-// Whether this call will find every unit among those judged dense and not due for another look: then the exact kernel
-// gives the same bits as walking full masks. The device said so when some earlier call ended; what it says later about
-// the calls until then is the same, so that results do not depend on when the host reads it.
-bool TilePlan::unseen(const AttnParams& p, cudaStream_t stream) {
+// For how many calls, this one among them, every unit is computed exactly: then the exact kernel gives the same bits as
+// walking full masks. The device said so when some earlier call ended; what it says later about the calls until then is
+// the same, so that results do not depend on when the host reads it. 0: it has not said so.
+uint64_t TilePlan::exact_ahead(const AttnParams& p, cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), "stream");
   // Replays of a captured call advance the device's count of calls behind the host's back.
@@ -241,9 +253,11 @@ bool TilePlan::unseen(const AttnParams& p, cudaStream_t stream) {
     same_q_ = p.seqlen_q;
     same_k_ = lengths_on_host(p) ? p.seqlen_k : -1;
   }
-  if (captured_ || problem_.adaptive.freeze || exact_plan_->info().splits != 1) return false;
+  if (captured_ || problem_.adaptive.freeze || exact_plan_->info().splits != 1) return 0;
   const uint64_t word = outlook_->read(), calls = word >> kOutlookBits, ahead = word & ((1u << kOutlookBits) - 1);
-  return runs_ >= calls && runs_ - calls < ahead && calls + ahead >= same_since_ + kDenseCalls;
+  // The look behind it came after the extents changed.
+  const bool known = runs_ >= calls && calls + ahead > same_since_ + kDenseCalls;
+  return known && calls + ahead > runs_ ? calls + ahead - runs_ : 0;
 }
 
 void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream) {
@@ -252,6 +266,10 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   char* const space = static_cast<char*>(workspace);
   float* const far_share = o.far_field ? reinterpret_cast<float*>(space + sizes_.far_share) : nullptr;
   const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
+  // While no call was captured, the device's count of calls is the host's.
+  const bool verifies =
+      sizes_.verify.rows > 0 && (captured_ || runs_ % static_cast<uint64_t>(sizes_.verify.every) == 0);
+  auto* const parts = verifies ? reinterpret_cast<VerifyPart*>(space + sizes_.verify_parts) : nullptr;
   // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
   if (o.freeze) check(cudaMemsetAsync(state_.warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
   analyze(args, stream);
@@ -279,11 +297,10 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
       walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
       check(sm90::launch_walk(walk, stream), "walk");
     }
-    check(launch_tally(args, first, far_share, targets_, stream), "statistics");
+    const bool ends = first + s.wave_tiles >= query_tiles;
+    if (ends && parts != nullptr) check(launch_exact_rows(args, sizes_.verify, parts, stream), "verify");
+    check(launch_tally(args, first, far_share, targets_, sizes_.verify, parts, ends, stream), "statistics");
   }
-  if (sizes_.verify.rows > 0)
-    check(launch_verify(args, sizes_.verify, space + sizes_.verify_parts, targets_.heads, stream), "verify");
-  check(launch_total(args, targets_, stream), "statistics");
 }
 
 PlanCounters TilePlan::counters(bool wait, bool reset) {

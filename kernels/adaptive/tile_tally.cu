@@ -1,78 +1,66 @@
+#include "adaptive/judge.cuh"
 #include "adaptive/stage_clock.cuh"
 #include "adaptive/tile_tally.h"
 #include "attend/launch.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
+#include "common/ptx.cuh"
 #include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 32 * kJudges;
 
-constexpr int kWarps = kThreads / 32;
-
-template <typename T>
-__device__ T shuffled(T x, int step) {
-  return __shfl_xor_sync(0xffffffffu, x, step);
-}
-
-// Of kCount numbers of each thread at a time, in a fixed order; the first warp's lanes have the results.
-template <int kCount, typename T, typename Combine>
-__device__ void block_reduce(T (&x)[kCount], const Combine& combine) {
-  __shared__ T part[kWarps][kCount];
+// Of kCount numbers of each thread at a time, in a fixed order; the first thread has the sums.
+template <int kCount, typename T>
+__device__ void block_sum(T (&x)[kCount]) {
+  __shared__ T part[kJudges][kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x[i] = combine(x[i], shuffled(x[i], step));
+    for (int step = 16; step > 0; step /= 2) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
   if (threadIdx.x % 32 == 0)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) part[threadIdx.x / 32][i] = x[i];
   __syncthreads();
+  if (threadIdx.x != 0) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    x[i] = part[0][i];
+  for (int i = 0; i < kCount; ++i)
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) x[i] = combine(x[i], part[w][i]);
-  }
+    for (int w = 1; w < kJudges; ++w) x[i] += part[w][i];
 }
 
-struct Sum {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Largest {
-  __device__ double operator()(double a, double b) const { return fmax(a, b); }
-};
+// A wave of query tiles ends, and with the last one what verify follows.
+__device__ __forceinline__ void end_attend(const AnalyzeArgs& args, int first_tile, bool verified, TileTotals* totals) {
+  StageClock& clock = *args.state.clock;
+  if (!verified) clock.start[kVerifyStage] = device_nanoseconds();
+  unsigned long long* const ns = totals->stage_ns;
+  // A later wave begins with decide.
+  if (first_tile == 0) ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
+  ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
+  ns[kAttendStage] += clock.start[kVerifyStage] - clock.start[kAttendStage];
+}
 
-// One CTA per (sequence, query head).
-__global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
-                                                         const float* far_share, TallyTargets targets) {
+__device__ __forceinline__ void copy_map(const AnalyzeArgs& args, int first_tile, int head,
+                                         const TallyTargets& targets) {
   const TableShape& s = args.shape;
-  const int head = static_cast<int>(blockIdx.x), b = head / s.heads_q;
+  const int tiles = min(s.wave_tiles, s.query_tiles - first_tile);
+  const uint64_t* const masks = args.tables.mask + int64_t{head} * s.wave_tiles * s.mask_words;
+  uint64_t* const map = targets.map + (int64_t{head} * s.query_tiles + first_tile) * s.mask_words;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * s.mask_words; i += kThreads) map[i] = masks[i];
+  const int64_t first = int64_t{head} * s.query_tiles + first_tile;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
+    targets.map_ranges[first + i] = args.tables.tile_range[first + i];
+}
+
+// A wave of one query head; the first thread has the result, with what was measured before.
+__device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int first_tile, int head,
+                                                const float* far_share, const TallyTargets& targets) {
+  const TableShape& s = args.shape;
+  const int b = head / s.heads_q;
   const Sequence seq = sequence_of(args.p, b);
   const int64_t len_q = seq.len_q;
-  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0) {
-    StageClock& clock = *args.state.clock;
-    const unsigned long long now = device_nanoseconds();
-    unsigned long long* const ns = targets.totals->stage_ns;
-    // A later wave begins with decide.
-    if (first_tile == 0) ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
-    ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
-    ns[kAttendStage] += now - clock.start[kAttendStage];
-    clock.start[kVerifyStage] = now;
-  }
-  if (targets.map != nullptr) {
-    const int tiles = min(s.wave_tiles, s.query_tiles - first_tile);
-    const uint64_t* const masks = args.tables.mask + int64_t{head} * s.wave_tiles * s.mask_words;
-    uint64_t* const map = targets.map + (int64_t{head} * s.query_tiles + first_tile) * s.mask_words;
-    for (int i = static_cast<int>(threadIdx.x); i < tiles * s.mask_words; i += kThreads) map[i] = masks[i];
-    const int64_t first = int64_t{head} * s.query_tiles + first_tile;
-    for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
-      targets.map_ranges[first + i] = args.tables.tile_range[first + i];
-  }
   unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0;
   double far = 0;
   for (int t = first_tile + static_cast<int>(threadIdx.x); t < min(first_tile + s.wave_tiles, s.query_tiles);
@@ -92,10 +80,11 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   }
   unsigned long long counts[] = {tiles, kept, rows, rows_kept, rows_far};
   double shares[] = {far};
-  block_reduce(counts, Sum());
-  block_reduce(shares, Sum());
-  if (threadIdx.x != 0) return;
-  HeadTally tally = targets.heads[head];
+  block_sum(counts);
+  if (far_share != nullptr) block_sum(shares);
+  HeadTally tally{};
+  if (threadIdx.x != 0) return tally;
+  tally = targets.heads[head];
   if (first_tile == 0) {
     const decide::HeadChoice& choice = args.tables.choice[head];
     const HeadTally before = tally;
@@ -119,19 +108,30 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   tally.rows_kept += counts[3];
   tally.rows_far += counts[4];
   tally.far_share += shares[0];
-  targets.heads[head] = tally;
+  return tally;
 }
 
-// In one CTA and a fixed order.
-__global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__ AnalyzeArgs args, TallyTargets targets,
-                                                         bool unseen_call) {
+// Over a warp, in a fixed order.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+__device__ __forceinline__ double warp_max(double x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+// The sums over the heads of a call by one warp.
+__device__ __forceinline__ TileTotals sum_heads(const AnalyzeArgs& args, const TallyTargets& targets) {
   const TableShape& s = args.shape;
   const int count = static_cast<int>(args.p.batch) * s.heads_q;
-  TileTotals* const totals = targets.totals;
   TileTotals sum{};
   sum.entropy_min = INFINITY;
   sum.entropy_max = -INFINITY;
-  for (int h = static_cast<int>(threadIdx.x); h < count; h += kThreads) {
+  for (int h = static_cast<int>(threadIdx.x) % 32; h < count; h += 32) {
     const HeadTally& x = targets.heads[h];
     const double rank = x.rank_class == 0 ? s.d_v : decide::rank_of_class(x.rank_class);
     sum.heads += 1;
@@ -164,73 +164,138 @@ __global__ __launch_bounds__(kThreads) void total_kernel(const __grid_constant__
                         static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
                         (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
   }
-  int unseen = kDenseCalls;
-  for (int u = static_cast<int>(threadIdx.x); u < static_cast<int>(args.p.batch) * s.heads_kv; u += kThreads)
-    unseen = args.state.dense_calls == nullptr ? 0 : min(unseen, args.state.dense_calls[u] -= unseen_call ? 1 : 0);
-  unsigned long long counts[] = {sum.heads, sum.heads_dense,    sum.heads_low_rank, sum.tiles,
-                                 sum.kept,  sum.verified_heads, sum.verified_rows,  sum.over_tolerance};
-  double sums[] = {sum.flops, sum.rank_v_sum, sum.entropy_sum, sum.predicted_sum, sum.far_sum, sum.measured_sum};
-  double largest[] = {-sum.entropy_min, sum.entropy_max, sum.measured_max, sum.measured_row_max,
-                      -static_cast<double>(unseen)};
-  block_reduce(counts, Sum());
-  block_reduce(sums, Sum());
-  block_reduce(largest, Largest());
-  if (threadIdx.x != 0) return;
-  const bool first = totals->heads == 0;
-  totals->heads += counts[0];
-  totals->heads_dense += counts[1];
-  totals->heads_low_rank += counts[2];
-  totals->tiles += counts[3];
-  totals->kept += counts[4];
-  totals->verified_heads += counts[5];
-  totals->verified_rows += counts[6];
-  totals->over_tolerance += counts[7];
-  totals->flops += sums[0];
-  totals->rank_v_sum += sums[1];
-  totals->entropy_sum += sums[2];
-  totals->predicted_sum += sums[3];
-  totals->far_sum += sums[4];
-  totals->measured_sum += sums[5];
-  totals->entropy_min = first ? -largest[0] : fmin(totals->entropy_min, -largest[0]);
-  totals->entropy_max = first ? largest[1] : fmax(totals->entropy_max, largest[1]);
-  totals->measured_max = fmax(totals->measured_max, largest[2]);
-  totals->measured_row_max = fmax(totals->measured_row_max, largest[3]);
-  if (args.state.clock != nullptr) {
-    const Stage last = unseen_call ? kAttendStage : kVerifyStage;
-    totals->stage_ns[last] += device_nanoseconds() - args.state.clock->start[last];
-  }
-  const unsigned long long calls = ++*args.state.calls;
-  *static_cast<volatile unsigned long long*>(targets.outlook) =
-      calls << kOutlookBits | static_cast<unsigned>(-largest[4]);
+  unsigned long long* const counts[] = {&sum.heads, &sum.heads_dense,    &sum.heads_low_rank, &sum.tiles,
+                                        &sum.kept,  &sum.verified_heads, &sum.verified_rows,  &sum.over_tolerance};
+  double* const sums[] = {&sum.flops,         &sum.rank_v_sum, &sum.entropy_sum,
+                          &sum.predicted_sum, &sum.far_sum,    &sum.measured_sum};
+#pragma unroll
+  for (unsigned long long* const x : counts) *x = warp_sum(*x);
+#pragma unroll
+  for (double* const x : sums) *x = warp_sum(*x);
+  sum.entropy_min = -warp_max(-sum.entropy_min);
+  sum.entropy_max = warp_max(sum.entropy_max);
+  sum.measured_max = warp_max(sum.measured_max);
+  sum.measured_row_max = warp_max(sum.measured_row_max);
+  return sum;
 }
 
-__global__ void unseen_begin_kernel(const __grid_constant__ AnalyzeArgs args) { begin_stage(args.state, kAttendStage); }
+__device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
+  const bool first = to->heads == 0;
+  to->heads += x.heads;
+  to->heads_dense += x.heads_dense;
+  to->heads_low_rank += x.heads_low_rank;
+  to->tiles += x.tiles;
+  to->kept += x.kept;
+  to->verified_heads += x.verified_heads;
+  to->verified_rows += x.verified_rows;
+  to->over_tolerance += x.over_tolerance;
+  to->flops += x.flops;
+  to->rank_v_sum += x.rank_v_sum;
+  to->entropy_sum += x.entropy_sum;
+  to->predicted_sum += x.predicted_sum;
+  to->far_sum += x.far_sum;
+  to->measured_sum += x.measured_sum;
+  to->entropy_min = first ? x.entropy_min : fmin(to->entropy_min, x.entropy_min);
+  to->entropy_max = first ? x.entropy_max : fmax(to->entropy_max, x.entropy_max);
+  to->measured_max = fmax(to->measured_max, x.measured_max);
+  to->measured_row_max = fmax(to->measured_row_max, x.measured_row_max);
+}
+
+// For how many more calls all units will be computed exactly, by one warp. taken: of each unit now.
+__device__ __forceinline__ int exact_ahead(const AnalyzeArgs& args, int taken) {
+  int ahead = kDenseCalls;
+  for (int u = static_cast<int>(threadIdx.x) % 32; u < static_cast<int>(args.p.batch) * args.shape.heads_kv; u += 32)
+    ahead = args.state.dense_calls == nullptr ? 0 : min(ahead, args.state.dense_calls[u] -= taken);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) ahead = min(ahead, __shfl_xor_sync(0xffffffffu, ahead, step));
+  return ahead;
+}
+
+__device__ __forceinline__ void tell(const AnalyzeArgs& args, int ahead, const TallyTargets& targets) {
+  const unsigned long long calls = ++*args.state.calls;
+  *static_cast<volatile unsigned long long*>(targets.outlook) = calls << kOutlookBits | static_cast<unsigned>(ahead);
+}
+
+// One CTA per (sequence, query head). ends: this is the call's last wave; its heads are judged, and the last CTA adds
+// them to the totals.
+__global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
+                                                         const float* far_share, TallyTargets targets,
+                                                         VerifyShape verify, const VerifyPart* parts, bool ends) {
+  __shared__ bool last;
+  wait_for_previous_grid();
+  const int head = static_cast<int>(blockIdx.x);
+  const bool verified = ends && parts != nullptr;
+  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0)
+    end_attend(args, first_tile, verified, targets.totals);
+  if (targets.map != nullptr) copy_map(args, first_tile, head, targets);
+  HeadTally tally = tally_head(args, first_tile, head, far_share, targets);
+  if (verified) judge_head(args, verify, parts, head, &tally);
+  if (threadIdx.x == 0) {
+    targets.heads[head] = tally;
+    __threadfence();
+    last = ends && atomicAdd(targets.ctas, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last || threadIdx.x >= 32) return;
+  __threadfence();
+  const TileTotals sum = sum_heads(args, targets);
+  const int ahead = exact_ahead(args, 0);
+  if (threadIdx.x != 0) return;
+  *targets.ctas = 0;
+  add(sum, targets.totals);
+  *targets.newest = sum;
+  if (args.state.clock != nullptr)
+    targets.totals->stage_ns[kVerifyStage] += device_nanoseconds() - args.state.clock->start[kVerifyStage];
+  tell(args, ahead, targets);
+}
+
+// Ends a call of the exact kernel, which gave what the newest call of tallies did. looked: after analyze and decide.
+__global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ AnalyzeArgs args, TallyTargets targets,
+                                                       bool looked) {
+  // Beside the end of the exact kernel.
+  TileTotals sum = *targets.newest;
+  sum.verified_heads = sum.verified_rows = sum.over_tolerance = 0;
+  sum.measured_sum = sum.measured_max = sum.measured_row_max = 0;
+  wait_for_previous_grid();
+  const int ahead = exact_ahead(args, looked ? 0 : 1);
+  if (threadIdx.x != 0) return;
+  add(sum, targets.totals);
+  if (args.state.clock != nullptr) {
+    const StageClock& clock = *args.state.clock;
+    unsigned long long* const ns = targets.totals->stage_ns;
+    if (looked) {
+      ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
+      ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
+    }
+    ns[kAttendStage] += device_nanoseconds() - clock.start[kAttendStage];
+  }
+  tell(args, ahead, targets);
+}
+
+__global__ void exact_begin_kernel(const __grid_constant__ AdaptiveState state) { begin_stage(state, kAttendStage); }
 
 }  // namespace
 
 void prepare_tally() {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, tally_kernel), "statistics");
-  check(cudaFuncGetAttributes(&attributes, total_kernel), "statistics");
-  check(cudaFuncGetAttributes(&attributes, unseen_begin_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, exact_end_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, exact_begin_kernel), "statistics");
 }
 
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
-                         const TallyTargets& targets, cudaStream_t stream) {
-  return launch_grid(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads, 0, stream,
-                     args, first_tile, far_share, targets);
+                         const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
+                         cudaStream_t stream) {
+  return launch_grid_overlapped(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads,
+                                0, stream, true, args, first_tile, far_share, targets, verify, parts, ends);
 }
 
-cudaError_t launch_total(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
-  return launch_grid(total_kernel, dim3(1), kThreads, 0, stream, args, targets, false);
+cudaError_t launch_exact_begin(const AnalyzeArgs& args, cudaStream_t stream) {
+  return launch_grid(exact_begin_kernel, dim3(1), 1, 0, stream, args.state);
 }
 
-cudaError_t launch_unseen_begin(const AnalyzeArgs& args, cudaStream_t stream) {
-  return launch_grid(unseen_begin_kernel, dim3(1), 1, 0, stream, args);
-}
-
-cudaError_t launch_unseen_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
-  return launch_grid(total_kernel, dim3(1), kThreads, 0, stream, args, targets, true);
+cudaError_t launch_exact_end(const AnalyzeArgs& args, const TallyTargets& targets, bool looked, cudaStream_t stream) {
+  return launch_grid_overlapped(exact_end_kernel, dim3(1), 32, 0, stream, true, args, targets, looked);
 }
 
 }  // namespace adaattn::cuda

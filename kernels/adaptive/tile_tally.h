@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "adaptive/analyze.h"
+#include "adaptive/verify.h"
 
 namespace adaattn::cuda {
 
@@ -38,8 +38,10 @@ struct TallyTargets {
   TileTotals* totals = nullptr;           // one
   uint64_t* map = nullptr;                // [batch, heads_q, query_tiles, mask_words]; null: not kept
   decide::TileRow* map_ranges = nullptr;  // [batch, heads_q, query_tiles]
+  TileTotals* newest = nullptr;           // one: of the newest call that was tallied
+  uint32_t* ctas = nullptr;               // one, 0 between calls
   // In host memory that the device writes: calls so far, and for how many more every unit will be computed exactly
-  // without a look (kOutlookBits).
+  // (kOutlookBits).
   unsigned long long* outlook = nullptr;
 };
 inline constexpr int kOutlookBits = 8;
@@ -48,14 +50,15 @@ inline constexpr int kOutlookBits = 8;
 void prepare_tally();
 
 // Adds one wave to the heads' tallies, the first wave anew. far_share: of walk.h, null where there is no far field.
+// ends: the call's last wave. Its heads are judged by what launch_exact_rows left in `parts`, if that is not null, and
+// added to the totals.
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
-                         const TallyTargets& targets, cudaStream_t stream);
-// Ends a call: adds its heads to the totals when all its waves have been tallied and verified.
-cudaError_t launch_total(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream);
+                         const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
+                         cudaStream_t stream);
 
-// A call that finds all units among those computed exactly without a look: what begins it, and what ends it with the
-// tallies of the call before, which was the same.
-cudaError_t launch_unseen_begin(const AnalyzeArgs& args, cudaStream_t stream);
-cudaError_t launch_unseen_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream);
+// A call that finds all units among those computed exactly: what begins its exact kernel, and what ends it with the
+// tallies of the call before, which was the same. looked: it is the one that looks at the units again.
+cudaError_t launch_exact_begin(const AnalyzeArgs& args, cudaStream_t stream);
+cudaError_t launch_exact_end(const AnalyzeArgs& args, const TallyTargets& targets, bool looked, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

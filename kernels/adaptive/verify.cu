@@ -3,44 +3,31 @@
 // has warps, and the parts meet when the rows are judged.
 #include <algorithm>
 
+#include "adaptive/judge.cuh"
+#include "adaptive/stage_clock.cuh"
 #include "adaptive/verify.h"
 #include "attend/launch.h"
 #include "common/ptx.cuh"
 #include "common/scores.cuh"
 #include "common/tile.cuh"
-#include "core/spread_rows.h"
-#include "decide/feedback.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
 
 using T = __nv_bfloat16;
-constexpr int kD = 128, kM = 16;
+constexpr int kD = 128, kM = kVerifyTile;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kKeys = 64;  // of one stage
 constexpr int kStages = 3;
 constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes, kSharedBytes = kStages * kStageBytes;
 constexpr int kMaxSplits = 64;
-constexpr int kJudges = 16;  // warps
-
-// A row's part: maximum in log2 units (-inf: no key seen), sum of 2^(x - maximum), and the values with these weights.
-struct Part {
-  float2 statistics;
-  float o[kD];
-};
-
-__device__ __forceinline__ SpreadRows rows_of(const AnalyzeArgs& args, const VerifyShape& verify, const Sequence& s) {
-  return spread_rows(*args.state.calls + args.options.seed, verify.rows, s.len_q);
-}
-
-__device__ __forceinline__ Part* part_of(Part* parts, const VerifyShape& verify, int64_t unit, int row, int split) {
-  return parts + ((unit * verify.row_tiles + row / kM) * verify.splits + split) * kM + row % kM;
-}
 
 __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_constant__ AnalyzeArgs args,
-                                                              VerifyShape verify, Part* parts) {
+                                                              VerifyShape verify, VerifyPart* parts) {
   using Layout = TileLayout<kD>;
+  wait_for_previous_grid();
+  begin_stage(args.state, kVerifyStage);
   if (*args.state.calls % verify.every != 0) return;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   const AttnParams& p = args.p;
@@ -48,7 +35,7 @@ __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_const
   const int b = unit / args.shape.heads_kv, head_kv = unit % args.shape.heads_kv, first_head = head_kv * group;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, split = blockIdx.y;
   const Sequence s = sequence_of(p, b);
-  const SpreadRows sample = rows_of(args, verify, s);
+  const SpreadRows sample = verified_rows(args, verify, s);
   const int rows = static_cast<int>(sample.count) * group, first_row = blockIdx.x % ctas * kWarps * kM;
   bool approximate = false;
   for (int i = thread; i < group; i += kThreads)
@@ -174,80 +161,12 @@ __global__ __launch_bounds__(kThreads) void exact_rows_kernel(const __grid_const
     const int m = m0 + lane / 4 + 8 * i;
     const float total = quad_sum(sum[i]);
     if (m >= rows) continue;
-    Part* const to = part_of(parts, verify, unit, m, split);
+    VerifyPart* const to = part_of(parts, verify, unit, m, split);
     if (lane % 4 == 0) to->statistics = {top[i], total};
 #pragma unroll
     for (int j = 0; j < kD / 8; ++j)
       *reinterpret_cast<float2*>(to->o + 8 * j + 2 * (lane % 4)) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
   }
-}
-
-// One CTA per (sequence, query head), one warp per row.
-__global__ __launch_bounds__(32 * kJudges) void judge_kernel(const __grid_constant__ AnalyzeArgs args,
-                                                             VerifyShape verify, Part* parts, HeadTally* heads) {
-  __shared__ double warp_sum[kJudges];
-  __shared__ float warp_worst[kJudges];
-  const AttnParams& p = args.p;
-  const int b = blockIdx.x / args.shape.heads_q, head = blockIdx.x % args.shape.heads_q, group = args.shape.group;
-  const int unit = b * args.shape.heads_kv + head / group;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const decide::HeadChoice choice = args.tables.choice[blockIdx.x];
-  if (choice.dense || *args.state.calls % verify.every != 0) return;
-  const Sequence s = sequence_of(p, b);
-  const SpreadRows sample = rows_of(args, verify, s);
-  const float sink = p.sinks != nullptr ? p.sinks[head * p.sinks_stride] * kLog2e : kNegInf;
-  double sum = 0;
-  float worst = 0;
-  for (int i = warp; i < sample.count; i += kJudges) {
-    const int row = i * group + head % group;
-    float top = sink;
-    for (int x = lane; x < verify.splits; x += 32) top = fmaxf(top, part_of(parts, verify, unit, row, x)->statistics.x);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-    float total = sink == kNegInf ? 0.0f : exp2f(sink - top);
-    float exact[4] = {};
-#pragma unroll 4
-    for (int x = 0; x < verify.splits; ++x) {
-      const Part& from = *part_of(parts, verify, unit, row, x);
-      const float2 part = from.statistics;
-      const float weight = part.y == 0 ? 0.0f : exp2f(part.x - top);
-      total += weight * part.y;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) exact[c] = fmaf(weight, from.o[lane + 32 * c], exact[c]);
-    }
-    const T* const o = static_cast<const T*>(p.o.data) + b * p.o.stride_b +
-                       (s.q_start + sample.first + i * sample.step) * p.o.stride_s + head * p.o.stride_h;
-    float square = 0;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float shift = __bfloat162float(o[lane + 32 * c]) - (total == 0 ? 0.0f : exact[c] / total);
-      square = fmaf(shift, shift, square);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-    sum += static_cast<double>(square);
-    worst = fmaxf(worst, square);
-  }
-  if (lane == 0) {
-    warp_sum[warp] = sum;
-    warp_worst[warp] = worst;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0 || sample.count == 0) return;
-  for (int w = 1; w < kJudges; ++w) {
-    sum += warp_sum[w];
-    worst = fmaxf(worst, warp_worst[w]);
-  }
-  const float spread = args.tables.units[unit].v_spread;
-  HeadTally& tally = heads[blockIdx.x];
-  tally.verified_rows = static_cast<int32_t>(sample.count);
-  tally.measured = 1;
-  tally.measured_error = static_cast<float>(sqrt(sum / static_cast<double>(sample.count))) / spread;
-  tally.measured_row_error = sqrtf(worst) / spread;
-  if (args.state.feedback == nullptr) return;
-  float& multiplier = args.state.feedback[blockIdx.x].multiplier[choice.rank_class];
-  multiplier = decide::next_feedback(multiplier, choice.predicted_error, tally.measured_error);
-  tally.feedback = multiplier;
 }
 
 }  // namespace
@@ -266,25 +185,19 @@ VerifyShape verify_shape(const TableShape& s, int32_t rows, int32_t multiprocess
 }
 
 size_t verify_bytes(const TableShape& s, const VerifyShape& v) {
-  return static_cast<size_t>(int64_t{s.batch} * s.heads_kv * v.row_tiles * v.splits * kM) * sizeof(Part);
+  return static_cast<size_t>(int64_t{s.batch} * s.heads_kv * v.row_tiles * v.splits * kM) * sizeof(VerifyPart);
 }
 
-cudaError_t launch_verify(const AnalyzeArgs& args, const VerifyShape& verify, void* partial, HeadTally* heads,
-                          cudaStream_t stream) {
-  Part* const parts = static_cast<Part*>(partial);
+cudaError_t launch_exact_rows(const AnalyzeArgs& args, const VerifyShape& verify, VerifyPart* parts,
+                              cudaStream_t stream) {
   const dim3 grid(
       static_cast<unsigned>(args.p.batch * args.shape.heads_kv * ((verify.row_tiles + kWarps - 1) / kWarps)),
       static_cast<unsigned>(verify.splits));
-  const cudaError_t error = launch_grid(exact_rows_kernel, grid, kThreads, kSharedBytes, stream, args, verify, parts);
-  if (error != cudaSuccess) return error;
-  return launch_grid(judge_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), 32 * kJudges, 0,
-                     stream, args, verify, parts, heads);
+  return launch_grid_overlapped(exact_rows_kernel, grid, kThreads, kSharedBytes, stream, true, args, verify, parts);
 }
 
 void prepare_verify() {
   check(cudaFuncSetAttribute(exact_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "verify");
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, judge_kernel), "verify");
 }
 
 }  // namespace adaattn::cuda

@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "adaptive/tile_tally.h"
+#include "adaptive/analyze.h"
 
 namespace adaattn::cuda {
 
@@ -18,10 +18,18 @@ struct VerifyShape {
 VerifyShape verify_shape(const TableShape& shape, int32_t rows, int32_t multiprocessors);
 size_t verify_bytes(const TableShape& shape, const VerifyShape& verify);
 
-// bf16, d_qk 128, d_v 128, rows on 16 bytes. After attend and the tallies of the last wave, before the totals: leaves
-// each head's error in its tally and corrects its multiplier, if there is one. partial: verify_bytes().
-cudaError_t launch_verify(const AnalyzeArgs& args, const VerifyShape& verify, void* partial, HeadTally* heads,
-                          cudaStream_t stream);
+inline constexpr int kVerifyTile = 16;
+
+// Of a sampled row and a part of its keys: maximum in log2 units (-inf: no key seen), sum of 2^(x - maximum), and the
+// values with these weights.
+struct VerifyPart {
+  float2 statistics;
+  float o[128];
+};
+
+// bf16, d_qk 128, d_v 128, rows on 16 bytes. parts: verify_bytes(); launch_tally judges by them.
+cudaError_t launch_exact_rows(const AnalyzeArgs& args, const VerifyShape& verify, VerifyPart* parts,
+                              cudaStream_t stream);
 
 // Once per device, before the first launch.
 void prepare_verify();

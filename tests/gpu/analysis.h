@@ -32,6 +32,7 @@ class Analysis {
     problem_.adaptive = resolve_options(adaptive_desc(policy), problem_);
     if (!probe) problem_.adaptive.probe = decide::Probe::kOff;
     args.shape = cuda::table_shape(problem_, wave_tiles);
+    cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
     const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);
     basis_ = std::make_unique<DeviceMemory>(cuda::state_basis_doubles(args.shape) * 8);
