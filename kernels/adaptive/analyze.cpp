@@ -58,6 +58,7 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.tile_range = arena.take<decide::TileRow>(heads * s.query_tiles);
   t.work = arena.take<uint32_t>(decide::kRankClasses * heads * s.wave_tiles);
   t.work_count = arena.take<uint32_t>(decide::kRankClasses);
+  t.exceeds = arena.take<int32_t>(heads);
   t.v_low = arena.take<__nv_bfloat16>(units * s.key_rows() * s.max_rank);
   t.basis = arena.take<__nv_bfloat16>(units * s.d_v * s.max_rank);
   t.group_k = arena.take<__nv_bfloat16>(units * s.key_groups() * 2 * s.d_qk);

@@ -86,6 +86,7 @@ struct AnalyzeTables {
   int32_t* kept = nullptr;
   decide::TileRow* tile_range = nullptr;
   uint32_t *work = nullptr, *work_count = nullptr;
+  int32_t* exceeds = nullptr;  // [batch, heads_q], where options.recompute: measured over the tolerance in this call
   __nv_bfloat16 *v_low = nullptr, *basis = nullptr;
   __nv_bfloat16 *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
   // The sample behind the bases.
@@ -137,5 +138,7 @@ void analyze(const AnalyzeArgs& args, cudaStream_t stream);
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream);
 // The schedule of one wave.
 void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
+// That of the heads that exceed the tolerance: every tile they see, in the list of class 0.
+void write_exact_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
 
 }  // namespace adaattn::cuda

@@ -138,7 +138,8 @@ struct Space {
     sorted = peak + kTiles * tiles;
   }
   static ADAATTN_HD int padded_tiles(const TableShape& s) {
-    int count = 32;
+    int count = 128;  // as levels.cuh sorts them
+    if (s.key_tiles > count) count = 512;
     while (count < s.key_tiles) count *= 2;
     return count;
   }

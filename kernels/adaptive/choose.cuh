@@ -3,17 +3,12 @@
 #pragma once
 
 #include "adaptive/cells.cuh"
+#include "common/warp.cuh"
 #include "decide/choose.h"
 
 namespace adaattn::cuda {
 
 constexpr int kPiece = 64;  // heads that choose together; the host's groups are as long
-
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
-  return x;
-}
 
 // The sums of a unit's query heads as the choice reads them; leaves zeros.
 __device__ __forceinline__ void take_sums(const AnalyzeArgs& args, int64_t first_head) {

@@ -10,6 +10,10 @@
 namespace adaattn::cuda {
 namespace {
 
+#ifndef LEVELS_CTAS
+#define LEVELS_CTAS 3
+#endif
+constexpr int kLevelsCtas = LEVELS_CTAS;
 constexpr int kThreads = kDecideThreads, kWarps = kDecideWarps;
 
 struct QueryTile {
@@ -54,7 +58,7 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
 
 // Levels of kTiles query tiles of a head; the last CTA of a unit chooses for it.
 template <int kTiles, int kDim, bool kStored>
-__global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
+__global__ __launch_bounds__(kThreads, kStored ? kLevelsCtas : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps && (!kStored || Block::kProducts == 1));
   __shared__ int2 range[kTiles];
@@ -209,11 +213,12 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
       args.tables.tile_range[at] = q.row;
       if (usable[warp] == 0) atomicAdd(&unit_sums.unusable, 1u);
     }
-    __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
+    __threadfence();  // of what the CTA has written: the barrier comes before it
     last_cta = atomicAdd(&unit_sums.ctas, 1u) == static_cast<uint32_t>(s.group) * gridDim.y - 1 ? 1 : 0;
+  }
   __syncthreads();
   if (last_cta == 0) return;
   __threadfence();

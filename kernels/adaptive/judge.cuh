@@ -34,6 +34,8 @@ __device__ __forceinline__ void judge_head(const AnalyzeArgs& args, const Verify
   const int unit = b * args.shape.heads_kv + head / group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const decide::HeadChoice choice = args.tables.choice[index];
+  const bool marks = args.options.recompute;
+  if (marks && threadIdx.x == 0) args.tables.exceeds[index] = 0;
   if (choice.dense || *args.state.calls % verify.every != 0) return;
   const Sequence s = sequence_of(p, b);
   const SpreadRows sample = verified_rows(args, verify, s);
@@ -85,6 +87,10 @@ __device__ __forceinline__ void judge_head(const AnalyzeArgs& args, const Verify
   tally->measured = 1;
   tally->measured_error = static_cast<float>(sqrt(sum / static_cast<double>(sample.count))) / spread;
   tally->measured_row_error = sqrtf(worst) / spread;
+  if (marks && tally->measured_error > args.options.tolerance) {
+    args.tables.exceeds[index] = 1;
+    tally->recomputed = 1;
+  }
   if (args.state.feedback == nullptr) return;
   float& multiplier = args.state.feedback[index].multiplier[choice.rank_class];
   multiplier = decide::next_feedback(multiplier, choice.predicted_error, tally->measured_error);

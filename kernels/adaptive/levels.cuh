@@ -97,8 +97,8 @@ __device__ __forceinline__ bool code_keeps(uint8_t code, const decide::HeadChoic
   return choice.dense || code <= choice.level;
 }
 
-// mass, peak: of the tiles from levels' row.begin on. sums: room for as many, rounded up to a power of two of at least
-// 32. codes: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and entropy
+// mass, peak: of the tiles from row.begin on. sums: room for 128, 512 or a larger power of two, as many as the tiles
+// need. codes: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and entropy
 // in `levels`, the levels in *out.
 __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
                                                uint32_t* sums, float visible, const decide::TileRow& row, bool usable,

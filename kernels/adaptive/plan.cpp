@@ -5,10 +5,10 @@
 #include <utility>
 
 #include "adaptive/int8_tables.h"
+#include "adaptive/refuse.h"
 #include "adaptive/tile_plan.h"
 #include "attend/plan.h"
 #include "common/pairs.h"
-#include "core/error.h"
 #include "decide/tile_mass.h"
 #include "runtime.h"
 
@@ -30,11 +30,6 @@ const AttendKernel* find_int8(const Problem& p, uint32_t features) {
         (features & ~kernel->features) == 0)
       return kernel;
   return nullptr;
-}
-
-template <class... Arguments>
-[[noreturn]] void refuse(const char* format, const Arguments&... arguments) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, format, arguments...);
 }
 
 void check_options(const Options& o) {
@@ -85,7 +80,7 @@ class Int8Plan final : public AttentionPlan {
   const PlanInfo& info() const override { return info_; }
 
   void execute(const AttnParams& params, void* workspace, size_t, adaattn_stream_t stream) override {
-    const bool lengths_on_host = params.cu_seqlens_q == nullptr && params.seqused_k == nullptr;
+    const bool lengths_known = lengths_on_host(params);
     if (params.batch > 0 && params.seqlen_q > 0 && params.total_q > 0) {
       if ((call_features(params) & kUnaligned) != 0)
         refuse("q, k, v, o: 8-bit attention needs rows that start on 16 bytes");
@@ -96,13 +91,13 @@ class Int8Plan final : public AttentionPlan {
       args.int8 = lay_out_int8_tables(args.p, workspace);
       check(launch_quantize(args.p, args.int8, stream), "quantize");
       check(kernel_.launch(args, stream), kernel_.name);
-      if (!lengths_on_host) {
+      if (!lengths_known) {
         args.record = record_.device;
         check(launch_report(args, stream), "report");
       }
       if (touches_record(args, kernel_)) record_.mark(stream);
     }
-    count(params, lengths_on_host);
+    count(params, lengths_known);
   }
 
   PlanCounters counters(bool wait, bool reset) override {
@@ -146,7 +141,7 @@ class Int8Plan final : public AttentionPlan {
     return launch;
   }
 
-  void count(const AttnParams& p, bool lengths_on_host) {
+  void count(const AttnParams& p, bool lengths_known) {
     const int64_t heads = p.batch * p.heads_q;
     ++counters_.calls;
     newest_batch_ = p.batch;
@@ -155,7 +150,7 @@ class Int8Plan final : public AttentionPlan {
     a.heads_i8 += static_cast<uint64_t>(heads);
     a.rank_v_sum += static_cast<double>(heads * p.d_v);
     a.predicted_error_sum += static_cast<double>(heads) * kInt8RoundError;
-    if (!lengths_on_host) return;  // the device counts the rest
+    if (!lengths_known) return;  // the device counts the rest
     const Sequence s = sequence_of(p, 0);
     int64_t tiles = 0;
     for (int64_t q = 0; q < s.len_q; q += decide::kTileQ)

@@ -144,6 +144,32 @@ __global__ __launch_bounds__(kThreads) void code_mask_kernel(const __grid_consta
   put_mask(args, index, row, [&](int tile) { return code_keeps(codes[tile], choice); });
 }
 
+// Full masks and the list of the heads over the tolerance, in their order; a CTA per head.
+__global__ __launch_bounds__(kThreads) void exact_mask_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                              int first_tile) {
+  __shared__ uint32_t before;
+  launch_dependents();
+  wait_for_previous_grid();
+  const TableShape& s = args.shape;
+  const int own = static_cast<int>(blockIdx.x);
+  const auto items_of = [&](int head) {
+    return args.tables.exceeds[head] != 0 ? static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)) : 0u;
+  };
+  if (threadIdx.x == 0) before = 0;
+  __syncthreads();
+  for (int head = static_cast<int>(threadIdx.x); head < own; head += kThreads) atomicAdd(&before, items_of(head));
+  __syncthreads();
+  const int items = static_cast<int>(items_of(own));
+  if (own == static_cast<int>(gridDim.x) - 1 && threadIdx.x == 0)
+    args.tables.work_count[0] = before + static_cast<uint32_t>(items);
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < items; i += kDecideWarps) {
+    const int64_t item = int64_t{own} * s.wave_tiles + i;
+    const decide::TileRow row = args.tables.tile_range[int64_t{own} * s.query_tiles + first_tile + i];
+    put_mask(args, item, row, [](int) { return true; });
+    if (threadIdx.x % 32 == 0) args.tables.work[before + static_cast<uint32_t>(i)] = static_cast<uint32_t>(item);
+  }
+}
+
 // Masks from the estimates, which are made again.
 template <int kTiles, int kDim>
 __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
@@ -202,6 +228,13 @@ void prepare_masks() {
   prepare(CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, code_mask_kernel), "adaptive kernels");
+  check(cudaFuncGetAttributes(&attributes, exact_mask_kernel), "adaptive kernels");
+}
+
+void write_exact_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {
+  check(launch_grid_overlapped(exact_mask_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)),
+                               kThreads, 0, stream, true, args, first_tile),
+        "recompute");
 }
 
 void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {

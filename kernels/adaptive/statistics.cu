@@ -150,8 +150,8 @@ __device__ __forceinline__ void query_tiles(const AnalyzeArgs& args, int index) 
   constexpr int kSamples = decide::kCell / kQueryStep, kEach = kSamples / 2;
   const TableShape& s = args.shape;
   const int groups = (s.query_tiles + kQueryTiles - 1) / kQueryTiles;
-  const int first = index % groups * kQueryTiles, head_index = index / groups;
-  const int head = head_index % s.heads_q, b = head_index / s.heads_q, d = s.d_qk;
+  const int head = index % s.heads_q, first = index / s.heads_q % groups * kQueryTiles;
+  const int b = index / s.heads_q / groups, head_index = b * s.heads_q + head, d = s.d_qk;
   const Sequence seq = sequence_of(args.p, b);
   const int cell = static_cast<int>(threadIdx.x) / 32;
   const LaneRows lane(d);
@@ -257,14 +257,16 @@ __device__ __forceinline__ void project(const AnalyzeArgs& args, Shared& shared,
 
 // A tile of one unit, with its rows.
 struct KeyTile {
-  int unit, tile, rows, b, head;
+  int unit, tile, rows, b, head, table;  // table: its place in the tables
   Sequence seq;
   __device__ KeyTile(const AnalyzeArgs& args, int index) {
     const TableShape& s = args.shape;
-    tile = index % s.key_tiles;
-    unit = index / s.key_tiles;
-    b = unit / s.heads_kv;
-    head = unit % s.heads_kv;
+    // Heads side by side: their rows stand beside each other in memory.
+    head = index % s.heads_kv;
+    tile = index / s.heads_kv % s.key_tiles;
+    b = index / s.heads_kv / s.key_tiles;
+    unit = b * s.heads_kv + head;
+    table = unit * s.key_tiles + tile;
     seq = sequence_of(args.p, b);
     rows = static_cast<int>(min(static_cast<int64_t>(kRows), seq.len_k - int64_t{tile} * kRows));
   }
@@ -302,7 +304,7 @@ __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared
   const int64_t cell = int64_t{at.unit} * key_cells_of_unit(s) + at.tile * kCells + warp;
   if (at.rows <= 0) {
     if (thread % 32 == 0) args.tables.key_scales[cell] = 0;
-    if (args.options.far_field) clear_group(args.tables.group_k, index, 2 * d);
+    if (args.options.far_field) clear_group(args.tables.group_k, at.table, 2 * d);
     return;
   }
   const TileRows<T> k(key_rows<T>(args.p, args.p.k, at.seq, at.b, at.head), int64_t{at.tile} * kRows, at.rows, d);
@@ -337,7 +339,7 @@ __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared
   const float of_rows = 1.0f / static_cast<float>(at.rows);
   mean *= of_rows;
   variance = fmaxf(0.0f, fmaf(-mean, mean, variance * of_rows));
-  __nv_bfloat16* const centroid = args.tables.group_k + int64_t{index} * 2 * d;
+  __nv_bfloat16* const centroid = args.tables.group_k + int64_t{at.table} * 2 * d;
   centroid[thread] = __float2bfloat16_rn(mean + of_all[thread]);
   centroid[d + thread] = __float2bfloat16_rn(args.scale_log2 * kHalfLn2 * variance);
 }
@@ -351,8 +353,8 @@ __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shar
   const KeyTile at(args, index);
   if (at.rows <= 0) {
     if (args.options.far_field) {
-      clear_group(args.tables.group_v, index, d);
-      clear_group(args.tables.group_v_low, index, kRank);
+      clear_group(args.tables.group_v, at.table, d);
+      clear_group(args.tables.group_v_low, at.table, kRank);
     }
     return;
   }
@@ -399,7 +401,7 @@ __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shar
     mean /= static_cast<float>(at.rows);
     sums[1] = static_cast<float>(at.rows) * mean * mean;
     if (args.options.far_field)
-      args.tables.group_v[int64_t{index} * d + thread] = __float2bfloat16_rn(mean + means[thread]);
+      args.tables.group_v[int64_t{at.table} * d + thread] = __float2bfloat16_rn(mean + means[thread]);
   }
   if constexpr (kRank > 0) {
     cp_async_wait<0>();
@@ -412,7 +414,7 @@ __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shar
   }
   block_sum(shared, sums);
   if (thread != 0) return;
-  TileEnergy& out = args.tables.energy[index];
+  TileEnergy& out = args.tables.energy[at.table];
   out.within = fmaxf(0.0f, sums[0] - sums[1]);
   out.between = sums[1];
   out.captured[0] = 0;

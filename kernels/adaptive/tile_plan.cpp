@@ -4,21 +4,16 @@
 #include <iterator>
 #include <utility>
 
+#include "adaptive/refuse.h"
 #include "adaptive/tile_plan_sizes.h"
 #include "adaptive/tile_statistics.h"
 #include "attend/plan.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
-#include "core/error.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
-
-template <class... Arguments>
-[[noreturn]] void refuse(const char* format, const Arguments&... arguments) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, format, arguments...);
-}
 
 // Device memory that lasts as long as a plan, zero at first, and a stream to look at it that waits for no other.
 class PlanMemory {
@@ -151,9 +146,6 @@ class TilePlan final : public AttentionPlan {
   TileMap tile_map(int64_t batch, int64_t head) override;
 
  private:
-  static bool lengths_on_host(const AttnParams& p) {
-    return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr;
-  }
   void take_memory();
   AnalyzeArgs analyze_args(const AttnParams& p, void* workspace) const;
   void run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream);
@@ -287,20 +279,29 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   walk.far_field = o.far_field;
   walk.far_share = far_share;
   walk.multiprocessors = device_.multiprocessors;
+  const auto launch_class = [&](int rank_class, int32_t first_tile) {
+    walk.tables = tables_of(args, first_tile);
+    walk.rank_class = rank_class;
+    walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
+    check(sm90::launch_walk(walk, stream), "walk");
+  };
   const int32_t query_tiles = static_cast<int32_t>((args.p.seqlen_q + decide::kTileQ - 1) / decide::kTileQ);
   for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
     write_schedule(args, first, stream);
-    walk.tables = tables_of(args, first);
-    for (int c = 0; c < decide::kRankClasses; ++c) {
-      if (c != 0 && decide::rank_of_class(c) > s.max_rank) continue;
-      walk.rank_class = c;
-      walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
-      check(sm90::launch_walk(walk, stream), "walk");
-    }
+    for (int c = 0; c < decide::kRankClasses; ++c)
+      if (c == 0 || decide::rank_of_class(c) <= s.max_rank) launch_class(c, first);
     const bool ends = first + s.wave_tiles >= query_tiles;
     if (ends && parts != nullptr) check(launch_exact_rows(args, sizes_.verify, parts, stream), "verify");
     check(launch_tally(args, first, far_share, targets_, sizes_.verify, parts, ends, stream), "statistics");
   }
+  if (parts == nullptr || !o.recompute) return;
+  walk.far_field = false;
+  walk.far_share = nullptr;
+  for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
+    write_exact_schedule(args, first, stream);
+    launch_class(0, first);
+  }
+  check(launch_recompute_end(args, targets_, stream), "statistics");
 }
 
 PlanCounters TilePlan::counters(bool wait, bool reset) {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "adaptive/refuse.h"
 #include "attend/sm90/walk.h"
-#include "core/error.h"
 
 namespace adaattn::cuda {
 namespace {
@@ -19,11 +19,6 @@ constexpr size_t kMaskBytes = size_t{64} << 20;
 constexpr int32_t kVerifyEvery = 4;
 
 size_t whole(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-template <class... Arguments>
-[[noreturn]] void refuse(const char* format, const Arguments&... arguments) {
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, format, arguments...);
-}
 
 void place(TilePlanSizes& sizes, const Options& o) {
   const TableShape& s = sizes.shape;
@@ -73,9 +68,6 @@ uint32_t keep_peak(const Problem& problem) {
 }
 
 void check_tile_options(const Options& o) {
-  if (o.recompute)
-    refuse("adaptive.on_exceed is %d; CUDA contexts report only: set ADAATTN_ON_EXCEED_REPORT (%d)",
-           ADAATTN_ON_EXCEED_RECOMPUTE, ADAATTN_ON_EXCEED_REPORT);
   if (o.policy == decide::Policy::kCustom && o.probe != decide::Probe::kOff)
     refuse("adaptive.probe is %d; CUDA contexts have no probe: set ADAATTN_PROBE_OFF (%d)",
            static_cast<int>(o.probe) + ADAATTN_PROBE_OFF, ADAATTN_PROBE_OFF);
@@ -102,7 +94,7 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   TableShape& s = sizes.shape;
   s = table_shape(problem, 0);
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
-  if (o.policy != decide::Policy::kCustom) sizes.verify.every = kVerifyEvery;
+  if (o.policy != decide::Policy::kCustom && !o.recompute) sizes.verify.every = kVerifyEvery;
   const size_t mask_bytes =
       size_t{8} * static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_q) * static_cast<size_t>(s.mask_words);
   s.wave_tiles = std::clamp<int32_t>(static_cast<int32_t>(std::min(kMaskBytes / mask_bytes, size_t{1} << 24)), 1,

@@ -44,6 +44,7 @@ AdaptiveCounters counters_of(const TileTotals& t) {
   a.measured_error_max = t.measured_max;
   a.measured_row_error_max = t.measured_row_max;
   a.heads_over_tolerance = t.over_tolerance;
+  a.heads_recomputed = t.recomputed;
   a.seconds_analyze = 1e-9 * static_cast<double>(t.stage_ns[kAnalyzeStage]);
   a.seconds_decide = 1e-9 * static_cast<double>(t.stage_ns[kDecideStage]);
   a.seconds_attend = 1e-9 * static_cast<double>(t.stage_ns[kAttendStage]);

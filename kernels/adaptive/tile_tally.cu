@@ -5,6 +5,7 @@
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -40,6 +41,12 @@ __device__ __forceinline__ void end_attend(const AnalyzeArgs& args, int first_ti
   if (first_tile == 0) ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
   ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
   ns[kAttendStage] += clock.start[kVerifyStage] - clock.start[kAttendStage];
+}
+
+__device__ __forceinline__ void end_verify(StageClock& clock, TileTotals* totals) {
+  const unsigned long long now = device_nanoseconds();
+  totals->stage_ns[kVerifyStage] += now - clock.start[kVerifyStage];
+  clock.start[kVerifyStage] = now;
 }
 
 __device__ __forceinline__ void copy_map(const AnalyzeArgs& args, int first_tile, int head,
@@ -111,13 +118,6 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   return tally;
 }
 
-// Over a warp, in a fixed order.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
 __device__ __forceinline__ double warp_max(double x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -150,6 +150,7 @@ __device__ __forceinline__ TileTotals sum_heads(const AnalyzeArgs& args, const T
       sum.verified_heads += 1;
       sum.verified_rows += x.verified_rows;
       sum.over_tolerance += x.measured_error > args.options.tolerance;
+      sum.recomputed += x.recomputed != 0;
       sum.measured_sum += error;
       sum.measured_max = fmax(sum.measured_max, error);
       sum.measured_row_max = fmax(sum.measured_row_max, static_cast<double>(x.measured_row_error));
@@ -164,8 +165,9 @@ __device__ __forceinline__ TileTotals sum_heads(const AnalyzeArgs& args, const T
                         static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
                         (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
   }
-  unsigned long long* const counts[] = {&sum.heads, &sum.heads_dense,    &sum.heads_low_rank, &sum.tiles,
-                                        &sum.kept,  &sum.verified_heads, &sum.verified_rows,  &sum.over_tolerance};
+  unsigned long long* const counts[] = {&sum.heads,         &sum.heads_dense,    &sum.heads_low_rank,
+                                        &sum.tiles,         &sum.kept,           &sum.verified_heads,
+                                        &sum.verified_rows, &sum.over_tolerance, &sum.recomputed};
   double* const sums[] = {&sum.flops,         &sum.rank_v_sum, &sum.entropy_sum,
                           &sum.predicted_sum, &sum.far_sum,    &sum.measured_sum};
 #pragma unroll
@@ -189,6 +191,7 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->verified_heads += x.verified_heads;
   to->verified_rows += x.verified_rows;
   to->over_tolerance += x.over_tolerance;
+  to->recomputed += x.recomputed;
   to->flops += x.flops;
   to->rank_v_sum += x.rank_v_sum;
   to->entropy_sum += x.entropy_sum;
@@ -244,9 +247,12 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   *targets.ctas = 0;
   add(sum, targets.totals);
   *targets.newest = sum;
-  if (args.state.clock != nullptr)
-    targets.totals->stage_ns[kVerifyStage] += device_nanoseconds() - args.state.clock->start[kVerifyStage];
+  if (args.state.clock != nullptr) end_verify(*args.state.clock, targets.totals);
   tell(args, ahead, targets);
+}
+
+__global__ void recompute_end_kernel(const __grid_constant__ AdaptiveState state, TileTotals* totals) {
+  end_verify(*state.clock, totals);
 }
 
 // Ends a call of the exact kernel, which gave what the newest call of tallies did. looked: after analyze and decide.
@@ -254,7 +260,7 @@ __global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ A
                                                        bool looked) {
   // Beside the end of the exact kernel.
   TileTotals sum = *targets.newest;
-  sum.verified_heads = sum.verified_rows = sum.over_tolerance = 0;
+  sum.verified_heads = sum.verified_rows = sum.over_tolerance = sum.recomputed = 0;
   sum.measured_sum = sum.measured_max = sum.measured_row_max = 0;
   wait_for_previous_grid();
   const int ahead = exact_ahead(args, looked ? 0 : 1);
@@ -281,6 +287,7 @@ void prepare_tally() {
   check(cudaFuncGetAttributes(&attributes, tally_kernel), "statistics");
   check(cudaFuncGetAttributes(&attributes, exact_end_kernel), "statistics");
   check(cudaFuncGetAttributes(&attributes, exact_begin_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, recompute_end_kernel), "statistics");
 }
 
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
@@ -288,6 +295,10 @@ cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const floa
                          cudaStream_t stream) {
   return launch_grid_overlapped(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads,
                                 0, stream, true, args, first_tile, far_share, targets, verify, parts, ends);
+}
+
+cudaError_t launch_recompute_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
+  return launch_grid(recompute_end_kernel, dim3(1), 1, 0, stream, args.state, targets.totals);
 }
 
 cudaError_t launch_exact_begin(const AnalyzeArgs& args, cudaStream_t stream) {

@@ -21,12 +21,13 @@ struct HeadTally {
   int32_t verified_rows;  // 0: not verified
   int32_t measured;       // whether there are errors, of this call or of the newest verified one
   float measured_error, measured_row_error;
+  int32_t recomputed;
 };
 
 // Sums over the heads of all calls.
 struct TileTotals {
   unsigned long long heads, heads_dense, heads_low_rank, tiles, kept;
-  unsigned long long verified_heads, verified_rows, over_tolerance;
+  unsigned long long verified_heads, verified_rows, over_tolerance, recomputed;
   unsigned long long stage_ns[kStages];
   double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, far_sum;
   double measured_sum, measured_max, measured_row_max;
@@ -55,6 +56,9 @@ void prepare_tally();
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
                          const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
                          cudaStream_t stream);
+
+// Adds the time since launch_tally ended the call to that of verify.
+cudaError_t launch_recompute_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream);
 
 // A call that finds all units among those computed exactly: what begins its exact kernel, and what ends it with the
 // tallies of the call before, which was the same. looked: it is the one that looks at the units again.

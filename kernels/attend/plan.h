@@ -31,4 +31,9 @@ std::unique_ptr<AttentionPlan> make_plan(const Problem& problem, const DeviceTra
 
 PlanInfo plan_info(const Problem& problem, const DeviceTraits& device);
 
+// Every sequence is as long as the call says.
+inline bool lengths_on_host(const AttnParams& p) {
+  return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr;
+}
+
 }  // namespace adaattn::cuda

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attend/launch.h"
+#include "common/warp.cuh"
 #include "lowrank/eigen.h"
 #include "lowrank/libraries.h"
 #include "lowrank/subspace.h"
@@ -23,12 +24,6 @@ constexpr size_t kStaticShared = 4096;  // more than the kernel declares
 constexpr double kOrthogonal = 1e-14;
 // Columns shorter than this share of the trace are rounding noise, which no rotation makes orthogonal.
 constexpr double kNoise = 2e-16;
-
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
 
 // One pair of a round, by one warp; false if nothing was to be done.
 __device__ __forceinline__ bool rotate_pair(double* g, int64_t ld, double* v, int n, int round, int pair,

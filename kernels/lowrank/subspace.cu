@@ -3,6 +3,7 @@
 
 #include "attend/launch.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "core/sampling.h"
 #include "lowrank/subspace.h"
 #include "lowrank/subspace_steps.cuh"
@@ -54,12 +55,6 @@ struct Shared {
   int turned;
 };
 static_assert(sizeof(Shared) < kStaticShared);
-
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
 
 // Of values[i] in descending order.
 __device__ __forceinline__ int place_of(const double* values, int n, int i) {

@@ -71,7 +71,7 @@ ADAATTN_HD inline float fixed_exp2(float x) {
   p = fixed_fma(p, f, 2.4022651e-1f);
   p = fixed_fma(p, f, 6.9314718e-1f);
   p = fixed_fma(p, f, 1.0f);
-  return float_of(bits_of(p) + (static_cast<uint32_t>(static_cast<int32_t>(n)) << 23));
+  return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
 // log2(x) for positive normal x; -127 for 0, denormals and anything negative. Absolute error under 3e-7 near 1, else

@@ -185,22 +185,12 @@ TEST_F(TilePlans, ReplaysLookAtDenseHeadsWhenCallsDo) {
   AttentionData data(c, kBf16All, run_seed(), ADAATTN_OUTPUT_LSE), changed = structured(c);
   const adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
   const AdaptivePlan captured(context, data.desc, adaptive), eager(context, data.desc, adaptive);
-  const DeviceMemory workspace(workspace_size(captured));
-  data.upload(kDevice);
-  const adaattn_io_t io = data.io(kDevice);
-  const Stream stream;
-  const Graph graph(captured.get(), io, workspace, stream, cudaStreamCaptureModeThreadLocal);
+  ReplayedCall replay(captured, data);
   for (int call = 0; call < 10; ++call) {
-    if (call == 3)
-      for (auto [to, from] : {std::pair{&data.q, &changed.q}, {&data.k, &changed.k}, {&data.v, &changed.v}})
-        to->for_each([&](const std::vector<int64_t>& index, int64_t) { to->set(index, from->get(index)); });
+    if (call == 3) copy_inputs(changed, data);
     AttentionData again = with_own_outputs(data);
     ASSERT_NO_FATAL_FAILURE(execute(eager, again));
-    data.poison_outputs();
-    data.upload(kDevice);
-    graph.launch(stream);
-    stream.wait();
-    data.download(kDevice);
+    replay.run();
     EXPECT_TRUE(same_outputs(data, again)) << call;
   }
   EXPECT_EQ(captured.stats().heads_dense, 9u * 8u);

@@ -80,7 +80,7 @@ TEST_F(TilePlans, RandomInputIsComputedExactly) {
   EXPECT_TRUE(same_outputs(data, exact));
 }
 
-TEST_F(TilePlans, PackedAndUsedLengths) {
+TEST_F(TilePlans, LengthsAndMasks) {
   const Context host, context(kCuda);
   AttentionCase packed = causal_case(1500);
   packed.name = "Packed";
@@ -91,7 +91,18 @@ TEST_F(TilePlans, PackedAndUsedLengths) {
   AttentionCase used = causal_case(1400);
   used.name = "Used";
   used.used_k = {1400, 777};
-  for (const AttentionCase& c : {packed, used}) {
+  AttentionCase chunk = causal_case(1900);
+  chunk.name = "Chunk";
+  chunk.seqlen_q = 700;
+  AttentionCase window = causal_case(2000);
+  window.name = "Window";
+  window.seqlen_q = 1500;
+  window.window_left = 1200;
+  AttentionCase both = causal_case(1500);
+  both.name = "BothSides";
+  both.mask = ADAATTN_MASK_NONE;
+  both.seqlen_q = 600;
+  for (const AttentionCase& c : {packed, used, chunk, window, both}) {
     SCOPED_TRACE(describe(c));
     AttentionData data = structured(c);
     const Tensor exact = exact_output(host, data);
@@ -108,24 +119,39 @@ TEST_F(TilePlans, ReplaysOfACaptureGiveWhatCallsGive) {
   AttentionData data = structured(causal_case(2000));
   const adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_BALANCED);
   const AdaptivePlan captured(context, data.desc, adaptive), eager(context, data.desc, adaptive);
-  const DeviceMemory workspace(workspace_size(captured));
-  data.upload(kDevice);
-  const adaattn_io_t io = data.io(kDevice);
-  const Stream stream;
-  const Graph graph(captured.get(), io, workspace, stream, cudaStreamCaptureModeThreadLocal);
+  ReplayedCall replay(captured, data);
   for (uint64_t round = 0; round < 3; ++round) {
     AttentionData fresh = structured(causal_case(2000), {}, 10 + round);
-    for (auto [to, from] : {std::pair{&data.q, &fresh.q}, {&data.k, &fresh.k}, {&data.v, &fresh.v}})
-      to->for_each([&](const std::vector<int64_t>& index, int64_t) { to->set(index, from->get(index)); });
-    data.poison_outputs();
-    data.upload(kDevice);
-    graph.launch(stream);
-    stream.wait();
-    data.download(kDevice);
+    copy_inputs(fresh, data);
+    replay.run();
     ASSERT_NO_FATAL_FAILURE(execute(eager, fresh));
     EXPECT_TRUE(same_outputs(data, fresh)) << round;
   }
   EXPECT_EQ(captured.stats().tiles_kept, eager.stats().tiles_kept);
+}
+
+// One plan, and calls of other lengths than its maxima: each gives what a plan of its own gives.
+TEST_F(TilePlans, LengthsThatChangeFromCallToCall) {
+  const Context context(kCuda);
+  adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
+  adaptive.feedback = ADAATTN_SWITCH_OFF;
+  const AdaptivePlan plan(context, structured(causal_case(2300)).desc, adaptive);
+  const std::pair<int64_t, int64_t> lengths[] = {{2300, 2300}, {900, 2100}, {1281, 1281}, {130, 1999}, {2300, 2300}};
+  for (const auto& [q, k] : lengths) {
+    SCOPED_TRACE(testing::Message() << q << " queries, " << k << " keys");
+    AttentionCase c = causal_case(k);
+    c.seqlen_q = q;
+    AttentionData data = structured(c, {}, static_cast<uint64_t>(q));
+    const uint64_t kept = plan.stats().tiles_kept, tiles = plan.stats().tiles;
+    ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    const AdaptivePlan own(context, data.desc, adaptive);
+    AttentionData again = with_own_outputs(data);
+    ASSERT_NO_FATAL_FAILURE(execute(own, again));
+    EXPECT_TRUE(same_outputs(data, again));
+    EXPECT_EQ(plan.stats().tiles_kept - kept, own.stats().tiles_kept);
+    EXPECT_EQ(plan.stats().tiles - tiles, own.stats().tiles);
+    EXPECT_LT(own.stats().tiles_kept, own.stats().tiles);
+  }
 }
 
 TEST_F(TilePlans, AFrozenPlanRepeatsItselfBitForBit) {
@@ -173,10 +199,7 @@ TEST_F(TilePlans, WhatIsNotServedIsRefusedByName) {
   };
   adaattn_adaptive_desc_t custom = adaptive_desc(ADAATTN_POLICY_CUSTOM);
   expect_refused(data.desc, custom, "adaptive.probe");
-  adaattn_adaptive_desc_t speed = adaptive_desc(ADAATTN_POLICY_SPEED);
-  speed.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
-  expect_refused(data.desc, speed, "adaptive.on_exceed");
-  speed = adaptive_desc(ADAATTN_POLICY_SPEED);
+  const adaattn_adaptive_desc_t speed = adaptive_desc(ADAATTN_POLICY_SPEED);
   adaattn_attn_desc_t desc = data.desc;
   desc.head_dim_qk = desc.head_dim_v = 64;
   expect_refused(desc, speed, "head_dim_qk");

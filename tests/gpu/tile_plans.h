@@ -1,6 +1,10 @@
 // What the tests of adaptive plans on a CUDA device share.
 #pragma once
 
+#include <memory>
+#include <utility>
+#include <vector>
+
 #include "adaptive/structured.h"
 #include "attention/fixture.h"
 #include "gpu/device.h"
@@ -37,6 +41,34 @@ inline void execute(const AdaptivePlan& plan, AttentionData& data) {
   ASSERT_TRUE(succeeded(adaattn_plan_execute(plan.get(), &io, workspace.data(), workspace.bytes(), nullptr)));
   require(cudaDeviceSynchronize());
   data.download(kDevice);
+}
+
+// A captured call of a plan on the device's copy of some data, whose numbers may change between its replays.
+class ReplayedCall {
+ public:
+  ReplayedCall(const AdaptivePlan& plan, AttentionData& data) : data_(data), workspace_(workspace_size(plan)) {
+    data.upload(kDevice);
+    const adaattn_io_t io = data.io(kDevice);
+    graph_ = std::make_unique<Graph>(plan.get(), io, workspace_, stream_, cudaStreamCaptureModeThreadLocal);
+  }
+  void run() {
+    data_.poison_outputs();
+    data_.upload(kDevice);
+    graph_->launch(stream_);
+    stream_.wait();
+    data_.download(kDevice);
+  }
+
+ private:
+  AttentionData& data_;
+  DeviceMemory workspace_;
+  Stream stream_;
+  std::unique_ptr<Graph> graph_;
+};
+
+inline void copy_inputs(const AttentionData& from, AttentionData& to) {
+  for (auto [x, y] : {std::pair{&to.q, &from.q}, {&to.k, &from.k}, {&to.v, &from.v}})
+    x->for_each([x = x, y = y](const std::vector<int64_t>& index, int64_t) { x->set(index, y->get(index)); });
 }
 
 inline uint64_t causal_tiles(const AttentionCase& c) {

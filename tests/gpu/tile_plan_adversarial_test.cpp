@@ -1,0 +1,180 @@
+// Inputs made to mislead block statistics, on a device.
+#include <cmath>
+
+#include "gpu/tile_plans.h"
+#include "support/random.h"
+
+namespace adaattn::test {
+namespace {
+
+class MisleadingInputs : public TilePlans {};
+
+constexpr int64_t kSeqlen = 2048;
+
+// Every policy within its tolerance, in calls with and without verification and with what it taught.
+void expect_within(AttentionData data, const char* what) {
+  SCOPED_TRACE(what);
+  const Context host, context(kCuda);
+  const Tensor exact = exact_output(host, data);
+  const std::pair<adaattn_policy_t, double> policies[] = {
+      {ADAATTN_POLICY_QUALITY, 0.1}, {ADAATTN_POLICY_BALANCED, 0.2}, {ADAATTN_POLICY_SPEED, 0.4}};
+  for (const auto& [policy, tolerance] : policies) {
+    SCOPED_TRACE(policy);
+    const AdaptivePlan plan(context, data.desc, adaptive_desc(policy));
+    for (int call = 0; call < 2; ++call) ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    for (int64_t b = 0; b < data.batch(); ++b)
+      for (int64_t h = 0; h < data.desc.heads_q; ++h)
+        EXPECT_LE(head_error(data, exact, b, h), tolerance) << "b " << b << " head " << h;
+  }
+}
+
+template <typename Visit>
+void each_key(const AttentionData& data, const Visit& visit) {
+  for (int64_t b = 0; b < data.batch(); ++b)
+    for (int64_t h = 0; h < data.desc.heads_kv; ++h)
+      for (int64_t j = 0; j < kSeqlen; ++j) visit(b, j, h);
+}
+
+TEST_F(MisleadingInputs, RandomNormalIsComputedDenseAndExactly) {
+  const Context context(kCuda);
+  AttentionData data(causal_case(kSeqlen), kBf16All, run_seed(), ADAATTN_OUTPUT_LSE);
+  AttentionData exact = with_own_outputs(data);
+  run(context, exact);
+  const auto expect_dense = [&](const adaattn_adaptive_desc_t& adaptive, const char* what) {
+    SCOPED_TRACE(what);
+    const AdaptivePlan plan(context, data.desc, adaptive);
+    for (int call = 0; call < 2; ++call) {
+      ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+      for (const adaattn_head_stats_t& head : plan.heads()) EXPECT_TRUE(head.dense) << "head " << head.head;
+      EXPECT_TRUE(same_outputs(data, exact));
+    }
+  };
+  expect_dense(adaptive_desc(ADAATTN_POLICY_QUALITY), "quality");
+  expect_dense(adaptive_desc(ADAATTN_POLICY_BALANCED), "balanced");
+  expect_dense(adaptive_desc(ADAATTN_POLICY_SPEED), "speed");
+  // Nor is there a choice of tiles that any tolerance could justify.
+  adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
+  adaptive.tolerance = 10;
+  expect_dense(adaptive, "custom");
+  adaptive.far_field = ADAATTN_SWITCH_OFF;
+  expect_dense(adaptive, "custom without the far field");
+}
+
+TEST_F(MisleadingInputs, OutlierChannel) {
+  AttentionData data = structured(causal_case(kSeqlen));
+  each_key(data, [&](int64_t b, int64_t j, int64_t h) {
+    const auto at = data.key_index(b, j, h, 7);
+    data.k.set(at, 100 * data.k.get(at));
+  });
+  for (int64_t b = 0; b < data.batch(); ++b)
+    for (int64_t h = 0; h < data.desc.heads_q; ++h)
+      for (int64_t i = 0; i < kSeqlen; ++i) {
+        const auto at = data.query_index(b, i, h, 7);
+        data.q.set(at, 0.01 * data.q.get(at));
+      }
+  expect_within(std::move(data), "outlier channel");
+}
+
+TEST_F(MisleadingInputs, HugeMeans) {
+  expect_within(structured(causal_case(kSeqlen), {.value_mean = 100}), "of V");
+  AttentionData data = structured(causal_case(kSeqlen));
+  each_key(data, [&](int64_t b, int64_t j, int64_t h) {
+    for (int64_t c = 0; c < 128; ++c) {
+      const auto at = data.key_index(b, j, h, c);
+      data.k.set(at, data.k.get(at) + 20);
+    }
+  });
+  expect_within(std::move(data), "of K");
+}
+
+TEST_F(MisleadingInputs, DuplicatedTokens) {
+  AttentionData data = structured(causal_case(kSeqlen));
+  each_key(data, [&](int64_t b, int64_t j, int64_t h) {
+    const int64_t from = j / 256 * 256 + j % 4;
+    for (int64_t c = 0; c < 128; ++c) {
+      data.k.set(data.key_index(b, j, h, c), data.k.get(data.key_index(b, from, h, c)));
+      data.v.set(data.key_index(b, j, h, c), data.v.get(data.key_index(b, from, h, c)));
+    }
+  });
+  expect_within(std::move(data), "duplicated tokens");
+}
+
+TEST_F(MisleadingInputs, RowsSplitBetweenTwoDistantKeys) {
+  AttentionData data = structured(causal_case(kSeqlen));
+  Random random(run_seed() + 5);
+  for (int64_t c = 0; c < 128; ++c) {
+    const double x = random.normal();
+    data.k.set(data.key_index(0, 300, 0, c), 5 * x);
+    data.k.set(data.key_index(0, 1300, 0, c), 5 * x);
+    for (int64_t i = 1400; i < kSeqlen; ++i) data.q.set(data.query_index(0, i, 0, c), x);
+  }
+  expect_within(std::move(data), "p = 1/2, 1/2");
+}
+
+// A single key that holds nearly all of a head's weight among keys that look like nothing: block statistics cannot see
+// it, and there is no probe. Verification does, and the heads have the exact kernel's bits when the call ends, eager,
+// in waves and replayed.
+TEST_F(MisleadingInputs, HeadsThatMissANeedleAreRecomputedExactly) {
+  const Context context(kCuda);
+  AttentionCase window = causal_case(1500);
+  window.name = "Window";
+  window.window_left = 1100;
+  for (const AttentionCase& c : {causal_case(1500), window}) {
+    SCOPED_TRACE(c.name);
+    AttentionData data = structured(c);
+    // Of sequence 0 and KV head 0, that is of two query heads.
+    Random random(run_seed() + 7);
+    for (int64_t x = 0; x < 128; ++x) {
+      const double sign = random.normal() < 0 ? -1 : 1;
+      const auto at = data.key_index(0, 450, 0, x);
+      data.k.set(at, 3 * sign);
+      data.v.set(at, 3 * sign);
+      for (int64_t i = 0; i < c.seqlen_q; ++i)
+        for (int64_t h = 0; h < 2; ++h) {
+          const auto query = data.query_index(0, i, h, x);
+          data.q.set(query, data.q.get(query) + sign);
+        }
+    }
+    AttentionData exact = with_own_outputs(data);
+    run(context, exact);
+    adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
+    adaptive.tolerance = 0.5;
+    adaptive.feedback = ADAATTN_SWITCH_OFF;
+    const AdaptivePlan report(context, data.desc, adaptive);
+    ASSERT_NO_FATAL_FAILURE(execute(report, data));
+    EXPECT_EQ(report.stats().heads_over_tolerance, 2u);
+    EXPECT_EQ(report.stats().heads_recomputed, 0u);
+    const auto missed = [](const adaattn_head_stats_t& head) { return head.batch == 0 && head.head < 2; };
+    for (const adaattn_head_stats_t& head : report.heads()) {
+      EXPECT_FALSE(head.dense);
+      EXPECT_EQ(head.measured_error > adaptive.tolerance, missed(head)) << head.batch << " " << head.head;
+    }
+    adaptive.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
+    for (const bool waves : {false, true}) {
+      SCOPED_TRACE(waves);
+      if (waves) adaptive.max_workspace_bytes = workspace_size(AdaptivePlan(context, data.desc, adaptive)) - 1;
+      const AdaptivePlan plan(context, data.desc, adaptive), replayed(context, data.desc, adaptive);
+      AttentionData again = with_own_outputs(data);
+      ASSERT_NO_FATAL_FAILURE(execute(plan, again));
+      EXPECT_EQ(plan.stats().heads_over_tolerance, 2u);
+      EXPECT_EQ(plan.stats().heads_recomputed, 2u);
+      for (const adaattn_head_stats_t& head : plan.heads())
+        for (int64_t i = 0; i < c.seqlen_q; ++i)
+          for (int64_t x = 0; x < 128; ++x) {
+            const auto at = data.query_index(head.batch, i, head.head, x);
+            ASSERT_EQ(again.o.get(at), missed(head) ? exact.o.get(at) : data.o.get(at))
+                << "b " << head.batch << " head " << head.head << " row " << i;
+          }
+      AttentionData captured = with_own_outputs(data);
+      ReplayedCall replay(replayed, captured);
+      for (int call = 0; call < 2; ++call) {
+        replay.run();
+        EXPECT_TRUE(same_outputs(captured, again)) << call;
+      }
+      EXPECT_EQ(replayed.stats().heads_recomputed, 4u);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::test
