@@ -10,10 +10,6 @@
 namespace adaattn::cuda {
 namespace {
 
-#ifndef LEVELS_CTAS
-#define LEVELS_CTAS 3
-#endif
-constexpr int kLevelsCtas = LEVELS_CTAS;
 constexpr int kThreads = kDecideThreads, kWarps = kDecideWarps;
 
 struct QueryTile {
@@ -58,7 +54,7 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
 
 // Levels of kTiles query tiles of a head; the last CTA of a unit chooses for it.
 template <int kTiles, int kDim, bool kStored>
-__global__ __launch_bounds__(kThreads, kStored ? kLevelsCtas : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
+__global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps && (!kStored || Block::kProducts == 1));
   __shared__ int2 range[kTiles];

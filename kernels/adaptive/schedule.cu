@@ -11,6 +11,7 @@ namespace adaattn::cuda {
 namespace {
 
 constexpr int kThreads = kDecideThreads;
+constexpr int kCodeThreads = 1024;  // ordering a section is a chain of latencies: the fewer items a thread, the better
 
 __device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
   const int bucket = static_cast<int>(int64_t{kept} * kWorkBuckets / (key_tiles + 1));
@@ -31,6 +32,7 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
 }
 
 // One CTA appends a section's items to the lists: a counting sort by the tiles they keep.
+template <int kThreads>
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section) {
   using decide::kRankClasses;
   constexpr int kEach = 4;           // items of a thread whose reads are on their way together
@@ -121,22 +123,23 @@ __device__ __forceinline__ void put_mask(const AnalyzeArgs& args, int64_t item, 
 }
 
 // The first CTAs order the work lists, a section each.
+template <int kThreads>
 __device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections) {
   const int section = static_cast<int>(blockIdx.x);
   if (section >= sections) return false;
-  order_section(args, first_tile, units, section);
+  order_section<kThreads>(args, first_tile, units, section);
   begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
   return true;
 }
 
 // Masks from the codes of the tiles, a query tile in each warp.
-__global__ __launch_bounds__(kThreads) void code_mask_kernel(const __grid_constant__ AnalyzeArgs args, int units,
-                                                             int sections) {
+__global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_constant__ AnalyzeArgs args, int units,
+                                                                 int sections) {
   launch_dependents();
   wait_for_previous_grid();
-  if (order_lists(args, 0, units, sections)) return;
+  if (order_lists<kCodeThreads>(args, 0, units, sections)) return;
   const TableShape& s = args.shape;
-  const int64_t index = (int64_t{blockIdx.x} - sections) * kDecideWarps + threadIdx.x / 32;
+  const int64_t index = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
   if (index >= args.p.batch * s.heads_q * s.query_tiles) return;
   const decide::HeadChoice choice = args.tables.choice[index / s.query_tiles];
   const decide::TileRow row = args.tables.tile_range[index];
@@ -178,7 +181,7 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
   launch_dependents();
   wait_for_previous_grid();
   if (first_tile > 0) begin_stage(args.state, kDecideStage);
-  if (order_lists(args, first_tile, units, sections)) return;
+  if (order_lists<kThreads>(args, first_tile, units, sections)) return;
   const TableShape& s = args.shape;
   const Space<kTiles> space(s);
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, number = static_cast<int>(blockIdx.x) - sections;
@@ -242,17 +245,19 @@ void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t st
   const int count = std::min(s.wave_tiles, s.query_tiles - first_tile), units = section_units(args);
   const int heads = static_cast<int>(args.p.batch) * s.heads_q;
   const int sections = (static_cast<int>(args.p.batch) * s.heads_kv + units - 1) / units;
-  const auto launch = [&](auto kernel, int64_t masks, size_t bytes, auto... extra) {
-    check(launch_grid_overlapped(kernel, dim3(static_cast<unsigned>(sections + masks)), kThreads, bytes, stream, true,
+  const auto launch = [&](auto kernel, int threads, int64_t masks, size_t bytes, auto... extra) {
+    check(launch_grid_overlapped(kernel, dim3(static_cast<unsigned>(sections + masks)), threads, bytes, stream, true,
                                  args, extra...),
           "decide");
   };
-  if (args.tables.codes != nullptr)
-    return launch(code_mask_kernel, (int64_t{heads} * s.query_tiles + kDecideWarps - 1) / kDecideWarps, 0, units,
+  if (args.tables.codes != nullptr) {
+    constexpr int kEach = kCodeThreads / 32;
+    return launch(code_mask_kernel, kCodeThreads, (int64_t{heads} * s.query_tiles + kEach - 1) / kEach, 0, units,
                   sections);
+  }
   with_mask_shape(s, [&](auto x) {
-    launch(mask_kernel<x.kTiles, x.kDim>, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), x.bytes(s), first_tile,
-           units, sections);
+    launch(mask_kernel<x.kTiles, x.kDim>, kThreads, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), x.bytes(s),
+           first_tile, units, sections);
   });
 }
 

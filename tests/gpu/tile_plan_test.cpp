@@ -134,7 +134,9 @@ TEST_F(TilePlans, ReplaysOfACaptureGiveWhatCallsGive) {
 TEST_F(TilePlans, LengthsThatChangeFromCallToCall) {
   const Context context(kCuda);
   adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
+  // What a plan keeps from call to call.
   adaptive.feedback = ADAATTN_SWITCH_OFF;
+  adaptive.rank_mode = ADAATTN_RANK_OFF;
   const AdaptivePlan plan(context, structured(causal_case(2300)).desc, adaptive);
   const std::pair<int64_t, int64_t> lengths[] = {{2300, 2300}, {900, 2100}, {1281, 1281}, {130, 1999}, {2300, 2300}};
   for (const auto& [q, k] : lengths) {
