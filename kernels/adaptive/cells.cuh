@@ -33,7 +33,7 @@ class Cells {
 
   // first: the first query tile; count of them exist. len_q, len_k: of the sequence.
   __device__ __forceinline__ Cells(const AnalyzeArgs& args, int b, int head, int first, int count, const Sequence& seq)
-      : len_k_(seq.len_k) {
+      : len_k_(seq.len_k), whole_tiles_(static_cast<int>(seq.len_k / decide::kTileK)) {
     const TableShape& s = args.shape;
     const int lane = threadIdx.x % 32;
     const int64_t block = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * kCells;
@@ -80,21 +80,32 @@ class Cells {
       for (int i = 0; i < kWords; ++i) words[i] = next[i];
       scale = next_scale;
       fetch(pair + kDecideWarps);  // its latency passes beside this one's work
-      int keys[2];
+      int keys[2] = {decide::kCell, decide::kCell};
+      const bool whole = 2 * pair + 2 <= whole_tiles_;  // the same in all lanes
+      if (!whole) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        keys[i] = static_cast<int>(
-            max(int64_t{0}, min(len_k_ - int64_t{cell + i} * decide::kCell, static_cast<int64_t>(decide::kCell))));
+        for (int i = 0; i < 2; ++i)
+          keys[i] = static_cast<int>(
+              max(int64_t{0}, min(len_k_ - int64_t{cell + i} * decide::kCell, static_cast<int64_t>(decide::kCell))));
+      }
 #pragma unroll
       for (int m = 0; m < kProducts; ++m) {
         int c[4] = {};
 #pragma unroll
         for (int i = 0; i < kWords / 2; ++i) mma_s8(c, a_[m][i], words[2 * i], words[2 * i + 1]);
         float scores[2][2];
+        if (whole) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          scores[r][0] = decide::cell_score(c[2 * r], scale_[m][r], scale.x, keys[0]);
-          scores[r][1] = decide::cell_score(c[2 * r + 1], scale_[m][r], scale.y, keys[1]);
+          for (int r = 0; r < 2; ++r) {
+            scores[r][0] = decide::cell_score(c[2 * r], scale_[m][r], scale.x, decide::kCell);
+            scores[r][1] = decide::cell_score(c[2 * r + 1], scale_[m][r], scale.y, decide::kCell);
+          }
+        } else {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            scores[r][0] = decide::cell_score(c[2 * r], scale_[m][r], scale.x, keys[0]);
+            scores[r][1] = decide::cell_score(c[2 * r + 1], scale_[m][r], scale.y, keys[1]);
+          }
         }
         take(m, pair, scores, keys);
       }
@@ -116,6 +127,7 @@ class Cells {
   }
 
   const int64_t len_k_;
+  const int whole_tiles_;
   const int8_t* key_cells_;
   const float* key_scales_;
   uint32_t a_[kProducts][kWords / 2][4];

@@ -25,24 +25,27 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
   QueryTile q;
   if (n <= 0) return q;
   q.exists = true;
-  long long lowest = s.len_k, highest = 0, begin_max = 0, end_min = s.len_k, seen = 0;
-  for (int i = lane; i < n; i += 32) {
-    const KeyRange range = visible_keys(p, s, first + i);
-    begin_max = max(begin_max, static_cast<long long>(range.begin));
-    end_min = min(end_min, static_cast<long long>(range.end));
-    if (range.begin >= range.end) continue;
-    lowest = min(lowest, static_cast<long long>(range.begin));
-    highest = max(highest, static_cast<long long>(range.end));
-    seen += range.end - range.begin;
-  }
+  // Lengths are under 2^30.
+  int lowest = static_cast<int>(s.len_k), highest = 0, begin_max = 0, end_min = lowest;
+  uint64_t seen = 0;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    lowest = min(lowest, __shfl_xor_sync(kAll, lowest, step));
-    highest = max(highest, __shfl_xor_sync(kAll, highest, step));
-    begin_max = max(begin_max, __shfl_xor_sync(kAll, begin_max, step));
-    end_min = min(end_min, __shfl_xor_sync(kAll, end_min, step));
-    seen += __shfl_xor_sync(kAll, seen, step);
+  for (int i = lane; i < decide::kTileQ; i += 32) {
+    if (i >= n) continue;
+    const KeyRange range = visible_keys(p, s, first + i);
+    const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+    begin_max = max(begin_max, begin);
+    end_min = min(end_min, end);
+    if (begin >= end) continue;
+    lowest = min(lowest, begin);
+    highest = max(highest, end);
+    seen += static_cast<uint32_t>(end - begin);
   }
+  lowest = __reduce_min_sync(kAll, lowest);
+  highest = __reduce_max_sync(kAll, highest);
+  begin_max = __reduce_max_sync(kAll, begin_max);
+  end_min = __reduce_min_sync(kAll, end_min);
+  seen = __reduce_add_sync(kAll, static_cast<uint32_t>(seen) & 0xffffu) +
+         (uint64_t{__reduce_add_sync(kAll, static_cast<uint32_t>(seen >> 16))} << 16);
   if (lowest >= highest) return q;
   q.row.begin = static_cast<int32_t>(lowest / decide::kTileK);
   q.row.end = static_cast<int32_t>((highest + decide::kTileK - 1) / decide::kTileK);
@@ -78,8 +81,11 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
   }
   __syncthreads();
   int begin = s.key_tiles, end = 0;
+  int whole_begin = 0, whole_end = static_cast<int>(seq.len_k / decide::kTileK);  // that all query tiles see
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
+    whole_begin = max(whole_begin, range[r].x);
+    whole_end = min(whole_end, range[r].y);
     if (range[r].x >= range[r].y) continue;
     begin = min(begin, range[r].x);
     end = max(end, range[r].y);
@@ -109,9 +115,14 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const bool counting = counts(m, r, pair, keys[i]);
-          counted[r][i] = counting ? scores[r][i] : -INFINITY;
-          finite[m][r] = finite[m][r] && (!counting || isfinite(scores[r][i]) || !cells.exists(m, r));
+          counted[r][i] = scores[r][i];
+          if (2 * pair < whole_begin || 2 * pair + 2 > whole_end) {
+            const bool counting = counts(m, r, pair, keys[i]);
+            counted[r][i] = counting ? scores[r][i] : -INFINITY;
+            finite[m][r] = finite[m][r] && (!counting || isfinite(scores[r][i]) || !cells.exists(m, r));
+          } else {
+            finite[m][r] = finite[m][r] && isfinite(scores[r][i]);
+          }
           top[m][r] = fmaxf(top[m][r], counted[r][i]);
         }
       if constexpr (kStored) own[pair * 32] = {counted[0][0], counted[0][1], counted[1][0], counted[1][1]};

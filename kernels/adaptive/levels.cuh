@@ -154,11 +154,11 @@ __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint3
     for (int i = 0; i < kDenseLevel; ++i) {
       const uint32_t all_kept = __reduce_add_sync(~0u, kept_sum[i]),
                      all_dropped = __reduce_add_sync(~0u, dropped_sum[i]);
-      if (lane != i) continue;
-      kept = all_kept;
-      // The quotient differs from any integer above it by 2^-23 at least: the division's rounding does not reach that.
-      dropped = static_cast<uint32_t>(static_cast<double>(all_dropped) * 65536.0 / static_cast<double>(total));
+      kept = lane == i ? all_kept : kept;
+      dropped = lane == i ? all_dropped : dropped;
     }
+    // The quotient differs from any integer above it by 2^-23 at least: the division's rounding does not reach that.
+    dropped = static_cast<uint32_t>(static_cast<double>(dropped) * 65536.0 / static_cast<double>(total));
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) entropy += __shfl_xor_sync(~0u, entropy, step);
     entropy += 7.0f;  // log2 of the keys of a tile

@@ -81,6 +81,14 @@ class TileRows {
   static constexpr int kEach = kRows / 8;  // for 128 columns; of 64 half of them are empty
   __device__ __forceinline__ TileRows(const TokenRows<T>& rows, int64_t first, int count, int d)
       : lane_(d), count_(count) {
+    if (rows.pages == nullptr && count_ >= kRows) {
+      const T* row = rows.base + (first + row_of(0)) * rows.stride + kWide * lane_.chunk;
+      const int64_t step = lane_.at_a_time * rows.stride;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i, row += step)
+        raw_[i] = within(i) ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
+      return;
+    }
     with_rows(rows, [&](const auto& row) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
@@ -97,22 +105,29 @@ class TileRows {
   __device__ __forceinline__ bool holds(int i) const { return within(i) && row_of(i) < count_; }
   __device__ __forceinline__ void widen(int i, float (&x)[kWide]) const { widen_words<T>(raw_[i], x); }
 
-  // Sums of the warp's rows less `shift`, and of their squares, by column.
+  // Sums of the warp's rows less `shift`, and with kSquares of their squares, by column.
+  template <bool kSquares>
   __device__ __forceinline__ void add_up(const float (&shift)[kWide], float (&sum)[kWide],
                                          float (&square)[kWide]) const {
 #pragma unroll
     for (int c = 0; c < kWide; ++c) sum[c] = square[c] = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (!holds(i)) continue;
+    const auto add = [&](int i) {
       float x[kWide];
       widen(i, x);
 #pragma unroll
       for (int c = 0; c < kWide; ++c) {
         const float y = x[c] - shift[c];
         sum[c] += y;
-        square[c] = fmaf(y, y, square[c]);
+        if (kSquares) square[c] = fmaf(y, y, square[c]);
       }
+    };
+    if (count_ >= kRows && within(kEach - 1)) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) add(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        if (holds(i)) add(i);
     }
   }
 
@@ -160,18 +175,19 @@ __device__ __forceinline__ void query_tiles(const AnalyzeArgs& args, int index) 
     return static_cast<int>(max(int64_t{0}, min(rows, int64_t{decide::kCell})));
   };
   uint4 raw[kQueryTiles][kEach];
-  with_rows(query_rows<T>(args.p, seq, b, head), [&](const auto& row) {
+  const TokenRows<T> rows = query_rows<T>(args.p, seq, b, head);
+  const int64_t first_token = int64_t{first} * kRows + cell * decide::kCell + lane.first * kQueryStep;
+  const T* const from = rows.base + first_token * rows.stride + kWide * lane.chunk;
+  const bool whole = int64_t{first + kQueryTiles} * kRows <= seq.len_q;
 #pragma unroll
-    for (int t = 0; t < kQueryTiles; ++t)
+  for (int t = 0; t < kQueryTiles; ++t)
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int sample = lane.first + i * lane.at_a_time, at = sample * kQueryStep;
-        const int64_t token = int64_t{first + t} * kRows + cell * decide::kCell + at;
-        raw[t][i] = sample < kSamples && at < exist_of(t)
-                        ? *reinterpret_cast<const uint4*>(row(token) + kWide * lane.chunk)
-                        : make_uint4(0, 0, 0, 0);
-      }
-  });
+    for (int i = 0; i < kEach; ++i) {
+      const int next = i * lane.at_a_time, sample = lane.first + next;
+      raw[t][i] = sample < kSamples && (whole || sample * kQueryStep < exist_of(t))
+                      ? *reinterpret_cast<const uint4*>(from + (t * kRows + next * kQueryStep) * rows.stride)
+                      : make_uint4(0, 0, 0, 0);
+    }
 #pragma unroll
   for (int t = 0; t < kQueryTiles; ++t) {
     if (int64_t{first + t} * kRows >= seq.len_q) break;
@@ -313,7 +329,10 @@ __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared
   const float* const of_all = args.tables.k_mean + int64_t{at.unit} * d;
   float shift[kWide], sum[kWide], square[kWide];
   read_columns(of_all + kWide * lane.chunk, shift);
-  k.add_up(shift, sum, square);
+  if (args.options.far_field)
+    k.template add_up<true>(shift, sum, square);
+  else
+    k.template add_up<false>(shift, sum, square);
   lane.add_rows(sum);
   if (args.options.far_field) {
     lane.add_rows(square);
@@ -386,7 +405,7 @@ __device__ __forceinline__ void value_tile(const AnalyzeArgs& args, Shared& shar
       *reinterpret_cast<uint4*>(centred + v.row_of(i) * ld + kWide * lane.chunk) = make_uint4(w[0], w[1], w[2], w[3]);
     }
   }
-  v.add_up(shift, sum, square);
+  v.template add_up<true>(shift, sum, square);
   lane.add_rows(sum);
   if (lane.first == 0) write_columns(&shared.sum[thread / 32][kWide * lane.chunk], sum);
   __syncthreads();

@@ -11,7 +11,8 @@
 namespace adaattn::cuda {
 namespace {
 
-constexpr int kThreads = 32 * kJudges;
+// By how many threads a wave is tallied, and by how many where heads are judged too.
+constexpr int kFewThreads = 128, kThreads = 32 * kJudges;
 
 // Of kCount numbers of each thread at a time, in a fixed order; the first thread has the sums.
 template <int kCount, typename T>
@@ -29,7 +30,7 @@ __device__ void block_sum(T (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
 #pragma unroll
-    for (int w = 1; w < kJudges; ++w) x[i] += part[w][i];
+    for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) x[i] += part[w][i];
 }
 
 // A wave of query tiles ends, and with the last one what verify follows.
@@ -55,10 +56,32 @@ __device__ __forceinline__ void copy_map(const AnalyzeArgs& args, int first_tile
   const int tiles = min(s.wave_tiles, s.query_tiles - first_tile);
   const uint64_t* const masks = args.tables.mask + int64_t{head} * s.wave_tiles * s.mask_words;
   uint64_t* const map = targets.map + (int64_t{head} * s.query_tiles + first_tile) * s.mask_words;
-  for (int i = static_cast<int>(threadIdx.x); i < tiles * s.mask_words; i += kThreads) map[i] = masks[i];
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * s.mask_words; i += static_cast<int>(blockDim.x))
+    map[i] = masks[i];
   const int64_t first = int64_t{head} * s.query_tiles + first_tile;
-  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
+  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += static_cast<int>(blockDim.x))
     targets.map_ranges[first + i] = args.tables.tile_range[first + i];
+}
+
+// What is known of a head before its tiles are counted; what was measured before stays.
+__device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, const Sequence& seq, HeadTally* tally) {
+  const TableShape& s = args.shape;
+  const decide::HeadChoice choice = args.tables.choice[head];
+  const HeadTally before = *tally;
+  *tally = {};
+  tally->measured = before.measured;
+  tally->measured_error = before.measured_error;
+  tally->measured_row_error = before.measured_row_error;
+  tally->len_q = seq.len_q;
+  tally->len_k = seq.len_k;
+  tally->feedback = args.state.feedback != nullptr ? args.state.feedback[head].multiplier[choice.rank_class] : 1.0f;
+  tally->entropy = args.tables.head_entropy[head];
+  tally->predicted_error = choice.predicted_error;
+  tally->rank_class = choice.rank_class;
+  tally->dense = choice.dense;
+  tally->rank_energy = choice.rank_class == 0
+                           ? 1.0f
+                           : args.tables.units[head / s.heads_q * s.heads_kv + head % s.heads_q / s.group].rank_energy;
 }
 
 // A wave of one query head; the first thread has the result, with what was measured before.
@@ -68,10 +91,15 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   const int b = head / s.heads_q;
   const Sequence seq = sequence_of(args.p, b);
   const int64_t len_q = seq.len_q;
+  HeadTally tally{};
+  if (threadIdx.x == 0) {
+    tally = targets.heads[head];
+    if (first_tile == 0) start_tally(args, head, seq, &tally);
+  }
   unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0;
   double far = 0;
   for (int t = first_tile + static_cast<int>(threadIdx.x); t < min(first_tile + s.wave_tiles, s.query_tiles);
-       t += kThreads) {
+       t += static_cast<int>(blockDim.x)) {
     const int64_t in_tile = min(len_q - int64_t{t} * decide::kTileQ, int64_t{decide::kTileQ});
     if (in_tile <= 0) break;
     const decide::TileRow range = args.tables.tile_range[int64_t{head} * s.query_tiles + t];
@@ -89,26 +117,6 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   double shares[] = {far};
   block_sum(counts);
   if (far_share != nullptr) block_sum(shares);
-  HeadTally tally{};
-  if (threadIdx.x != 0) return tally;
-  tally = targets.heads[head];
-  if (first_tile == 0) {
-    const decide::HeadChoice& choice = args.tables.choice[head];
-    const HeadTally before = tally;
-    tally = {};
-    tally.measured = before.measured;
-    tally.measured_error = before.measured_error;
-    tally.measured_row_error = before.measured_row_error;
-    tally.len_q = len_q;
-    tally.len_k = seq.len_k;
-    tally.feedback = args.state.feedback != nullptr ? args.state.feedback[head].multiplier[choice.rank_class] : 1.0f;
-    tally.entropy = args.tables.head_entropy[head];
-    tally.predicted_error = choice.predicted_error;
-    tally.rank_class = choice.rank_class;
-    tally.dense = choice.dense;
-    tally.rank_energy =
-        choice.rank_class == 0 ? 1.0f : args.tables.units[b * s.heads_kv + head % s.heads_q / s.group].rank_energy;
-  }
   tally.tiles += counts[0];
   tally.kept += counts[1];
   tally.rows += counts[2];
@@ -204,11 +212,11 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->measured_row_max = fmax(to->measured_row_max, x.measured_row_max);
 }
 
-// For how many more calls all units will be computed exactly, by one warp. taken: of each unit now.
-__device__ __forceinline__ int exact_ahead(const AnalyzeArgs& args, int taken) {
+// For how many more calls all units will be computed exactly, by one warp.
+__device__ __forceinline__ int exact_ahead(const AnalyzeArgs& args) {
   int ahead = kDenseCalls;
   for (int u = static_cast<int>(threadIdx.x) % 32; u < static_cast<int>(args.p.batch) * args.shape.heads_kv; u += 32)
-    ahead = args.state.dense_calls == nullptr ? 0 : min(ahead, args.state.dense_calls[u] -= taken);
+    ahead = args.state.dense_calls == nullptr ? 0 : min(ahead, args.state.dense_calls[u]);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) ahead = min(ahead, __shfl_xor_sync(0xffffffffu, ahead, step));
   return ahead;
@@ -242,7 +250,7 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   if (!last || threadIdx.x >= 32) return;
   __threadfence();
   const TileTotals sum = sum_heads(args, targets);
-  const int ahead = exact_ahead(args, 0);
+  const int ahead = exact_ahead(args);
   if (threadIdx.x != 0) return;
   *targets.ctas = 0;
   add(sum, targets.totals);
@@ -255,27 +263,31 @@ __global__ void recompute_end_kernel(const __grid_constant__ AdaptiveState state
   end_verify(*state.clock, totals);
 }
 
-// Ends a call of the exact kernel, which gave what the newest call of tallies did. looked: after analyze and decide.
+// Ends a call of the exact kernel, which gave what the newest call of tallies did. looked: after analyze and decide;
+// otherwise the host knows already for how many calls the units are computed exactly.
 __global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ AnalyzeArgs args, TallyTargets targets,
                                                        bool looked) {
-  // Beside the end of the exact kernel.
-  TileTotals sum = *targets.newest;
+  // Beside the end of the exact kernel, which touches none of this.
+  TileTotals sum = *targets.newest, totals = *targets.totals;
   sum.verified_heads = sum.verified_rows = sum.over_tolerance = sum.recomputed = 0;
   sum.measured_sum = sum.measured_max = sum.measured_row_max = 0;
-  wait_for_previous_grid();
-  const int ahead = exact_ahead(args, looked ? 0 : 1);
-  if (threadIdx.x != 0) return;
-  add(sum, targets.totals);
-  if (args.state.clock != nullptr) {
-    const StageClock& clock = *args.state.clock;
-    unsigned long long* const ns = targets.totals->stage_ns;
-    if (looked) {
-      ns[kAnalyzeStage] += clock.start[kDecideStage] - clock.start[kAnalyzeStage];
-      ns[kDecideStage] += clock.start[kAttendStage] - clock.start[kDecideStage];
-    }
-    ns[kAttendStage] += device_nanoseconds() - clock.start[kAttendStage];
+  add(sum, &totals);
+  const int units = static_cast<int>(args.p.batch) * args.shape.heads_kv;
+  for (int u = static_cast<int>(threadIdx.x); u < units && !looked; u += 32) --args.state.dense_calls[u];
+  const StageClock* const clock = args.state.clock;
+  if (clock != nullptr && looked) {
+    totals.stage_ns[kAnalyzeStage] += clock->start[kDecideStage] - clock->start[kAnalyzeStage];
+    totals.stage_ns[kDecideStage] += clock->start[kAttendStage] - clock->start[kDecideStage];
   }
-  tell(args, ahead, targets);
+  const int ahead = looked ? exact_ahead(args) : 0;
+  wait_for_previous_grid();
+  if (threadIdx.x != 0) return;
+  if (clock != nullptr) totals.stage_ns[kAttendStage] += device_nanoseconds() - clock->start[kAttendStage];
+  *targets.totals = totals;
+  if (looked)
+    tell(args, ahead, targets);
+  else
+    ++*args.state.calls;
 }
 
 __global__ void exact_begin_kernel(const __grid_constant__ AdaptiveState state) { begin_stage(state, kAttendStage); }
@@ -293,7 +305,8 @@ void prepare_tally() {
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
                          const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
                          cudaStream_t stream) {
-  return launch_grid_overlapped(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), kThreads,
+  const int threads = ends && parts != nullptr ? kThreads : kFewThreads;
+  return launch_grid_overlapped(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), threads,
                                 0, stream, true, args, first_tile, far_share, targets, verify, parts, ends);
 }
 

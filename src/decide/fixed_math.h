@@ -58,7 +58,7 @@ ADAATTN_HD inline uint32_t integer_of(float x) {
 
 // 2^x for x <= 127, 0 below -126 and for NaN; relative error under 3e-7 (Taylor series of 2^f on |f| <= 1/2, degree 6).
 ADAATTN_HD inline float fixed_exp2(float x) {
-  if (!(x >= -126.0f)) return 0.0f;
+  const bool any = x >= -126.0f;
   if (x > 127.0f) x = 127.0f;
   const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const float shifted = x + shifter;
@@ -71,7 +71,7 @@ ADAATTN_HD inline float fixed_exp2(float x) {
   p = fixed_fma(p, f, 2.4022651e-1f);
   p = fixed_fma(p, f, 6.9314718e-1f);
   p = fixed_fma(p, f, 1.0f);
-  return float_of(bits_of(p) + (bits_of(shifted) << 23));
+  return any ? float_of(bits_of(p) + (bits_of(shifted) << 23)) : 0.0f;
 }
 
 // log2(x) for positive normal x; -127 for 0, denormals and anything negative. Absolute error under 3e-7 near 1, else
