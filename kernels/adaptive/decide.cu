@@ -150,6 +150,7 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
       }
     if constexpr (kStored) {
       uint32_t own_sum[2] = {0, 0};  // of a few hundred masses of 2^22
+      const uint32_t there[2] = {cells.exists(0, 0) ? ~0u : 0u, cells.exists(0, 1) ? ~0u : 0u};
 #pragma unroll 2
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
         const float4 x = own[pair * 32];
@@ -159,7 +160,7 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            mass[r][i] = cells.exists(0, r) ? decide::integer_mass(scores[r][i], rows[0][r].top) : 0;
+            mass[r][i] = decide::integer_mass(scores[r][i], rows[0][r].top) & there[r];
             own_sum[r] += mass[r][i];
           }
         *reinterpret_cast<uint4*>(own + pair * 32) = {mass[0][0], mass[0][1], mass[1][0], mass[1][1]};
