@@ -12,6 +12,11 @@ namespace adaattn::cuda {
 
 inline constexpr int kMaxSplits = 128;
 
+// Orders this thread's and, behind a barrier, its CTA's accesses with those of CTAs that meet it at an atomic
+// operation.
+// __threadfence() would order them among all others too, which costs more.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // weight[s] of every part of `row` of the partial arrays, unscaled, by the lanes of one warp; scaled by the factor of
 // the result they are w_s.
 __device__ __forceinline__ RowResult join_weights(const AttendArgs& args, int64_t row, int head, int lane,

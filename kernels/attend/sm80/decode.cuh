@@ -32,10 +32,10 @@ __device__ __forceinline__ bool arrives_last(const AttendArgs& args, int thread)
   __syncthreads();
   if (thread == 0) {
     uint32_t* arrived = args.scheduler + blockIdx.x;
-    __threadfence();
+    fence_device();
     last = atomicAdd(arrived, 1u) + 1 == static_cast<uint32_t>(args.splits);
     if (last) *arrived = 0;
-    __threadfence();
+    fence_device();
   }
   __syncthreads();
   return last;
@@ -54,10 +54,11 @@ __device__ __forceinline__ void join_parts(const AttendArgs& args, const TileInd
     const RowResult result = join_weights(args, row, part.head, lane, weight);
     __syncwarp();
     float sum[kColumns] = {};
+    const float* from = args.partial_o + row * d_v + lane;
+    const int64_t step = args.partial_rows * d_v;
 #pragma unroll 8
-    for (int i = 0; i < args.splits; ++i) {
+    for (int i = 0; i < args.splits; ++i, from += step) {
       const float w = weight[i];
-      const float* from = args.partial_o + (i * args.partial_rows + row) * d_v + lane;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         // An empty part's numbers do not count: they may be anything.
@@ -111,9 +112,6 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load_stage(i, blocks.begin + warp + i * kWarps);
-
   // The two query rows of this thread, and their fragments straight from memory: columns 2(lane%4) + {0, 1, 8, 9} of
   // each 16.
   uint32_t q[kD / 16][4];
@@ -128,15 +126,25 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     span[half] = real ? key_span(args, s, position[half]) : KeySpan{0, 0};
     const T* from = static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b +
                     (s.q_start + position[half]) * p.q.stride_s + head[half] * p.q.stride_h;
+    // Rows that are not real get the numbers of one that is, and no key.
+    const bool whole = d_qk == kD && (!kExtras || args.aligned);
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kD / 16; ++k)
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+          q[k][half + 2 * side] = *reinterpret_cast<const uint32_t*>(from + 16 * k + 8 * side + 2 * (lane % 4));
+      continue;
+    }
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int c = 16 * k + 8 * side + 2 * (lane % 4);
         uint32_t pair = 0;
-        if ((!kExtras || args.aligned) && real && c + 1 < d_qk) {
+        if ((!kExtras || args.aligned) && c + 1 < d_qk) {
           pair = *reinterpret_cast<const uint32_t*>(from + c);
-        } else if (real) {
+        } else {
           if (c < d_qk) pair = reinterpret_cast<const unsigned short*>(from)[c];
           if (c + 1 < d_qk) pair |= static_cast<uint32_t>(reinterpret_cast<const unsigned short*>(from)[c + 1]) << 16;
         }
@@ -154,12 +162,20 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
 #pragma unroll
     for (int e = 0; e < 4; ++e) out[j][e] = 0;
 
-  int stage = 0;
-  for (int block = blocks.begin + warp; block < blocks.end; block += kWarps) {
-    cp_async_wait<kStages - 2>();
-    __syncwarp();  // this block is there, and all lanes are done with the one before
-    load_stage(stage == 0 ? kStages - 1 : stage - 1, block + (kStages - 1) * kWarps);
+  // The first rounds only load: code in one place, for a short call waits for most of its instructions once.
+  constexpr int kAhead = kStages - 1;
+  const int first = blocks.begin + warp;
+  int stage = 1;  // of `block`; a load goes to the stage before
+#pragma unroll 1
+  for (int block = first - kAhead * kWarps; block < blocks.end; block += kWarps) {
+    if (block >= first) {
+      cp_async_wait<kAhead - 1>();
+      __syncwarp();  // this block is there, and all lanes are done with the one before
+    }
+    load_stage(stage == 0 ? kStages - 1 : stage - 1, block + kAhead * kWarps);
     const uint32_t shift = stage * Shape::kStageBytes;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (block < first) continue;
 
     float score[2][4] = {};
 #pragma unroll
@@ -222,7 +238,6 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       mma_m16n8k16<T>(out[j], prob, b[0], b[1]);
       mma_m16n8k16<T>(out[j + 1], prob, b[2], b[3]);
     }
-    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
   cp_async_wait<0>();
