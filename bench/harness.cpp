@@ -47,7 +47,11 @@ TimingPair measure_pair(const std::function<void()>& ours, const std::function<v
     us.push_back(microseconds(ours));
     peer_us.push_back(microseconds(peer));
   }
-  return {summary(us), summary(peer_us)};
+  std::vector<double> ratios;
+  for (size_t i = 0; i < us.size(); ++i) ratios.push_back(peer_us[i] / us[i]);
+  TimingPair times = {summary(us), summary(peer_us)};
+  times.peer.us = times.ours.us * summary(ratios).us;
+  return times;
 }
 
 void Report::add_ceiling(const std::string& name, double value) {

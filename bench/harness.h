@@ -17,7 +17,8 @@ struct Timing {
 // Host time of `call` after one warm-up: at least 7 runs and `seconds` in all.
 Timing measure(const std::function<void()>& call, double seconds = 0.4);
 
-// Two calls measured in turns, so that what slows the machine down for a while slows down both.
+// Two calls measured in turns, so that what slows the machine down for a while slows down both; the peer's time is ours
+// times the median of the pairs' ratios.
 struct TimingPair {
   Timing ours, peer;
 };
