@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu_fallback/adaptive/call.h"
+#include "decide/cells.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -41,9 +42,8 @@ TileRows rows_of_tile(const UnitShape& s, const Unit& unit, int64_t tile, Arena&
 
 size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
   Arena tile;
-  tile.take<float>(decide::kTileQ * std::max(s.d_qk, padded_rank(s.probe_rank)));
-  tile.take<float>(s.key_tiles);
-  tile.take<uint32_t>(s.key_tiles);
+  tile.take<float>((decide::kTileQ + 2 * decide::kCellsOfTile) * std::max(s.d_qk, padded_rank(s.probe_rank)));
+  take_masses(tile, s);
   tile.take<int32_t>(2 * decide::kTileQ);
   tile.take<double>(kGroupsPerTile * (s.d_qk + s.d_v));
   if (s.packs) {
@@ -105,34 +105,16 @@ void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch) {
   mean_of_groups(unit.group_k, s.group_k_stride, d, unit.k_mean);
   mean_of_groups(unit.group_v, s.v_stride, s.d_v, unit.v_mean);
 
+  call.kernels.quantize_cells(unit.group_k, groups, d, s.group_k_stride, unit.k_mean, 1.0f, kCellBlock, unit.key_cells,
+                              unit.key_scales);
+
   double within = 0, between_groups = 0, between_tiles = 0;
   for (int64_t t = 0; t < tiles; ++t) {
-    // log2 of a tile's mean weight to second order, for queries in log2 units:
-    //   q . k + (ln 2 / 2) sum_i [(q_i^2 + sigma_q,i^2) sigma_k,i^2 + sigma_q,i^2 k_i^2]
-    float* mean = unit.tile_terms + t * s.term_width();
-    float *variance = mean + d, *square = variance + d;
-    std::fill(mean, square, 0.0f);
     const int64_t first = t * kGroupsPerTile, last = std::min(first + kGroupsPerTile, groups);
     const float inverse = 1.0f / static_cast<float>(tile_rows(unit, t));
     for (int64_t g = first; g < last; ++g) {
-      const float* group = unit.group_k + g * s.group_k_stride;
-      const float share = static_cast<float>(group_rows(unit, g)) * inverse;
-      for (int64_t c = 0; c < d; ++c) mean[c] += share * group[c];
-    }
-    for (int64_t g = first; g < last; ++g) {
-      float* group = unit.group_k + g * s.group_k_stride;
-      float* within_group = group + d + 1;
-      const float share = static_cast<float>(group_rows(unit, g)) * inverse;
-      for (int64_t c = 0; c < d; ++c) {
-        const float shift = group[c] - mean[c];
-        variance[c] += share * (within_group[c] + shift * shift);
-        within_group[c] *= kHalfLn2;
-      }
-    }
-    for (int64_t c = 0; c < d; ++c) {
-      mean[c] -= unit.k_mean[c];
-      variance[c] *= kHalfLn2;
-      square[c] = kHalfLn2 * mean[c] * mean[c];
+      float* variance = unit.group_k + g * s.group_k_stride + d + 1;
+      for (int64_t c = 0; c < d; ++c) variance[c] *= kHalfLn2;
     }
     within += unit.within[t];
     std::fill(sum, sum + s.d_v, 0.0);
@@ -196,13 +178,39 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
   }
 }
 
-void estimate_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate) {
+TileMasses take_masses(Arena& arena, const UnitShape& s) {
+  TileMasses x;
+  x.scores = arena.take<float>(decide::kCellsOfTile * cell_pitch(s.key_tiles));
+  x.mass = arena.take<uint32_t>(s.key_tiles);
+  x.peak = arena.take<uint32_t>(s.key_tiles);
+  return x;
+}
+
+CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
   const UnitShape& s = call.shape;
-  const decide::TileRow& row = unit.tile_levels[member * s.query_tiles + tile].row;
-  const float* terms = unit.query_terms + (member * s.query_tiles + tile) * s.term_width();
-  const int64_t count = row.end - row.begin;
-  call.kernels.dot_rows(terms, unit.tile_terms + row.begin * s.term_width(), count, s.term_width(), estimate);
-  estimate[count - 1] += std::log2(static_cast<float>(tile_rows(unit, row.end - 1)) / decide::kTileK);
+  const int64_t index = member * s.query_tiles + tile;
+  const decide::TileRow& row = unit.tile_levels[index].row;
+  const int64_t rows = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - tile * decide::kTileQ);
+  const int64_t last_cell = unit.seq.len_k % decide::kCell;
+  CellArgs args;
+  args.query_cells = unit.query_cells + index * decide::kCellsOfTile * s.d_qk;
+  args.query_scales = unit.query_scales + index * decide::kCellsOfTile;
+  args.blocks = (rows + decide::kCell - 1) / decide::kCell;
+  args.key_cells = unit.key_cells;
+  args.key_scales = unit.key_scales;
+  args.d = s.d_qk;
+  args.len = unit.seq.len_k;
+  args.last_log2 = last_cell == 0 ? 0.0f : decide::fixed_log2(static_cast<float>(last_cell) * (1.0f / decide::kCell));
+  args.tile_begin = row.begin;
+  args.tile_end = row.end;
+  args.scores = x.scores;
+  args.mass = x.mass;
+  args.peak = x.peak;
+  return args;
+}
+
+bool weigh_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
+  return call.kernels.weigh_cells(cell_args(call, unit, member, tile, x));
 }
 
 void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
@@ -211,8 +219,9 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   const int64_t n = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first);
   Arena arena(scratch);
   float* rows = arena.take<float>(decide::kTileQ * d);
-  float* estimate = arena.take<float>(s.key_tiles);
-  uint32_t* mass = arena.take<uint32_t>(s.key_tiles);
+  float* means = arena.take<float>(decide::kCellsOfTile * d);
+  float* variances = arena.take<float>(decide::kCellsOfTile * d);
+  const TileMasses x = take_masses(arena, s);
   int32_t* begin = arena.take<int32_t>(2 * decide::kTileQ);
   int32_t* end = begin + decide::kTileQ;
 
@@ -220,14 +229,17 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   q.data = static_cast<char*>(q.data) + first * q.stride_s * dtype_size(q.dtype);
   q.stride_s *= kQueryStep;
   const int64_t samples = (n + kQueryStep - 1) / kQueryStep;
-  static_assert(decide::kTileQ / kQueryStep <= decide::kGroupK, "one group's statistics");
-  call.kernels.load_rows(q, 1, 0, samples, d, query_factor(call), rows);
-  float* mean = unit.query_terms + (member * s.query_tiles + tile) * s.term_width();
-  float *square = mean + d, *variance = square + d;
-  call.kernels.group_stats(rows, samples, d, d, mean, d, variance, d);
-  for (int64_t c = 0; c < d; ++c) square[c] = mean[c] * mean[c] + variance[c];
+  call.kernels.load_rows(q, 1, 0, samples, d, 1.0f, rows);
+  constexpr int64_t kSamples = decide::kCell / kQueryStep;
+  const int64_t blocks = (samples + kSamples - 1) / kSamples, index = member * s.query_tiles + tile;
+  for (int64_t b = 0; b < blocks; ++b)
+    call.kernels.group_stats(rows + b * kSamples * d, std::min(kSamples, samples - b * kSamples), d, d, means + b * d,
+                             d, variances + b * d, d);
+  call.kernels.quantize_cells(means, blocks, d, d, nullptr, query_factor(call), 1,
+                              unit.query_cells + index * decide::kCellsOfTile * d,
+                              unit.query_scales + index * decide::kCellsOfTile);
 
-  decide::TileLevels& levels = unit.tile_levels[member * s.query_tiles + tile];
+  decide::TileLevels& levels = unit.tile_levels[index];
   levels = {};
   fill_ranges(call.params, unit.seq, 1, first, n, begin, end);
   decide::TileRow& row = levels.row;
@@ -246,11 +258,12 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   row.full_begin = static_cast<int32_t>((begin_max + decide::kTileK - 1) / decide::kTileK);
   row.full_end = static_cast<int32_t>(end_min / decide::kTileK);
 
-  estimate_tiles(call, unit, member, tile, estimate);
+  levels.usable = weigh_tiles(call, unit, member, tile, x);
+  if (!levels.usable) return;
   const decide::Options& o = call.problem.adaptive;
   const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
-  decide::measure_levels(estimate, static_cast<float>(seen) / static_cast<float>(n), o.keep_share, mass, &levels,
-                         first_level);
+  decide::measure_cells(x.mass, x.peak, o.keep_peak, static_cast<float>(seen) / static_cast<float>(n), &levels,
+                        first_level);
 }
 
 }  // namespace adaattn::cpu

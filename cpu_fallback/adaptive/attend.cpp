@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu_fallback/adaptive/call.h"
+#include "decide/cells.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -9,7 +10,8 @@ namespace {
 struct AttendScratch {
   int32_t *begin, *end;
   uint64_t* mask;
-  float* estimate;
+  TileMasses masses;
+  float* dropped;
   char* kernel;
 };
 
@@ -19,7 +21,8 @@ AttendScratch lay_out_attend(Arena& arena, const UnitShape& s, const KernelTable
   x.begin = arena.take<int32_t>(s.exact_tiles * kTileRows);
   x.end = arena.take<int32_t>(s.exact_tiles * kTileRows);
   x.mask = arena.take<uint64_t>(mask_words(s));
-  x.estimate = arena.take<float>(s.key_tiles);
+  x.masses = take_masses(arena, s);
+  x.dropped = arena.take<float>(decide::kCellsOfTile * dropped_stride(s.d_v));
   x.kernel = arena.take<char>(static_cast<int64_t>(std::max(exact.prefill_scratch(s.d_qk, s.d_v, s.exact_tiles),
                                                             kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank))));
   return x;
@@ -72,13 +75,25 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int
   args.key_end = x.end;
   args.keys = unit.keys;
   args.keys.rank = decide::rank_of_class(choice.rank_class);
-  tile_mask(call, unit, member, tile, x.estimate, x.mask);
+  tile_mask(call, unit, member, tile, x.masses, x.mask);
   args.mask = x.mask;
   args.tile_begin = levels.row.begin;
   args.tile_end = levels.row.end;
   args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
   args.log2_needle = std::log2(o.needle_share);
   args.far_field = o.far_field;
+  if (o.compensate) {
+    call.kernels.weigh_dropped({.cells = cell_args(call, unit, member, tile, x.masses),
+                                .mask = x.mask,
+                                .group_v = unit.group_v,
+                                .v_stride = s.v_stride,
+                                .d_v = s.d_v,
+                                .k_mean = unit.k_mean,
+                                .dropped = x.dropped});
+    args.dropped = x.dropped;
+    for (int64_t t = args.tile_begin; t < args.tile_end; ++t)
+      args.dropped_keys += tile_bit(x.mask, t) ? 0 : decide::kTileK;
+  }
   args.scratch = x.kernel;
   const int64_t index = member * s.query_tiles + tile;
   unit.results[index] = call.kernels.tile(args);

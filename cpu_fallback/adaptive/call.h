@@ -49,15 +49,22 @@ void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
 // Statistics of one query tile and what each mass level would keep of its key tiles.
 void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch);
-// log2 of the mass of each key tile that a query tile sees, up to a constant.
-void estimate_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate);
+// Estimates of the key tiles that a query tile sees, from the first of them on.
+struct TileMasses {
+  float* scores = nullptr;  // scratch of the kernel
+  uint32_t *mass = nullptr, *peak = nullptr;
+};
+TileMasses take_masses(Arena& arena, const UnitShape& shape);
+// False where they are not finite.
+bool weigh_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x);
+CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x);
 
 // ---- decide
 // feedback: multipliers of the unit's heads; frozen: their earlier choices, null to choose anew.
 void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
                  const decide::HeadChoice* frozen);
-// Bits of the key tiles that a query tile computes exactly at its head's level. estimate: scratch, one float per tile.
-void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate,
+// Bits of the key tiles that a query tile computes exactly at its head's level. x: scratch.
+void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x,
                uint64_t* mask);
 int64_t mask_words(const UnitShape& shape);
 

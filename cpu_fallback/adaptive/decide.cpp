@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu_fallback/adaptive/call.h"
+#include "decide/cells.h"
 #include "decide/costs.h"
 
 namespace adaattn::cpu {
@@ -76,15 +77,17 @@ void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedbac
   }
 }
 
-void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, float* estimate,
+void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x,
                uint64_t* mask) {
   const decide::TileLevels& levels = unit.tile_levels[member * call.shape.query_tiles + tile];
   const int level = unit.heads[member].choice.level;
+  const uint32_t keep_peak = call.problem.adaptive.keep_peak;
   std::fill(mask, mask + mask_words(call.shape), uint64_t{0});
   if (levels.row.begin >= levels.row.end) return;
-  estimate_tiles(call, unit, member, tile, estimate);
+  weigh_tiles(call, unit, member, tile, x);
   for (int32_t t = levels.row.begin; t < levels.row.end; ++t) {
-    if (decide::keeps(levels, level, t, estimate[t - levels.row.begin])) mask[t / 64] |= uint64_t{1} << t % 64;
+    const int32_t i = t - levels.row.begin;
+    if (decide::keeps_tile(levels, level, t, x.mass[i], x.peak[i], keep_peak)) mask[t / 64] |= uint64_t{1} << t % 64;
   }
 }
 

@@ -56,8 +56,16 @@ struct AdaptiveTileArgs {
   bool probe = false;     // sweep the skipped tiles (rank probe if keys.probe_tiles, else all dimensions)
   float log2_needle = 0;  // log2 of the share of a row that brings a tile in
   bool far_field = false;
+  // Not null: per block of 32 rows what stands for the tiles that are not in the mask, as weigh_dropped() leaves it.
+  const float* dropped = nullptr;
+  int64_t dropped_keys = 0;
   char* scratch = nullptr;
 };
+
+// Per block of rows: the share of its mass that is dropped, log2 of its weight, and from kDroppedHead on the mean of V
+// that goes with it. The weight is that of the block's mean query; no row takes more than the share.
+inline constexpr int64_t kDroppedHead = 16;
+inline constexpr int64_t dropped_stride(int64_t d_v) { return kDroppedHead + (d_v + 15) / 16 * 16; }
 
 ADAATTN_HD inline bool tile_bit(const uint64_t* mask, int64_t tile) { return mask[tile / 64] >> tile % 64 & 1; }
 
@@ -65,6 +73,33 @@ struct AdaptiveTileResult {
   int64_t kept = 0;       // tiles computed exactly
   int64_t probed_in = 0;  // of these, by the probe
   float far_mass = 0;     // sum over rows of the share of the far field
+};
+
+// Key cells that stand together, an element of each after another.
+inline constexpr int64_t kCellBlock = 16;
+// Scores of the cells of `tiles` tiles with one block of queries, as weigh_cells() needs room for them.
+inline constexpr int64_t cell_pitch(int64_t tiles) { return (tiles * 4 + 15) / 16 * 16 + 32; }
+
+// Cells of one query tile (decide/cells.h).
+struct CellArgs {
+  const float *query_cells = nullptr, *query_scales = nullptr;  // [blocks][d] and [blocks]
+  int64_t blocks = 0;                                           // of 32 queries
+  const float *key_cells = nullptr, *key_scales = nullptr;      // of all keys, the former in blocks of kCellBlock
+  int64_t d = 0, len = 0;                                       // keys
+  float last_log2 = 0;                                          // log2 of how full the last cell is
+  int64_t tile_begin = 0, tile_end = 0;
+  float* scores = nullptr;                    // scratch: 4 cell_pitch(tiles)
+  uint32_t *mass = nullptr, *peak = nullptr;  // out, of the tiles
+};
+
+// Tiles outside the mask, after weigh_cells().
+struct DroppedArgs {
+  CellArgs cells;
+  const uint64_t* mask = nullptr;
+  const float* group_v = nullptr;  // mean of V of each cell
+  int64_t v_stride = 0, d_v = 0;
+  const float* k_mean = nullptr;
+  float* dropped = nullptr;  // [blocks][dropped_stride(d_v)]
 };
 
 struct AdaptiveKernels {
@@ -83,8 +118,15 @@ struct AdaptiveKernels {
   // y [n][0..r) = (x - mean) basis, basis [d][r], r a multiple of 16, n <= 128. Returns the sum of y^2.
   double (*project)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
                     int64_t r, float* y, int64_t y_stride);
-  // out[b] = a . rows[b]
-  void (*dot_rows)(const float* a, const float* rows, int64_t n, int64_t d, float* out);
+  // n rows of means less `shift` (null: 0) in 8 bits. Element c of row j goes to
+  // cells[(j / block * d + c) * block + j % block]; what the bytes are to be multiplied with, times factor, to scales:
+  // NaN where a row is not finite.
+  void (*quantize_cells)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* shift, float factor,
+                         int64_t block, float* cells, float* scales);
+  // Masses and peaks of the tiles as decide/cells.h defines them; false if some score is not finite.
+  bool (*weigh_cells)(const CellArgs& args);
+  // What stands for the dropped tiles.
+  void (*weigh_dropped)(const DroppedArgs& args);
   // One tile of projected keys, y [n][y_stride], n <= 128, in the form that the rank probe reads; y holds zeros from
   // rank to the next multiple of 16.
   size_t (*probe_tile_bytes)(int64_t rank);

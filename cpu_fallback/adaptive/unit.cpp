@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "decide/cells.h"
+
 namespace adaattn::cpu {
 namespace {
 
@@ -57,8 +59,12 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.basis = arena.take<float>(s.d_v * s.max_rank);
   u.probe_basis = arena.take<float>((s.probe_rank + 1) * s.d_qk);
   u.probe_key_basis = arena.take<float>(s.d_qk * padded_rank(s.probe_rank));
-  u.tile_terms = arena.take<float>(s.key_tiles * s.term_width());
-  u.query_terms = arena.take<float>(s.group * s.query_tiles * s.term_width());
+  const int64_t key_cells = divide_up(s.key_tiles * decide::kCellsOfTile, kCellBlock) * kCellBlock;
+  const int64_t query_cells = s.group * s.query_tiles * decide::kCellsOfTile;
+  u.key_cells = arena.take<float>(key_cells * s.d_qk);
+  u.key_scales = arena.take<float>(key_cells);
+  u.query_cells = arena.take<float>(query_cells * s.d_qk);
+  u.query_scales = arena.take<float>(query_cells);
   u.within = arena.take<double>(s.key_tiles);
   u.captured = arena.take<double>(s.key_tiles);
   u.tile_finite = arena.take<uint8_t>(s.key_tiles);

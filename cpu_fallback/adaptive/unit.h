@@ -20,7 +20,6 @@ struct UnitShape {
   int64_t probe_rank = 0;   // 0: no rank probe
   int64_t exact_tiles = 1;  // of kTileRows rows that an item of exact attention may have
   bool packs = false;       // K and V are kept for bf16 products, and not in f32
-  int64_t term_width() const { return 3 * d_qk; }
 };
 
 // Columns that projections write: whole vectors of every instruction set.
@@ -57,16 +56,17 @@ struct Unit {
   float *group_k = nullptr, *group_v = nullptr, *group_v_low = nullptr;
   float *k_mean = nullptr, *v_mean = nullptr, *basis = nullptr;
   float *probe_basis = nullptr, *probe_key_basis = nullptr;
-  float* tile_terms = nullptr;                // [key_tiles][3 d_qk], see decide
-  float* query_terms = nullptr;               // [group][query_tiles][3 d_qk]
-  double* within = nullptr;                   // [key_tiles]: sum of ||v - mean of its 32||^2
-  double* captured = nullptr;                 // [key_tiles]: sum of ||V'||^2
-  uint8_t* tile_finite = nullptr;             // [key_tiles]
-  decide::TileLevels* tile_levels = nullptr;  // [group][query_tiles]
-  AdaptiveTileResult* results = nullptr;      // [group][query_tiles]
-  HeadState* heads = nullptr;                 // [group]
-  float* exact_rows = nullptr;                // [verify rows][group][d_v]
-  uint64_t* map = nullptr;                    // [group][query_tiles][mask words], of the plan; null: not wanted
+  // Block means of 32 rows in 8 bits, see AdaptiveKernels::quantize_cells.
+  float *key_cells = nullptr, *key_scales = nullptr;      // [key_tiles * 4]
+  float *query_cells = nullptr, *query_scales = nullptr;  // [group][query_tiles][4]
+  double* within = nullptr;                               // [key_tiles]: sum of ||v - mean of its 32||^2
+  double* captured = nullptr;                             // [key_tiles]: sum of ||V'||^2
+  uint8_t* tile_finite = nullptr;                         // [key_tiles]
+  decide::TileLevels* tile_levels = nullptr;              // [group][query_tiles]
+  AdaptiveTileResult* results = nullptr;                  // [group][query_tiles]
+  HeadState* heads = nullptr;                             // [group]
+  float* exact_rows = nullptr;                            // [verify rows][group][d_v]
+  uint64_t* map = nullptr;  // [group][query_tiles][mask words], of the plan; null: not wanted
 };
 
 // Takes one unit's arrays from the arena.

@@ -3,39 +3,104 @@
 #pragma once
 
 #include "cpu_fallback/isa/far_field-inl.h"
+#include "decide/cells.h"
 
 namespace adaattn::cpu {
 namespace {
 
 #if defined(ADAATTN_UNIT_BF16)
-// Neighbouring tiles, as one walk.
-HWY_INLINE void exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                            int64_t tile, int64_t count) {
-  const int64_t first = tile * kTileKeys, behind = first + count * kTileKeys;
-  const int64_t last = behind < args.keys.len ? behind : args.keys.len;
-  NothingElse nothing;
-  for (int64_t i = 0; i < panels; ++i) {
-    Panel& p = x.panels[i];
-    const int64_t begin = p.first > first ? p.first / kStepKeys * kStepKeys : first,
-                  end = p.last < last ? p.last : last;
-    if (begin >= end) continue;
-    KeyWalk<NothingElse> walk{p,
-                              x.words[i],
-                              args.keys.packed_k,
-                              values.packed,
-                              0,
-                              round_up(args.rows.d_qk, 32),
-                              round_up(values.width, 32),
-                              x.s,
-                              x.block_max,
-                              score_rule(args.rows).query_factor,
-                              nothing};
-    if (args.rows.entropy.data != nullptr) {
-      walk.run<true>(begin, end);
-    } else {
-      walk.run<false>(begin, end);
-    }
+// Tiles of [at, end) in the mask, in order; mask null: all.
+struct KeptTiles {
+  const uint64_t* mask;
+  int64_t at, end;
+
+  HWY_INLINE void find() {
+    while (at < end && mask != nullptr && !tile_bit(mask, at)) ++at;
   }
+};
+
+// The visible keys of every panel, one run of neighbouring kept tiles after another. Runs are short, so that their keys
+// are still in second-level cache for the last panel.
+struct KeptRuns {
+  static constexpr int64_t kMostTiles = 4;
+  PanelRuns panels;
+  KeptTiles tiles;
+  int64_t len;  // keys
+  int64_t kept = 0;
+
+  HWY_INLINE bool next(KeyRun& run) {
+    while (!panels.next(run)) {
+      tiles.find();
+      if (tiles.at >= tiles.end) return false;
+      const int64_t first = tiles.at;
+      do {
+        ++tiles.at;
+        ++kept;
+      } while (tiles.at < tiles.end && tiles.at < first + kMostTiles &&
+               (tiles.mask == nullptr || tile_bit(tiles.mask, tiles.at)));
+      panels.start(first * kTileKeys, tiles.at * kTileKeys < len ? tiles.at * kTileKeys : len);
+    }
+    return true;
+  }
+};
+
+// Brings kept tiles into second-level cache, a part with each group of keys, so that one comes while the one before is
+// walked: skipped tiles lie between them, over which the processor does not look ahead.
+struct TilePrefetch : NothingElse {
+  const char *k, *v;
+  int64_t k_bytes, v_bytes;  // of a tile
+  KeptTiles tiles;
+  int64_t part = 0;
+
+  HWY_INLINE TilePrefetch(const uint16_t* keys, int64_t key_bytes, const uint32_t* values, int64_t value_bytes,
+                          const KeptTiles& kept)
+      : k(reinterpret_cast<const char*>(keys)),
+        v(reinterpret_cast<const char*>(values)),
+        k_bytes(key_bytes),
+        v_bytes(value_bytes),
+        tiles(kept) {
+    tiles.find();
+    ++tiles.at;
+    tiles.find();
+  }
+
+  HWY_INLINE void touch(const char* all, int64_t bytes, int64_t parts) const {
+    const char* from = all + tiles.at * bytes + part * (bytes / parts);
+    for (int64_t at = 0; at < bytes / parts; at += 64) _mm_prefetch(from + at, _MM_HINT_T1);
+  }
+
+  HWY_INLINE void before_group() {
+    constexpr int64_t kParts = kTileRows / kPanel * (kTileKeys > kScoreKeys ? kTileKeys / kScoreKeys : 1);
+    if (tiles.at >= tiles.end) return;
+    touch(k, k_bytes, kParts);
+    touch(v, v_bytes, kParts);
+    if (++part < kParts) return;
+    part = 0;
+    ++tiles.at;
+    tiles.find();
+  }
+};
+
+// The tiles of [first, last) that are in the mask; returns their number.
+HWY_INLINE int64_t exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                               const uint64_t* mask, int64_t first, int64_t last) {
+  const int64_t width = round_up(values.width, 32);
+  const KeptTiles tiles{mask, first, last};
+  TilePrefetch prefetch(args.keys.packed_k, packed_elements(args.rows.d_qk) * 2, values.packed, kTileKeys * width * 2,
+                        tiles);
+  KeptRuns runs{PanelRuns(x.panels, panels), tiles, args.keys.len};
+  walk_keys(KeyWalk<TilePrefetch, KeptRuns>{.k = args.keys.packed_k,
+                                            .vt = values.packed,
+                                            .origin = 0,
+                                            .d_qk = round_up(args.rows.d_qk, 32),
+                                            .d_v = width,
+                                            .s = x.s,
+                                            .block_max = x.block_max,
+                                            .factor = score_rule(args.rows).query_factor,
+                                            .extra = prefetch,
+                                            .runs = runs},
+            args.rows.entropy.data != nullptr);
+  return runs.kept;
 }
 
 // The largest score of each query over a tile's 128 keys.
@@ -62,9 +127,15 @@ HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
 }
 
-HWY_INLINE void exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                            int64_t tile, int64_t count) {
-  for (int64_t t = tile; t < tile + count; ++t) exact_tile(args, x, values, panels, t);
+HWY_INLINE int64_t exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
+                               const uint64_t* mask, int64_t first, int64_t last) {
+  int64_t kept = 0;
+  for (int64_t t = first; t < last; ++t) {
+    if (mask != nullptr && !tile_bit(mask, t)) continue;
+    exact_tile(args, x, values, panels, t);
+    ++kept;
+  }
+  return kept;
 }
 
 HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
@@ -208,6 +279,34 @@ HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& 
   }
 }
 
+// The keys of dropped tiles as one of their mean value: O += w v and sum += w, w being their share of the row's mass.
+HWY_INLINE float add_dropped_mean(const AdaptiveTileArgs& args, Panel& p) {
+  const int64_t d_v = args.rows.d_v;
+  float mass = 0;
+  for (int64_t lane = 0; lane < kPanel && lane < p.rows; lane += kLanes) {
+    const float* block = args.dropped + (p.row + lane) / decide::kCell * dropped_stride(d_v);
+    const float share = block[0];
+    if (!(share > 0 && share < 1)) continue;
+    const int64_t rows = p.rows - lane < kLanes ? p.rows - lane : kLanes;
+    mass += share * static_cast<float>(rows);
+    const F32 sum = hn::Load(kF32, p.sum + lane), most = hn::Mul(sum, hn::Set(kF32, share / (1 - share)));
+    const F32 weight = hn::Min(
+        exp2(hn::Min(hn::Sub(hn::Set(kF32, block[1]), hn::Load(kF32, p.max + lane)), hn::Set(kF32, 100.0f))), most);
+    hn::Store(hn::Add(sum, weight), kF32, p.sum + lane);
+    for (int64_t c = 0; c < d_v; ++c) {
+      float* o = p.ot + c * kPanel + lane;
+      hn::Store(hn::MulAdd(weight, hn::Set(kF32, block[kDroppedHead + c]), hn::Load(kF32, o)), kF32, o);
+    }
+    if (args.rows.entropy.data == nullptr) continue;
+    // As if the weight were spread evenly over the dropped keys.
+    for (int64_t i = lane; i < lane + rows; ++i) {
+      const float w = p.sum[i] * share;
+      if (w > 0) p.entropy_sum[i] += w * ::log2f(w / static_cast<float>(args.dropped_keys));
+    }
+  }
+  return mass;
+}
+
 AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   const KeyTables& keys = args.keys;
   Arena arena{args.scratch};
@@ -240,21 +339,14 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank, keys.packed_v_low}
                                  : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v, keys.packed_v};
   AdaptiveTileResult result;
-  for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
-    if (!tile_bit(args.mask, t)) continue;
-    int64_t count = 1;
-    while (t + count < args.tile_end && tile_bit(args.mask, t + count)) ++count;
-    exact_tiles(args, x, values, panels, t, count);
-    result.kept += count;
-    t += count;  // not kept, or behind the last
-  }
+  result.kept = exact_tiles(args, x, values, panels, args.mask, args.tile_begin, args.tile_end);
   const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
   if (skipped > 0) project_queries(args, x, panels, args.probe && keys.probe_tiles != nullptr);
   if (args.probe && skipped > 0) {
     set_thresholds(args, x, panels);
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
-      exact_tiles(args, x, values, panels, t, 1);
+      exact_tiles(args, x, values, panels, nullptr, t, t + 1);
       args.mask[t / 64] |= uint64_t{1} << t % 64;
       set_thresholds(args, x, panels);
       ++result.probed_in;
@@ -265,6 +357,7 @@ AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
   if (low_rank) prepare_up(keys, x);
   for (int64_t i = 0; i < panels; ++i) {
     if (low_rank) project_up(args, x, x.panels[i]);
+    if (args.dropped != nullptr && skipped > 0) result.far_mass += add_dropped_mean(args, x.panels[i]);
     finish_panel(prefill, finish, x.panels[i]);
   }
   return result;

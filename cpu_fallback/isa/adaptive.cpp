@@ -1,5 +1,8 @@
 // Compiled once per instruction set; ADAATTN_UNIT_* and the flags say which.
 #include "cpu_fallback/isa/adaptive-inl.h"
+#if !defined(ADAATTN_UNIT_BF16)
+#include "cpu_fallback/isa/cells-inl.h"
+#endif
 
 namespace adaattn::cpu {
 
@@ -44,7 +47,9 @@ const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
     .gram_scratch = gram_scratch,
     .gram = gram,
     .project = project,
-    .dot_rows = dot_rows,
+    .quantize_cells = quantize_cells,
+    .weigh_cells = weigh_cells,
+    .weigh_dropped = weigh_dropped,
     .probe_tile_bytes = probe_tile_bytes,
     .pack_probe = pack_probe,
     .tile_scratch = tile_scratch,

@@ -82,12 +82,10 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.squares = arena.take<uint32_t*>(kPanelsPerTile);
   x.base = arena.take<float*>(kPanelsPerTile);
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
-    uint32_t* words = arena.take<uint32_t>(round_up(d_qk, 32) / 2 * kPanel);
     uint32_t* probe_words = arena.take<uint32_t>(round_up(probe_rank, 32) / 2 * kPanel);
     uint32_t* squares = arena.take<uint32_t>(round_up(d_qk, 32) / 2 * kPanel);
     float* base = arena.take<float>(kPanel);
     if (x.words == nullptr) continue;
-    x.words[i] = words;
     x.probe_words[i] = probe_words;
     x.squares[i] = squares;
     x.base[i] = base;
@@ -107,6 +105,9 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
     float* far_q = arena.take<float>((2 * d_qk + 1) * kPanel);
     float* probe_q = arena.take<float>((probe_rank + 1) * kPanel);
     if (x.far_q != nullptr) {
+#if defined(ADAATTN_UNIT_BF16)
+      x.words[i] = reinterpret_cast<uint32_t*>(p.qt);
+#endif
       x.far_q[i] = far_q;
       x.probe_q[i] = probe_q;
     }

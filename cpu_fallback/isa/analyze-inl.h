@@ -11,12 +11,23 @@ constexpr int64_t kTileKeys = decide::kTileK;
 
 bool load_keys(const KeyOperand& operand, int64_t first, int64_t n, int64_t d, float* out, int64_t stride) {
   bool finite = true;
+  // The rows of one head may lie far apart, where the processor does not look ahead.
+  const int64_t bytes = d * element_bytes(operand.dtype);
+  for (int64_t j = 0; j < n; ++j) {
+    const char* row = key_address(operand, first + j);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+  }
   for (int64_t j = 0; j < n; ++j)
     finite = widen_row(key_address(operand, first + j), operand.dtype, out + j * stride, d, 1.0f) && finite;
   return finite;
 }
 
 void load_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float factor, float* out) {
+  const int64_t bytes = d * element_bytes(operand.dtype);
+  for (int64_t i = 0; i < n; ++i) {
+    const char* row = row_address(operand, group, first + i);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+  }
   for (int64_t i = 0; i < n; ++i)
     widen_row(row_address(operand, group, first + i), operand.dtype, out + i * d, d, factor);
 }
@@ -184,29 +195,6 @@ double project(const float* rows, int64_t n, int64_t d, int64_t stride, const fl
   double total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += squares[lane];
   return total;
-}
-
-template <int kRows>
-HWY_INLINE void dot_some_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t d,
-                              float* HWY_RESTRICT out) {
-  F32 sum[kRows];
-  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(kF32);
-  int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    const F32 x = hn::LoadU(kF32, a + i);
-    ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(x, hn::LoadU(kF32, rows + r * d + i), sum[r]);
-  }
-  ADAATTN_UNROLL for (int r = 0; r < kRows; ++r) out[r] = hn::GetLane(hn::SumOfLanes(kF32, sum[r]));
-  for (; i < d; ++i) {
-    for (int r = 0; r < kRows; ++r) out[r] += a[i] * rows[r * d + i];
-  }
-}
-
-void dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT rows, int64_t n, int64_t d,
-              float* HWY_RESTRICT out) {
-  int64_t b = 0;
-  for (; b + 4 <= n; b += 4) dot_some_rows<4>(a, rows + b * d, d, out + b);
-  for (; b < n; ++b) dot_some_rows<1>(a, rows + b * d, d, out + b);
 }
 
 #if defined(ADAATTN_UNIT_INT8)

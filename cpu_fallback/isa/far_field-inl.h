@@ -12,14 +12,15 @@ namespace {
 struct FarExtra {
   static constexpr bool kMasks = false;
   const TileScratch& x;
-  int64_t panel, n, d;  // d padded
+  int64_t d;  // padded
   float factor;
 
   HWY_INLINE void before_group() {}
   HWY_INLINE bool changes_scores() const { return true; }
-  HWY_INLINE void add_values(const uint32_t*, int64_t, int64_t) {}
+  HWY_INLINE void add_values(Panel&, const uint32_t*, int64_t, int64_t) {}
 
-  HWY_INLINE void change_scores(float* s, int64_t first, int64_t keys) {
+  HWY_INLINE void change_scores(Panel& p, float* s, int64_t first, int64_t keys) {
+    const int64_t panel = &p - x.panels;
     const int64_t rows = round_up(keys, kStepKeys);
     multiply_scores(x.far_variances + first * d, d, rows, x.squares[panel], d, x.far_s);
     const F32 limit = hn::Set(kF32, kSpreadLimit), one = hn::Set(kF32, 1.0f), f2 = hn::Set(kF32, factor * factor);
@@ -33,6 +34,19 @@ struct FarExtra {
         hn::Store(j < keys ? hn::Add(score, base) : hn::Set(kF32, -infinity()), kF32, at);
       }
     }
+  }
+};
+
+// All n groups for every panel.
+struct FarRuns {
+  Panel* panels;
+  int64_t count, n;
+  int64_t at = 0;
+
+  HWY_INLINE bool next(KeyRun& run) {
+    if (at == count) return false;
+    run = {panels + at++, 0, n};
+    return true;
   }
 };
 
@@ -54,16 +68,19 @@ HWY_INLINE void absorb_far(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
   pack_values(x.far_v, n, values.width, packed_stride(args.rows.d_v), x.far_values);
   const float factor = score_rule(args.rows).query_factor;
-  for (int64_t i = 0; i < panels; ++i) {
-    FarExtra extra{x, i, n, d, factor};
-    KeyWalk<FarExtra> walk{x.panels[i], x.words[i],  x.far_means, x.far_values, 0, d, round_up(values.width, 32),
-                           x.s,         x.block_max, factor,      extra};
-    if (args.rows.entropy.data != nullptr) {
-      walk.run<true>(0, n);
-    } else {
-      walk.run<false>(0, n);
-    }
-  }
+  FarExtra extra{x, d, factor};
+  FarRuns groups{x.panels, panels, n};
+  walk_keys(KeyWalk<FarExtra, FarRuns>{.k = x.far_means,
+                                       .vt = x.far_values,
+                                       .origin = 0,
+                                       .d_qk = d,
+                                       .d_v = round_up(values.width, 32),
+                                       .s = x.s,
+                                       .block_max = x.block_max,
+                                       .factor = factor,
+                                       .extra = extra,
+                                       .runs = groups},
+            args.rows.entropy.data != nullptr);
 }
 
 // Squares of the queries.

@@ -15,6 +15,40 @@ HWY_INLINE bool takes_bf16(const PrefillArgs& args) {
   return narrow(args.rows.q.dtype) && narrow(args.k.dtype) && narrow(args.v.dtype);
 }
 
+// Pairs of rows of V, 16 columns of them, as one tile; kCheck: returns which columns hold NaN or infinity.
+template <bool kCheck, class RowAt>
+HWY_INLINE __mmask16 pack_value_tile(const RowAt& row_at, uint32_t* tile) {
+  const __m512i exponent = _mm512_set1_epi32(0x7f80), high_exponent = _mm512_set1_epi32(0x7f800000);
+  __mmask16 special = 0;
+  __m512i pair[16];
+  ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w))));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w + 1))));
+    pair[w] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    if (kCheck) {
+      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(low, exponent), exponent);
+      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(pair[w], high_exponent), high_exponent);
+    }
+  }
+  store_value_tile(pair, tile);
+  return special;
+}
+
+// 32 keys of bf16 whose rows need no padding, from `key` on; false if some value is NaN or infinite.
+HWY_INLINE bool pack_whole_tile(const PrefillArgs& args, int64_t key, uint16_t* k, uint32_t* vt, int64_t tile) {
+  const int64_t d_qk = args.rows.d_qk, d_v = args.rows.d_v;
+  const uint16_t* rows[kStepKeys];
+  for (int64_t i = 0; i < kStepKeys; ++i) {
+    const char* from = key_address(args.k, key + i);
+    for (int64_t c = 0; c < d_qk; c += 32) _mm512_storeu_si512(k + i * d_qk + c, _mm512_loadu_si512(from + c * 2));
+    rows[i] = reinterpret_cast<const uint16_t*>(key_address(args.v, key + i));
+  }
+  __mmask16 special = 0;
+  for (int64_t c = 0; c < d_v; c += kTileValues)
+    special |= pack_value_tile<true>([&](int i) { return rows[i] + c; }, value_tile(vt, d_v, c / kTileValues, tile));
+  return special == 0;
+}
+
 // K as rows of bf16, V as tiles; keys [first, first + keys), zeros up to the next multiple of 32. V rows that hold NaN
 // or infinity are handled as in pack_block().
 HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x, int64_t first, int64_t keys,
@@ -31,8 +65,13 @@ HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x,
     }
     return narrow_row(from, operand.dtype, to, n, padded);
   };
+  const bool direct =
+      args.k.dtype == Dtype::kBF16 && args.v.dtype == Dtype::kBF16 && args.rows.d_qk == d_qk && args.rows.d_v == d_v;
   int64_t unusual = 0;
   for (int64_t tile = 0; tile * kStepKeys < keys; ++tile) {
+    if (direct && (tile + 1) * kStepKeys <= keys &&
+        pack_whole_tile(args, first + tile * kStepKeys, k + tile * kStepKeys * d_qk, vt, tile))
+      continue;
     for (int64_t i = 0; i < kStepKeys; ++i) {
       const int64_t j = tile * kStepKeys + i;
       uint16_t* v_row = staging + i * d_v;
@@ -47,22 +86,18 @@ HWY_NOINLINE int64_t pack_block_bf16(const PrefillArgs& args, PrefillScratch& x,
         x.unusual[unusual++] = static_cast<uint16_t>(j);
       }
     }
-    for (int64_t c = 0; c < d_v; c += kTileValues) {
-      __m512i pair[16];
-      ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
-        const uint16_t* even = staging + 2 * w * d_v + c;
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + d_v)));
-        pair[w] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      }
-      store_value_tile(pair, value_tile(vt, d_v, c / kTileValues, tile));
-    }
+    for (int64_t c = 0; c < d_v; c += kTileValues)
+      pack_value_tile<false>([&](int i) { return staging + i * d_v + c; }, value_tile(vt, d_v, c / kTileValues, tile));
   }
   return unusual;
 }
 
-// Brings the keys of the next block into second-level cache, some at a time: the rows of one head may lie far apart,
-// where the processor does not look ahead.
+// Into second-level cache: the rows of one head may lie far apart, where the processor does not look ahead.
+HWY_INLINE void touch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+}
+
+// Brings keys into second-level cache, some at a time.
 struct KeyPrefetch {
   const PrefillArgs& args;
   int64_t key, end, step;
@@ -70,14 +105,9 @@ struct KeyPrefetch {
   HWY_INLINE void run() {
     const int64_t last = key + step < end ? key + step : end;
     for (; key < last; ++key) {
-      touch(args.k, args.rows.d_qk);
-      touch(args.v, args.rows.d_v);
+      touch_row(key_address(args.k, key), args.rows.d_qk * element_bytes(args.k.dtype));
+      touch_row(key_address(args.v, key), args.rows.d_v * element_bytes(args.v.dtype));
     }
-  }
-
-  HWY_INLINE void touch(const KeyOperand& operand, int64_t d) const {
-    const char* row = key_address(operand, key);
-    for (int64_t at = 0; at < d * element_bytes(operand.dtype); at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
   }
 };
 
@@ -86,7 +116,6 @@ struct PrefillExtra {
   const PrefillArgs& args;
   const ScoreRule& rule;
   PrefillScratch& x;
-  Panel& p;
   int64_t block_first, unusual;  // rows of V in x.unusual, relative to this key
   KeyPrefetch& prefetch;
 
@@ -94,16 +123,16 @@ struct PrefillExtra {
   HWY_INLINE bool changes_scores() const { return rule.special; }
   static constexpr bool kMasks = true;
 
-  HWY_INLINE void change_scores(float* s, int64_t key, int64_t keys) {
+  HWY_INLINE void change_scores(Panel& p, float* s, int64_t key, int64_t keys) {
     if (rule.special) apply_score_terms(args, rule, p, s, key, keys);
   }
 
   // As add_unusual() of the f32 kernel.
-  HWY_INLINE void add_values(const uint32_t* weights, int64_t first, int64_t keys) {
-    if (unusual > 0) add_unusual_bf16(weights, first, keys);
+  HWY_INLINE void add_values(Panel& p, const uint32_t* weights, int64_t first, int64_t keys) {
+    if (unusual > 0) add_unusual_bf16(p, weights, first, keys);
   }
 
-  HWY_NOINLINE void add_unusual_bf16(const uint32_t* weights, int64_t first, int64_t keys) {
+  HWY_NOINLINE void add_unusual_bf16(Panel& p, const uint32_t* weights, int64_t first, int64_t keys) {
     const uint16_t* w = reinterpret_cast<const uint16_t*>(weights);
     for (int64_t u = 0; u < unusual; ++u) {
       const int64_t key = block_first + x.unusual[u], j = key - first;
@@ -135,11 +164,18 @@ void prefill_bf16(const PrefillArgs& args) {
   for (int64_t i = 0; i < panels; ++i) {
     Panel& p = x.panels[i];
     start_panel(args, p, i * kPanel);
-    fill_query_words(args, x, p, d_qk, reinterpret_cast<uint32_t*>(p.qt));
+    for (int64_t r = 0; r < p.rows; ++r)
+      touch_row(row_address(rows.q, rows.group, row_of(args, p.row + r)), rows.d_qk * element_bytes(rows.q.dtype));
     if (p.first >= p.last) continue;
     first = p.first < first ? p.first : first;
     last = p.last > last ? p.last : last;
   }
+  if (first < last) {
+    const int64_t block_last = (first / kBlockKeys + 1) * kBlockKeys;
+    KeyPrefetch{args, first, block_last < last ? block_last : last, kBlockKeys}.run();
+  }
+  for (int64_t i = 0; i < panels; ++i)
+    fill_query_words(args, x, x.panels[i], d_qk, reinterpret_cast<uint32_t*>(x.panels[i].qt));
 
   for (int64_t block = first / kBlockKeys * kBlockKeys; block < last; block += kBlockKeys) {
     // Tiles of keys are anchored at key 0, like blocks.
@@ -149,29 +185,20 @@ void prefill_bf16(const PrefillArgs& args) {
     const int64_t groups = panels * (kBlockKeys / kScoreKeys);
     const int64_t to_come = last - block_last < kBlockKeys ? last - block_last : kBlockKeys;
     KeyPrefetch prefetch{args, block_last, block_last + to_come, (to_come + groups - 1) / groups};
-    for (int64_t i = 0; i < panels; ++i) {
-      Panel& p = x.panels[i];
-      if (p.first >= block_last || p.last <= block_first || p.first >= p.last) continue;
-      const int64_t begin = p.first > block_first ? p.first / kStepKeys * kStepKeys : block_first;
-      const int64_t end = p.last < block_last ? p.last : block_last;
-      PrefillExtra extra{args, rule, x, p, block_first, unusual, prefetch};
-      KeyWalk<PrefillExtra> walk{p,
-                                 reinterpret_cast<const uint32_t*>(p.qt),
-                                 reinterpret_cast<const uint16_t*>(x.k),
-                                 reinterpret_cast<uint32_t*>(x.v),
-                                 block_first,
-                                 d_qk,
-                                 d_v,
-                                 x.s,
-                                 x.block_max,
-                                 rule.query_factor,
-                                 extra};
-      if (rows.entropy.data != nullptr) {
-        walk.run<true>(begin, end);
-      } else {
-        walk.run<false>(begin, end);
-      }
-    }
+    PrefillExtra extra{args, rule, x, block_first, unusual, prefetch};
+    PanelRuns runs(x.panels, panels);
+    runs.start(block_first, block_last);
+    walk_keys(KeyWalk<PrefillExtra, PanelRuns>{.k = reinterpret_cast<const uint16_t*>(x.k),
+                                               .vt = reinterpret_cast<const uint32_t*>(x.v),
+                                               .origin = block_first,
+                                               .d_qk = d_qk,
+                                               .d_v = d_v,
+                                               .s = x.s,
+                                               .block_max = x.block_max,
+                                               .factor = rule.query_factor,
+                                               .extra = extra,
+                                               .runs = runs},
+              rows.entropy.data != nullptr);
   }
   for (int64_t i = 0; i < panels; ++i) finish_panel(args, x, x.panels[i]);
 }

@@ -52,18 +52,19 @@ HWY_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 static_assert(kPanel % 32 == 0);
 
 // Columns of C are 32 of a panel's. Tiles 0 to 3 are 32 rows of C, 4 and 5 hold rows of A, 6 and 7 columns of B, 32
-// terms of the sum at a time. Memory is read and written behind the compiler's back: callers begin and end with
-// finish_stores().
+// terms of the sum at a time. A streams by: keys and values come from second-level cache, and its hint leaves
+// first-level cache to what panels keep there. Memory is read and written behind the compiler's back: callers begin and
+// end with finish_stores().
 HWY_INLINE void multiply_tiles(const char* a, int64_t a_row, int64_t a_tile, int64_t a_step, const char* b,
                                int64_t steps) {
   constexpr int64_t kBytes = kPanel * 4;
   for (int64_t t = 0; t < steps; ++t) {
-    _tile_loadd(4, a, a_row);
+    _tile_stream_loadd(4, a, a_row);
     _tile_loadd(6, b, kBytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + 64, kBytes);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + a_tile, a_row);
+    _tile_stream_loadd(5, a + a_tile, a_row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
     a += a_step;

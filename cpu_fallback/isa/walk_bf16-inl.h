@@ -57,24 +57,58 @@ HWY_INLINE void store_value_tile(__m512i* pairs, uint32_t* tile) {
 struct NothingElse {
   HWY_INLINE void before_group() {}
   // Scores of keys [key, key + keys), after their scaling.
-  HWY_INLINE void change_scores(float*, int64_t, int64_t) {}
+  HWY_INLINE void change_scores(Panel&, float*, int64_t, int64_t) {}
   HWY_INLINE bool changes_scores() const { return false; }
   static constexpr bool kMasks = true;  // keys that some lane does not see
   // Weights of `keys` keys from `first` on, before their product with V.
-  HWY_INLINE void add_values(const uint32_t*, int64_t, int64_t) {}
+  HWY_INLINE void add_values(Panel&, const uint32_t*, int64_t, int64_t) {}
 };
 
-// Packed keys, as one panel walks them.
-template <class Extra>
+// Neighbouring keys [begin, end) of one panel; begin is a multiple of 32, and keys are packed up to the next multiple
+// of it.
+struct KeyRun {
+  Panel* p = nullptr;
+  int64_t begin = 0, end = 0;
+};
+
+// The panels' visible part of keys [first, last), one panel after another; begins are rounded down to whole tiles.
+class PanelRuns {
+ public:
+  HWY_INLINE PanelRuns(Panel* panels, int64_t count) : panels_(panels), count_(count), at_(count) {}
+
+  HWY_INLINE void start(int64_t first, int64_t last) {
+    first_ = first;
+    last_ = last;
+    at_ = 0;
+  }
+
+  HWY_INLINE bool next(KeyRun& run) {
+    while (at_ < count_) {
+      Panel& p = panels_[at_++];
+      const int64_t begin = p.first > first_ ? p.first / kStepKeys * kStepKeys : first_;
+      const int64_t end = p.last < last_ ? p.last : last_;
+      if (begin >= end || p.first >= p.last) continue;
+      run = {&p, begin, end};
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  Panel* panels_;
+  int64_t count_, at_, first_ = 0, last_ = 0;
+};
+
+// Packed keys, walked by the runs that Runs::next() hands out.
+template <class Extra, class Runs>
 struct KeyWalk {
-  Panel& p;
-  const uint32_t* q;          // of the panel, see fill_query_words()
   const uint16_t* k;          // rows from key `origin` on
   const uint32_t* vt;         // tiles from key `origin` on
   int64_t origin, d_qk, d_v;  // a multiple of 32, all three
   float *s, *block_max;       // kScoreFloats, kPanel
   float factor;               // of the products, to units of log2
   Extra& extra;
+  Runs& runs;
   int64_t batch = 0;    // first key of the weights that wait for the product with V
   int64_t waiting = 0;  // their number
 
@@ -83,57 +117,73 @@ struct KeyWalk {
     return base + waiting / 2 * kPanel;
   }
 
-  HWY_INLINE void add_values() {
+  HWY_INLINE void add_values(Panel& p) {
     if (waiting == 0) return;
     const int64_t keys = waiting;
     waiting = 0;
-    extra.add_values(weights(), batch, keys);
+    extra.add_values(p, weights(), batch, keys);
     multiply_values(vt, (batch - origin) / kStepKeys, d_v, weights(), keys, p.ot);
     batch += keys;
   }
 
   // Before weights are taken: references that the maxima in block_max have left behind.
-  HWY_INLINE void settle(float f) {
+  HWY_INLINE void settle(Panel& p, float f) {
     if (!reference_moves(p, block_max, f)) return;
-    add_values();
+    add_values(p);
     move_reference(p, block_max, f, d_v);
   }
 
-  // Keys [begin, end); begin is a multiple of 32, and rows are packed up to the next multiple of it.
   template <bool kEntropy>
-  HWY_INLINE void run(int64_t begin, int64_t end) {
+  HWY_INLINE void run_panel(const KeyRun& run) {
+    Panel& p = *run.p;
     const bool plain = !extra.changes_scores() && factor > 0;
     const float f = plain ? factor : 1.0f;
-    batch = begin;
-    for (int64_t key = begin; key < end;) {
+    const uint32_t* q = reinterpret_cast<const uint32_t*>(p.qt);
+    const int64_t packed = round_up(run.end, kStepKeys);
+    batch = run.begin;
+    for (int64_t key = run.begin; key < run.end;) {
       // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
-      const int64_t group = (key / kScoreKeys + 1) * kScoreKeys, packed = round_up(end, kStepKeys);
+      const int64_t group = (key / kScoreKeys + 1) * kScoreKeys;
       const int64_t next = group < packed ? group : packed, keys = next - key;
       extra.before_group();
       multiply_scores(k + (key - origin) * d_qk, d_qk, keys, q, d_qk, s);
       if (!plain) {
         scale_scores(s, keys, factor);
-        extra.change_scores(s, key, (next < end ? next : end) - key);
+        extra.change_scores(p, s, key, (next < run.end ? next : run.end) - key);
       }
       const bool masked = Extra::kMasks && (!plain || key < p.all_first || next > p.all_last);
       if (masked) mask_block(p, s, key, keys, block_max);
       const bool looked = masked || !kScoresStay || is_fresh(p);
       if (looked) {
         if (!masked) block_maximum(s, keys, block_max);
-        settle(f);
+        settle(p, f);
       }
       if (!weigh_pairs<kEntropy>(p, s, keys, f, looked ? infinity() : kMostWeight, weights())) {
         block_maximum(s, keys, block_max);
-        settle(f);
+        settle(p, f);
         weigh_pairs<kEntropy>(p, s, keys, f, infinity(), weights());
       }
       waiting += keys;
-      if (waiting == kValueKeys || !kScoresStay) add_values();
+      if (waiting > kValueKeys - kScoreKeys || !kScoresStay) add_values(p);
       key = next;
     }
-    add_values();
+    add_values(p);
+  }
+
+  template <bool kEntropy>
+  HWY_INLINE void run() {
+    for (KeyRun run; runs.next(run);) run_panel<kEntropy>(run);
   }
 };
+
+template <class Extra, class Runs>
+HWY_INLINE void walk_keys(KeyWalk<Extra, Runs>&& walk, bool entropy) {
+  if (entropy) {
+    walk.template run<true>();
+  } else {
+    walk.template run<false>();
+  }
+}
 
 }  // namespace
 }  // namespace adaattn::cpu

@@ -18,9 +18,11 @@ struct Options {
   float tolerance = 0;  // tau, relative to the spread of V
   int min_level = 0;    // lowest mass level (tile_mass.h) a head may use
   bool tiles = false;   // key tiles may be skipped
-  // Share of its query tile's mass, in units of 2^-24, from which on a key tile is kept at every level; 0: none.
-  uint32_t keep_share = 0;
+  // Share of a block's mass in a cell, in units of 2^-24, from which on its tile is kept at every level; 0: none.
+  uint32_t keep_peak = 0;
   bool far_field = false;
+  // Dropped tiles as one mean of V per block of rows, with the share that the cells estimate; not beside the far field.
+  bool compensate = false;
   Probe probe = Probe::kOff;
   int probe_rank = 32;
   float needle_share = 0.05f;

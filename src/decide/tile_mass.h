@@ -1,5 +1,5 @@
 // Which key tiles of one query block to keep for a given share of the attention's mass. Input: the estimated log2 of
-// each tile's mass (pooled second-order estimate, any common offset). All sums and comparisons are on integers, so the
+// each tile's mass (any common offset). All sums and comparisons are on integers, so the
 // result does not depend on the order of evaluation and is the same on every device.
 #pragma once
 
