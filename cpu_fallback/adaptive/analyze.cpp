@@ -262,8 +262,10 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
   if (!levels.usable) return;
   const decide::Options& o = call.problem.adaptive;
   const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
+  // Where peaks decide, levels above the lowest are hardly ever taken: they are not worth their search.
+  const int end_level = o.keep_peak != 0 ? first_level + 1 : decide::kDenseLevel;
   decide::measure_cells(x.mass, x.peak, o.keep_peak, static_cast<float>(seen) / static_cast<float>(n), &levels,
-                        first_level);
+                        first_level, end_level);
 }
 
 }  // namespace adaattn::cpu

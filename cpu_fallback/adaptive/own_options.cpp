@@ -15,7 +15,7 @@ using decide::Policy;
 constexpr double kCalibrated = 8192;
 
 double keep_peak(Policy policy) {
-  return policy == Policy::kQuality ? 0.0016 : policy == Policy::kSpeed ? 0.0065 : 0.0038;
+  return policy == Policy::kQuality ? 0.0022 : policy == Policy::kSpeed ? 0.0065 : 0.0038;
 }
 
 }  // namespace
@@ -29,8 +29,8 @@ Problem with_tile_options(const Problem& given) {
   if (o.policy != Policy::kQuality && o.policy != Policy::kBalanced && o.policy != Policy::kSpeed) return problem;
   o.probe = decide::Probe::kOff;
   o.rank_mode = decide::RankMode::kOff;
-  o.far_field = false;
-  o.compensate = true;
+  o.far_field = o.policy == Policy::kQuality;
+  o.compensate = !o.far_field;
   o.min_level = decide::level_for_mass(0.70);
   // A cell's share falls as there are more of them: with the root of their number where few of them matter.
   const double length = kCalibrated / static_cast<double>(std::max<int64_t>(given.max_seqlen_k, 1));

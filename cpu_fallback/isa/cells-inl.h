@@ -126,8 +126,8 @@ __attribute__((flatten)) bool weigh_cells(const CellArgs& args) {
     for (int64_t i = 0; i < n; i += kLanes) {
       const F32 x = hn::LoadU(kF32, scores + i);
       most = hn::Max(most, x);
-      // 0 for -infinity too, which only cells without keys have, unless a product has overflown.
-      wrong = hn::Or(wrong, hn::IfThenElseZero(hn::Ne(x, x), hn::Set(kF32, 1.0f)));
+      // Not for -infinity, which only cells without keys have unless a product has overflown.
+      wrong = hn::Or(wrong, hn::IfThenElseZero(hn::IsNaN(x), hn::Set(kF32, 1.0f)));
     }
     const float top = hn::GetLane(hn::MaxOfLanes(kF32, most));
     if (!(top <= FLT_MAX && top >= -FLT_MAX) || !hn::AllTrue(kF32, hn::Eq(wrong, hn::Zero(kF32)))) return false;

@@ -38,9 +38,9 @@ ADAATTN_HD inline uint32_t cell_share(uint32_t mass, float inverse) {
 
 // What each mass level keeps of a query tile. mass: of each tile of levels->row, the sum of tile_share() over the query
 // tile's blocks; peak: the largest cell_share(). A tile with a peak of keep_peak is kept at every level; 0: none is.
-// Levels under first_level stay 0.
+// Levels under first_level stay 0, and those from end_level on keep everything.
 ADAATTN_HD inline void measure_cells(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak, float visible,
-                                     TileLevels* levels, int first_level = 0) {
+                                     TileLevels* levels, int first_level = 0, int end_level = kDenseLevel) {
   const TileRow row = levels->row;
   const int64_t tiles = row.end - row.begin;
   if (tiles <= 0) return;
@@ -49,7 +49,7 @@ ADAATTN_HD inline void measure_cells(const uint32_t* mass, const uint32_t* peak,
   levels->entropy = entropy_of_masses(mass, tiles, total, visible);
   uint32_t x = (1u << 23) - 1;
   for (int level = first_level; level < kLevels; ++level) {
-    x = mass_threshold(mass, tiles, total, level, x);
+    x = level < end_level ? mass_threshold(mass, tiles, total, level, x) : 0;
     uint32_t kept = 0;
     uint64_t dropped = 0;
     for (int64_t b = 0; b < tiles; ++b) {

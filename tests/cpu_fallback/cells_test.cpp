@@ -56,14 +56,14 @@ struct Quantized {
 
 struct Masses {
   std::vector<uint32_t> mass, peak;
+  std::vector<float> scores;
+  CellArgs args;
   bool finite = false;
 
   Masses(const AdaptiveKernels& kernels, const Means& m, const Quantized& x, int64_t begin, int64_t end) {
     mass.assign(static_cast<size_t>(end - begin), 1);
     peak = mass;
-    std::vector<float> scores(static_cast<size_t>(kCellsOfTile * cell_pitch(end - begin)),
-                              std::numeric_limits<float>::quiet_NaN());
-    CellArgs args;
+    scores.assign(static_cast<size_t>(kCellsOfTile * cell_pitch(end - begin)), std::numeric_limits<float>::quiet_NaN());
     args.query_cells = x.query_cells.data();
     args.query_scales = x.query_scales.data();
     args.blocks = m.blocks;
@@ -172,6 +172,57 @@ TEST_P(Cells, AMeanThatIsNotFiniteIsReported) {
     of_query.q[64 + 63] = bad;
     EXPECT_FALSE(Masses(kernels, of_key, Quantized(kernels, of_key), 0, kTiles).finite);
     EXPECT_FALSE(Masses(kernels, of_query, Quantized(kernels, of_query), 0, kTiles).finite);
+  }
+}
+
+TEST_P(Cells, DroppedTilesLeaveTheirShareTheirWeightAndTheirMeanOfV) {
+  const AdaptiveKernels& kernels = *adaptive_kernels_of(GetParam(), false);
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  std::mt19937 rng(seed);
+  constexpr int64_t kWidth = 40, kVStride = 64, kBegin = 2;
+  std::normal_distribution<float> normal;
+  std::vector<float> v(static_cast<size_t>(kTiles * kCellsOfTile * kVStride));
+  for (float& e : v) e = normal(rng);
+  for (int64_t blocks = 1; blocks <= kCellsOfTile; ++blocks) {
+    const Means means(64, kTiles * decide::kTileK, blocks, rng);
+    const Quantized x(kernels, means);
+    const Masses cells(kernels, means, x, kBegin, kTiles);
+    ASSERT_TRUE(cells.finite);
+    const uint64_t mask = rng() | 1u << kBegin;
+    std::vector<float> dropped(static_cast<size_t>(blocks * dropped_stride(kWidth)),
+                               std::numeric_limits<float>::quiet_NaN());
+    kernels.weigh_dropped({.cells = cells.args,
+                           .mask = &mask,
+                           .group_v = v.data(),
+                           .v_stride = kVStride,
+                           .d_v = kWidth,
+                           .k_mean = means.k_mean.data(),
+                           .dropped = dropped.data()});
+    for (int64_t b = 0; b < blocks; ++b) {
+      // Weights of 32 keys at a cell's mean, from the bytes.
+      double all = 0, weight = 0;
+      std::vector<double> sum(kWidth);
+      for (int64_t cell = kBegin * kCellsOfTile; cell < kTiles * kCellsOfTile; ++cell) {
+        double score = 0;
+        for (int64_t c = 0; c < 64; ++c) {
+          const double q = x.query_cells[static_cast<size_t>(b * 64 + c)] * x.query_scales[static_cast<size_t>(b)];
+          score +=
+              q * (x.key(cell, c, 64) * x.key_scales[static_cast<size_t>(cell)] + means.k_mean[static_cast<size_t>(c)]);
+        }
+        const double w = kCell * std::exp2(score);
+        all += w;
+        if (tile_bit(&mask, cell / kCellsOfTile)) continue;
+        weight += w;
+        for (int64_t c = 0; c < kWidth; ++c)
+          sum[static_cast<size_t>(c)] += w * v[static_cast<size_t>(cell * kVStride + c)];
+      }
+      const float* got = dropped.data() + b * dropped_stride(kWidth);
+      EXPECT_NEAR(got[0], weight / all, 1e-4);
+      EXPECT_NEAR(got[1], std::log2(weight), 1e-3);
+      for (int64_t c = 0; c < kWidth; ++c)
+        EXPECT_NEAR(got[kDroppedHead + c], sum[static_cast<size_t>(c)] / weight, 1e-3);
+    }
   }
 }
 
