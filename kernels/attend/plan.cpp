@@ -156,7 +156,7 @@ bool touches_record(const AttendArgs& args, const AttendKernel& kernel) {
   if (kernel.phase == Phase::kDecode && args.scheduler != nullptr) return true;
   // A Hopper kernel with one tile for each CTA needs no counter.
   return args.record != nullptr ||
-         (kernel.arch >= 90 && args.p.batch * args.heads * args.m_tiles > args.multiprocessors);
+         (kernel.arch >= 90 && args.p.batch * args.heads * args.m_tiles * args.splits > args.multiprocessors);
 }
 
 PlanInfo plan_info(const Problem& problem, const DeviceTraits& device) {

@@ -11,6 +11,7 @@ constexpr int64_t kMaxSplits = 128;               // what the combining kernel t
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // kernels count rows and keys in 32 bits
 constexpr int64_t kDecodeRows = 16;               // one mma tile of query rows
 constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
+constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
 
 const char* name_of(Dtype dtype) {
@@ -66,10 +67,23 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
       return kernel;
   }
   if (problem.dtype_q == Dtype::kE4M3) return best(Phase::kForward, problem, features, device);
-  // Hopper kernels do not split keys: with few tiles and many keys most SMs would have nothing to do.
-  const int64_t tiles = extent.batch * problem.heads_q * ceil_div(seqlen_q, kHopperRows);
-  if (tiles * 2 <= device.multiprocessors && extent.seqlen_k >= kSplitKeys) features |= kSplit;
-  return best(Phase::kForward, problem, features, device);
+  // With few tiles and many keys most SMs would have nothing to do.
+  const int64_t pairs = extent.batch * problem.heads_q;
+  const int64_t apart = pairs * ceil_div(seqlen_q, kHopperRows);
+  const int64_t together = pairs / group * ceil_div(seqlen_q * group, kHopperRows);
+  const auto few = [&](int64_t tiles) { return tiles * 2 <= device.multiprocessors && extent.seqlen_k >= kSplitKeys; };
+  // Keys that a multiprocessor goes through. Writing and joining parts takes as long as kSplitKeys of them.
+  const auto cost = [&](int64_t tiles) {
+    const int64_t whole = ceil_div(tiles, device.multiprocessors) * extent.seqlen_k;
+    const int64_t parts = tiles * extent.seqlen_k / device.multiprocessors + kSplitKeys;
+    return few(tiles) ? std::min(whole, parts) : whole;
+  };
+  if (kBoxRows % group == 0 && cost(together) < cost(apart)) {
+    const uint32_t packed = features | kPacked | (few(together) ? kSplit : kPlain);
+    const AttendKernel* kernel = best(Phase::kForward, problem, packed, device);
+    if (kernel != nullptr && kernel->arch == 90) return kernel;
+  }
+  return best(Phase::kForward, problem, features | (few(apart) ? kSplit : kPlain), device);
 }
 
 // Smallest number of parts whose last wave is at least 85 % as full as the best choice's.
@@ -167,7 +181,8 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   const int64_t group = problem.heads_q / problem.heads_kv;
   const int64_t apart = ceil_div(extent.seqlen_q, kernel.tile_q) * group;
   const int64_t together = ceil_div(extent.seqlen_q * group, kernel.tile_q);
-  if (group > 1 && together < apart && (kernel.features & kPacked) != 0) launch.pack = static_cast<int32_t>(group);
+  const bool packs = (kernel.features & kPacked) != 0 && (kernel.arch < 90 || kBoxRows % group == 0);
+  if (group > 1 && together < apart && packs) launch.pack = static_cast<int32_t>(group);
   const int64_t heads = problem.heads_q / launch.pack;
   launch.m_tiles = static_cast<int32_t>(launch.pack > 1 ? together : ceil_div(extent.seqlen_q, kernel.tile_q));
 

@@ -46,6 +46,7 @@ AttentionCase case_for(const AttendKernel& kernel, bool ragged, bool causal) {
   if (causal) c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
   if (has("_softcap")) c.softcap = 20;
   if (kernel.phase == Phase::kDecode) c.seqlen_q = 3;
+  if (has("_split")) c.seqlen_q = 37, c.seqlen_k = 2100;
   if (has("_extras") && kernel.dtype != Dtype::kF32) {
     c.flags = ADAATTN_FLAG_ALIBI;
     c.softcap = 20;
@@ -96,8 +97,10 @@ TEST_P(EveryKernel, AgreesWithTheOracle) {
   const AttendKernel& kernel = *GetParam();
   for (const bool causal : {false, true}) {
     if (causal && (kernel.features & cuda::kMasked) == 0) continue;
-    // Without a mask a plain instance of the same shape is the better choice.
-    if (!causal && kernel.arch == 90 && (kernel.features & cuda::kMasked) != 0 && has_plain_instance(kernel)) continue;
+    // Without a mask a plain instance of the same shape is the better choice where keys are not split.
+    if (!causal && kernel.arch == 90 && (kernel.features & cuda::kMasked) != 0 &&
+        (kernel.features & cuda::kSplit) == 0 && has_plain_instance(kernel))
+      continue;
     run_row(kernel, case_for(kernel, false, causal));
     if ((kernel.features & cuda::kRagged) != 0 && !testing::Test::HasFatalFailure())
       run_row(kernel, case_for(kernel, true, causal));
@@ -113,6 +116,68 @@ TEST_P(DecodeKernel, JoinsSplitKeysEitherWay) {
   c.batch = 3;
   if (!c.used_k.empty()) c.used_k = {333, 150, 7};
   for (const int multiprocessors : {13, 48, 1000}) run_row(kernel, c, multiprocessors);
+}
+
+// Hopper kernels that split keys and put the heads of a group into the rows of one tile.
+class SplitKernels : public EveryKernel {};
+
+std::vector<AttentionCase> split_cases() {
+  const auto causal = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  return {
+      {.name = "EightHeads", .heads_q = 8, .heads_kv = 1, .seqlen_q = 37, .seqlen_k = 3000, .mask = causal},
+      {.name = "Sinks", .heads_q = 16, .heads_kv = 2, .seqlen_q = 5, .seqlen_k = 5000, .flags = ADAATTN_FLAG_SINK},
+      {.name = "PackedAlone",
+       .batch = 40,
+       .heads_q = 8,
+       .heads_kv = 2,
+       .seqlen_q = 20,
+       .seqlen_k = 300,
+       .mask = causal},
+      {.name = "PackedWithSinks",
+       .batch = 40,
+       .heads_q = 8,
+       .heads_kv = 2,
+       .seqlen_q = 33,
+       .seqlen_k = 200,
+       .mask = causal,
+       .flags = ADAATTN_FLAG_SINK},
+      {.name = "Window",
+       .heads_q = 4,
+       .heads_kv = 1,
+       .seqlen_q = 64,
+       .seqlen_k = 4096,
+       .window_left = 100,
+       .window_right = 3},
+      {.name = "GroupOfThree", .heads_q = 3, .heads_kv = 1, .seqlen_q = 100, .seqlen_k = 2500, .mask = causal},
+      {.name = "OneHead", .heads_q = 1, .heads_kv = 1, .seqlen_q = 129, .seqlen_k = 2100},
+      {.name = "GroupOf64", .heads_q = 64, .heads_kv = 1, .seqlen_q = 9, .seqlen_k = 2049, .mask = causal},
+      {.name = "UsedKeys",
+       .batch = 2,
+       .heads_q = 4,
+       .heads_kv = 2,
+       .seqlen_q = 50,
+       .seqlen_k = 3000,
+       .mask = causal,
+       .used_k = {2999, 40}},
+      {.name = "Lengths",
+       .batch = 4,
+       .heads_q = 8,
+       .heads_kv = 2,
+       .layout_q = ADAATTN_LAYOUT_THD,
+       .layout_kv = ADAATTN_LAYOUT_THD,
+       .mask = causal,
+       .lens_q = {30, 7, 0, 65},
+       .lens_k = {2500, 100, 50, 0}},
+  };
+}
+
+TEST_P(SplitKernels, AgreeWithTheOracleOnPartsAndGroups) {
+  for (AttentionCase c : split_cases()) {
+    c.d_qk = GetParam()->d_qk;
+    c.d_v = GetParam()->d_v;
+    run_row(*GetParam(), c);
+    if (testing::Test::HasFatalFailure()) return;
+  }
 }
 
 class PersistentKernels : public OnTheDevice {};
@@ -189,6 +254,13 @@ std::vector<const AttendKernel*> rows(std::initializer_list<Phase> phases) {
   return list;
 }
 
+std::vector<const AttendKernel*> split_rows() {
+  std::vector<const AttendKernel*> list = rows({Phase::kForward});
+  std::erase_if(
+      list, [](const AttendKernel* kernel) { return kernel->arch != 90 || (kernel->features & cuda::kSplit) == 0; });
+  return list;
+}
+
 std::string name_of(const testing::TestParamInfo<const AttendKernel*>& info) { return info.param->name; }
 
 // No exact plan runs the phases that are not listed.
@@ -196,6 +268,7 @@ INSTANTIATE_TEST_SUITE_P(Table, EveryKernel,
                          testing::ValuesIn(rows({Phase::kForward, Phase::kDecode, Phase::kExactF32, Phase::kTf32})),
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Table, DecodeKernel, testing::ValuesIn(rows({Phase::kDecode})), name_of);
+INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(split_rows()), name_of);
 
 }  // namespace
 }  // namespace adaattn::test

@@ -85,7 +85,7 @@ class ConsumerCore {
       const int right = args_.window_right, left = args_.window_left;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int diagonal = first_row + warp_ * 16 + lane_ / 4 + 8 * r + off;
+        const int diagonal = position_of<Traits>(args_, first_row + warp_ * 16 + lane_ / 4 + 8 * r) + off;
         high_[r] = (right >= 0 ? min(len_k, diagonal + right + 1) : len_k) - column;
         low_[r] = (left >= 0 ? diagonal - left : 0) - column;
       }
@@ -96,7 +96,7 @@ class ConsumerCore {
 
   // Enqueues S of a tile's first block alone. k counts the blocks of K that were loaded before, as v_count_ those of V.
   __device__ __forceinline__ void first_scores(uint32_t k) {
-    wait_full(shared_.k_full, k);
+    wait_k(k);
     wgmma_fence();
     issue_scores(k);
   }
@@ -134,8 +134,7 @@ class ConsumerCore {
 
   // A step without a mask that takes the maxima of earlier blocks for granted: exponentials need no maximum of their
   // own block as long as they stay far from overflow, O keeps its scale, and the chain from S to P is a third shorter.
-  // Where a thread's sum leaves kQuickLimit, the warpgroup computes S again and takes the way of `step`. Every row has
-  // seen a key before.
+  // Where a thread's sum leaves kQuickLimit, the warpgroup computes S again and takes the way of `step`.
   __device__ __forceinline__ void quick_step(int n, uint32_t k, bool last) {
     issue_both(k);
     clear_sums();
@@ -169,8 +168,6 @@ class ConsumerCore {
     ++v_count_;
   }
 
-  // Whether the masks of the blocks before left a row of the group without a key: no quick step then.
-  __device__ __forceinline__ bool any_unseen() { return any_of_group(fminf(row_max_[0], row_max_[1]) == -INFINITY); }
   // The same in all lanes of the warpgroup.
   __device__ __forceinline__ bool any_of_group(bool mine) {
     return uniform(named_barrier_any(static_cast<int>(NamedBarrier::kVote) + group_, kWarpgroup, mine));
@@ -182,7 +179,7 @@ class ConsumerCore {
 
   // S with the next K, then O += P V with the present V; returns when S is there.
   __device__ __forceinline__ void issue_both(uint32_t k) {
-    wait_full(shared_.k_full, k);
+    wait_k(k);
     take_turn();
     wgmma_fence();
     issue_scores(k);
@@ -197,7 +194,7 @@ class ConsumerCore {
   }
 
   __device__ __forceinline__ void release_scores(uint32_t k, bool last) {
-    release(&shared_.k_empty[k % kStages]);
+    release(&shared_.k_empty[k % Traits::kKStages]);
     if (last) release(&shared_.q_empty[group_]);
   }
 
@@ -215,8 +212,12 @@ class ConsumerCore {
     mbarrier_wait(&barriers[count % kStages], count / kStages & 1);
   }
 
+  __device__ __forceinline__ void wait_k(uint32_t count) {
+    mbarrier_wait(&shared_.k_full[count % Traits::kKStages], count / Traits::kKStages & 1);
+  }
+
   __device__ __forceinline__ void issue_scores(uint32_t count) {
-    issue_products(scores_, shared_.q[group_], shared_.k[count % kStages]);
+    issue_products(scores_, shared_.q[group_], shared_.k[count % Traits::kKStages]);
   }
   // out = a b^T over head_dim; a: the warpgroup's 64 rows, b: rows of a block of kN from `first` on.
   template <int kHalf>
@@ -278,8 +279,9 @@ class ConsumerCore {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // A row with no visible key so far: its exponentials must be 0, not exp2(-inf + inf).
-      shift_[r] = kMask != MaskSides::kNone && top[r] == -INFINITY ? 0.f : top[r] * args_.scale_log2;
+      // A row with no visible key so far: its exponentials must be 0, not exp2(-inf + inf), and its first key in a
+      // quick step must leave the limit.
+      shift_[r] = kMask != MaskSides::kNone && top[r] == -INFINITY ? -FLT_MAX / 4 : top[r] * args_.scale_log2;
       rescale_[r] = kFirst ? 0.f : exp2_approx(fmaf(row_max_[r], args_.scale_log2, -shift_[r]));
       row_max_[r] = top[r];
     }
@@ -386,6 +388,21 @@ class ConsumerCore {
     float share[2];   // what the keys hold of that
   };
 
+  // Row r's sum over the quad, joined with the sink's logit in log2 units. Returns the row's LSE.
+  __device__ __forceinline__ float finish_row(int r, float sink, RowScale& scale) {
+    float sum = row_sum_[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float top = row_max_[r] * args_.scale_log2;
+    const float shared_top = fmaxf(top, sink);
+    const bool empty = shared_top == -INFINITY;
+    const float weight = empty ? 0.f : exp2_approx(top - shared_top);
+    const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
+    scale.factor[r] = __fdividef(weight, total);
+    scale.share[r] = sum * scale.factor[r];
+    return empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
+  }
+
   // Row sums over the quad; writes LSE.
   __device__ __forceinline__ RowScale finish_rows() {
     const AttnParams& p = args_.p;
@@ -393,21 +410,11 @@ class ConsumerCore {
     RowScale scale;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = row_sum_[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const float top = row_max_[r] * args_.scale_log2;
-      const float shared_top = fmaxf(top, sink);
-      const bool empty = shared_top == -INFINITY;
-      const float weight = empty ? 0.f : exp2_approx(top - shared_top);
-      const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
-      scale.factor[r] = __fdividef(weight, total);
-      scale.share[r] = sum * scale.factor[r];
+      const float lse = finish_row(r, sink, scale);
       const int row = row_of(r);
       if (p.lse.data != nullptr && row < range_.len_q && lane_ % 4 == 0) {
         static_cast<float*>(p.lse.data)[tile_.batch * p.lse.stride_b + (range_.q_start + row) * p.lse.stride_s +
-                                        tile_.head * p.lse.stride_h] =
-            empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
+                                        tile_.head * p.lse.stride_h] = lse;
       }
     }
     return scale;

@@ -13,13 +13,16 @@ constexpr ForwardConfig forward_config() {
   c.masked = kFeatures != kPlain;
   c.softcap = (kFeatures & kSoftcap) != 0;
   c.dynamic = c.masked;
+  c.split = kFeatures == kSplit;
   if (kDqk <= 64) {
-    c.groups = 3;
-    c.ordered = false;
+    c.groups = c.split ? 2 : 3;
+    c.ordered = !c.masked;
+    c.quick = !c.softcap;
+    c.k_stages = 3;
   } else if (kDqk <= 96) {
-    c.tile_n = 176;
     c.ordered = false;
-    c.early_columns = 6;
+    c.quick = !c.softcap;
+    c.k_stages = 3;
   } else if (kDqk <= 128 && kDv <= 64) {
     // Short products: a third warpgroup keeps the tensor cores busy during the exponentials of two.
     c.groups = 3;
@@ -28,6 +31,7 @@ constexpr ForwardConfig forward_config() {
     c.ordered = c.softcap;
     c.early_columns = c.softcap ? 6 : 0;
     c.quick = !c.softcap;
+    c.k_stages = c.quick ? 3 : 2;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;
@@ -56,7 +60,8 @@ struct Forward {
     k.dtype = dtype_of<T>();
     k.d_qk = kDqk;
     k.d_v = kDv;
-    k.features = kVarlen | kSink | kRagged | (kConfig.masked ? kMasked : 0) | (kConfig.softcap ? kSoftcap : 0);
+    k.features = kVarlen | kSink | kRagged | (kConfig.masked ? kMasked : 0) | (kConfig.softcap ? kSoftcap : 0) |
+                 (kConfig.split ? kSplit | kPacked : 0);
     k.tile_q = Traits::kM;
     k.tile_k = Traits::kN;
     k.ctas_per_sm = 1;

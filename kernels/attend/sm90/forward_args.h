@@ -20,9 +20,11 @@ struct ForwardConfig {
   bool softcap = false;        // at run time it would split the basic blocks of every softmax
   bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
   bool ordered = true;         // warpgroups take turns in issuing matrix products
+  int k_stages = 2;            // buffers of K: quick steps hold one until the vote
   int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
   bool quick = false;          // blocks without a mask take the maxima of earlier ones for granted
   bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
+  bool split = false;          // parts of the keys, and the query heads of a group in the rows of one tile
 };
 
 struct ForwardArgs {
@@ -39,6 +41,14 @@ struct ForwardArgs {
   int32_t section_heads;  // (sequence, head) pairs walked together so that their K and V stay in L2
   bool zero_v_tail;       // V beyond a sequence's end is readable memory and may hold NaN
   uint32_t* counters;     // [2]: next tile, finished CTAs; zero before and after a launch; null: one tile per CTA
+
+  // Of split instances. Rows of a tile are position * 2^pack_shift + head in its group; heads_q and group_size count
+  // such groups as one head.
+  int32_t pack_shift;
+  int32_t splits;      // parts of a tile's key blocks; 1 in other instances
+  float* partial_o;    // [splits, partial_rows, d_v], as AttendArgs
+  float* partial_lse;  // [splits, partial_rows]
+  int64_t partial_rows;
 };
 
 struct ForwardInstance {

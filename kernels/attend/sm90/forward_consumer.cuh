@@ -1,13 +1,19 @@
 // A consumer warpgroup of the forward kernels: the key blocks of a tile from the last to the first.
 #pragma once
 
+#include <type_traits>
+
 #include "attend/sm90/consumer_core.cuh"
+#include "attend/sm90/split_rows.cuh"
 
 namespace adaattn::cuda::sm90 {
 
 template <class Traits>
-class Consumer : protected ConsumerCore<Traits> {
-  using Core = ConsumerCore<Traits>;
+using ForwardCore = std::conditional_t<Traits::kC.split, SplitRows<Traits>, ConsumerCore<Traits>>;
+
+template <class Traits>
+class Consumer : protected ForwardCore<Traits> {
+  using Core = ForwardCore<Traits>;
   using Core::args_, Core::shared_, Core::group_, Core::tile_, Core::range_, Core::tile_count_, Core::q_count_,
       Core::v_count_;
   using Core::kC, Core::kN, Core::scores_;
@@ -37,6 +43,7 @@ class Consumer : protected ConsumerCore<Traits> {
       tile_.m_block = uniform(shared_.tile[slot].m_block);
       tile_.head = uniform(shared_.tile[slot].head);
       tile_.batch = uniform(shared_.tile[slot].batch);
+      if constexpr (kC.split) tile_.split = uniform(shared_.tile[slot].split);
       release(&shared_.tile_empty[slot]);
       if (tile_.m_block < 0) return false;
       range_ = tile_range<Traits>(args_, tile_);
@@ -52,10 +59,11 @@ class Consumer : protected ConsumerCore<Traits> {
   __device__ __forceinline__ void row_limits() {
     Core::set_limits(range_.off, range_.len_k);
     if constexpr (kC.masked) {
-      const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
+      const int row = tile_.m_block * Traits::kM + group_ * kGroupRows;
+      const int first = position_of<Traits>(args_, row), last = position_of<Traits>(args_, row + kGroupRows - 1);
       const int right = args_.window_right, left = args_.window_left;
-      free_end_ = uniform(right >= 0 ? max(0, first_row + range_.off + right + 1) / kN : range_.n_max);
-      free_begin_ = uniform(left >= 0 ? (max(0, first_row + kGroupRows - 1 + range_.off - left) + kN - 1) / kN : 0);
+      free_end_ = uniform(right >= 0 ? max(0, first + range_.off + right + 1) / kN : range_.n_max);
+      free_begin_ = uniform(left >= 0 ? (max(0, last + range_.off - left) + kN - 1) / kN : 0);
     }
   }
 
@@ -92,10 +100,6 @@ class Consumer : protected ConsumerCore<Traits> {
   // Blocks down to `end` that every row sees whole.
   __device__ __forceinline__ void free_blocks(int& n, int end) {
     if constexpr (kC.quick) {
-      if (n >= end && Core::any_unseen()) {
-        Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);
-        --n;
-      }
       for (; n >= end; --n) Core::quick_step(n, v_count_ + 1, n == range_.n_min);
     } else {
       for (; n >= end; --n) Core::template step<MaskSides::kNone>(n, v_count_ + 1, n == range_.n_min);

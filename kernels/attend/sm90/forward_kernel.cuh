@@ -7,16 +7,14 @@
 namespace adaattn::cuda::sm90 {
 
 template <class Shared>
-__device__ __forceinline__ void init_barriers(Shared& shared, int groups, int stages = kStages) {
+__device__ __forceinline__ void init_barriers(Shared& shared, int groups) {
   constexpr int kWarps = kWarpgroup / 32;
   for (uint64_t& barrier : shared.q_full) ptx::mbarrier_init(&barrier, 1);
   for (uint64_t& barrier : shared.q_empty) ptx::mbarrier_init(&barrier, kWarps);
-  for (int i = 0; i < stages; ++i) {
-    ptx::mbarrier_init(&shared.k_full[i], 1);
-    ptx::mbarrier_init(&shared.v_full[i], 1);
-    ptx::mbarrier_init(&shared.k_empty[i], kWarps * groups);
-    ptx::mbarrier_init(&shared.v_empty[i], kWarps * groups);
-  }
+  for (uint64_t& barrier : shared.k_full) ptx::mbarrier_init(&barrier, 1);
+  for (uint64_t& barrier : shared.v_full) ptx::mbarrier_init(&barrier, 1);
+  for (uint64_t& barrier : shared.k_empty) ptx::mbarrier_init(&barrier, kWarps * groups);
+  for (uint64_t& barrier : shared.v_empty) ptx::mbarrier_init(&barrier, kWarps * groups);
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(&shared.tile_full[i], 1);
     ptx::mbarrier_init(&shared.tile_empty[i], kWarps * groups);

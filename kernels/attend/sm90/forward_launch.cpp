@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "attend/sm90/tensor_map.h"
 #include "core/error.h"
@@ -43,9 +44,29 @@ ForwardArgs common_args(const ForwardConfig& c, const AttnParams& p) {
   args.k_batch_step = !packed_k && p.k.stride_b != 0;
   args.v_head_step = p.v.stride_h != 0;
   args.v_batch_step = !packed_k && p.v.stride_b != 0;
+  args.splits = 1;
   args.zero_v_tail = packed_k || p.seqused_k != nullptr;
   return args;
 }
+
+namespace {
+
+// The query heads that share keys become rows of one tile; every tile's keys come in parts.
+void set_parts(const ForwardConfig& c, const AttendArgs& call, ForwardArgs& args) {
+  const AttnParams& p = call.p;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  args.q_map = make_rows_map(p.q, {p.d_qk, packed ? p.total_q : p.seqlen_q, p.heads_q, packed ? 1 : p.batch},
+                             c.d_qk % 64 == 0 ? 128 : 64, 64, call.pack, "q");
+  args.pack_shift = std::countr_zero(static_cast<uint32_t>(call.pack));
+  args.heads_q = call.heads;
+  args.group_size = call.group / call.pack;
+  args.splits = call.splits;
+  args.partial_o = call.partial_o;
+  args.partial_lse = call.partial_lse;
+  args.partial_rows = call.partial_rows;
+}
+
+}  // namespace
 
 cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
                          cudaStream_t stream) {
@@ -54,8 +75,9 @@ cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call
   const int tile_m = 64 * c.groups;
   forward.m_blocks = call.m_tiles;
   // Packed: every sequence may end in a partial tile.
-  const int64_t rows = p.batch * p.heads_q;
-  const int64_t tiles = p.cu_seqlens_q != nullptr ? (p.total_q / tile_m + p.batch) * p.heads_q : call.m_tiles * rows;
+  const int64_t heads = forward.heads_q, rows = p.batch * heads, tokens = p.total_q << forward.pack_shift;
+  const int64_t tiles =
+      forward.splits * (p.cu_seqlens_q != nullptr ? (tokens / tile_m + p.batch) * heads : call.m_tiles * rows);
   if (tiles >= int64_t{1} << 30) {
     fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_batch: %lld query tiles of %d rows; one launch takes less than 2^30",
          static_cast<long long>(tiles), tile_m);
@@ -71,6 +93,7 @@ cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call
 
 cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& call, cudaStream_t stream) {
   ForwardArgs args = common_args(instance.config, call.p);
+  if (instance.config.split) set_parts(instance.config, call, args);
   return launch_tiles(instance, call, args, &args, stream);
 }
 

@@ -61,11 +61,14 @@ class Producer {
     for (int group = 0; group < Traits::kGroups; ++group) {
       mbarrier_wait(&shared_.q_empty[group], parity ^ 1);
       mbarrier_arrive_expect_tx(&shared_.q_full[group], Traits::kQBytes);
-      const int row = range.q_start + tile.m_block * Traits::kM + group * kGroupRows;
+      const int first = tile.m_block * Traits::kM + group * kGroupRows;
+      const int row = range.q_start + position_of<Traits>(args_, first);
+      // Split instances read the heads of a group beside each other: the map's second dimension is the head.
+      const int head = kC.split ? tile.head << args_.pack_shift : tile.head;
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
         tma_load_4d(shared_.q[group] + c * kGroupRows * Traits::kWidth, &args_.q_map, &shared_.q_full[group], stream_,
-                    c * Traits::kChunk, row, tile.head, batch);
+                    c * Traits::kChunk, kC.split ? head : row, kC.split ? row : head, batch);
       }
     }
   }
@@ -75,7 +78,7 @@ class Producer {
   template <class Announce>
   __device__ __forceinline__ void load_k(const CUtensorMap& map, int column, int row, int head, int batch,
                                          const Announce& announce) {
-    const int stage = k_count_ % kStages, parity = k_count_ / kStages & 1;
+    const int stage = k_count_ % Traits::kKStages, parity = k_count_ / Traits::kKStages & 1;
     mbarrier_wait(&shared_.k_empty[stage], parity ^ 1);
     announce(stage);
     mbarrier_arrive_expect_tx(&shared_.k_full[stage], Traits::kKBytes);

@@ -28,18 +28,29 @@ __device__ __forceinline__ TileRange read_sequence(const ForwardArgs& args, int 
   return r;
 }
 
+// A row's query position.
+template <class Traits>
+__device__ __forceinline__ int position_of(const ForwardArgs& args, int row) {
+  return Traits::kC.split ? row >> args.pack_shift : row;
+}
+
 template <class Traits>
 __device__ __forceinline__ TileRange tile_range(const ForwardArgs& args, const Tile& tile) {
   TileRange r = read_sequence(args, tile.batch);
   int first_key = 0, end_key = r.len_k;
   if constexpr (Traits::kC.masked) {
-    const int m_start = tile.m_block * Traits::kM;
-    const int m_last = min(m_start + Traits::kM, r.len_q) - 1;
+    const int m_start = position_of<Traits>(args, tile.m_block * Traits::kM);
+    const int m_last = min(position_of<Traits>(args, (tile.m_block + 1) * Traits::kM - 1), r.len_q - 1);
     if (args.window_right >= 0) end_key = min(end_key, max(0, m_last + r.off + args.window_right + 1));
     if (args.window_left >= 0) first_key = max(0, m_start + r.off - args.window_left);
   }
   r.n_max = (end_key + Traits::kN - 1) / Traits::kN;
   r.n_min = min(first_key / Traits::kN, r.n_max);
+  if constexpr (Traits::kC.split) {
+    const int part = (r.blocks() + args.splits - 1) / args.splits;
+    r.n_min = min(r.n_min + tile.split * part, r.n_max);
+    r.n_max = min(r.n_min + part, r.n_max);
+  }
   return r;
 }
 
@@ -81,9 +92,19 @@ class TileScheduler {
  private:
   __device__ __forceinline__ Tile decode(int number) {
     number_ = number;
+    if constexpr (Traits::kC.split) {
+      const int tile_number = number / args_.splits;
+      Tile tile = decode_tile(tile_number);
+      tile.split = number - tile_number * args_.splits;
+      return tile;
+    } else {
+      return decode_tile(number);
+    }
+  }
+  __device__ __forceinline__ Tile decode_tile(int number) {
     if (args_.p.cu_seqlens_q != nullptr) return decode_packed(number);
     Tile tile;
-    if (number >= args_.num_tiles) return tile;
+    if (number >= args_.num_tiles / (Traits::kC.split ? args_.splits : 1)) return tile;
     const int heads = args_.heads_q;
     int row;  // batch * heads + head
     if constexpr (Traits::kC.dynamic) {
@@ -112,7 +133,8 @@ class TileScheduler {
       const int b = first_batch_ + lane_;
       int count = 0;
       if (b < batches) {
-        const int len_q = read_sequence(args_, b).len_q;
+        int len_q = read_sequence(args_, b).len_q;
+        if constexpr (Traits::kC.split) len_q <<= args_.pack_shift;
         count = (len_q + Traits::kM - 1) / Traits::kM * heads;
       }
       int end = count;

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(Int8Traits<T, Policy>::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.forward.q_map);
-    init_barriers(shared, Traits::kGroups, Traits::kStages);
+    init_barriers(shared, Traits::kGroups);
   }
   constexpr uint32_t kOnes = 0x38383838;  // e4m3
   for (int i = static_cast<int>(threadIdx.x); i < Traits::kStages * Traits::kOnesBytes / 16; i += Traits::kThreads) {

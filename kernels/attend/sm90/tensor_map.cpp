@@ -24,20 +24,22 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-}  // namespace
+// Heads and tokens of an operand as two dimensions of a map.
+struct Axis {
+  int64_t extent, stride;
+  int box;
+};
 
-CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name) {
-  const auto bytes = [&](int64_t stride, int64_t extent) {
+CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], int width, const char* name) {
+  cuuint64_t sizes[4] = {static_cast<cuuint64_t>(dim)}, strides[3];
+  cuuint32_t box[4] = {static_cast<cuuint32_t>(width / kElement)};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t extent = axes[i].stride == 0 ? 1 : axes[i].extent;
+    sizes[i + 1] = static_cast<cuuint64_t>(extent);
     // The stride of a dimension of extent 1 is free, but TMA wants a multiple of 16 bytes all the same.
-    return static_cast<cuuint64_t>(extent > 1 ? stride * kElement : (extents.dim * kElement + 15) / 16 * 16);
-  };
-  if (operand.stride_h == 0) extents.heads = 1;
-  if (operand.stride_b == 0) extents.batch = 1;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(extents.dim), static_cast<cuuint64_t>(extents.tokens),
-                               static_cast<cuuint64_t>(extents.heads), static_cast<cuuint64_t>(extents.batch)};
-  const cuuint64_t strides[3] = {bytes(operand.stride_s, extents.tokens), bytes(operand.stride_h, extents.heads),
-                                 bytes(operand.stride_b, extents.batch)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(width / kElement), static_cast<cuuint32_t>(box_rows), 1, 1};
+    strides[i] = static_cast<cuuint64_t>(extent > 1 ? axes[i].stride * kElement : (dim * kElement + 15) / 16 * 16);
+    box[i + 1] = static_cast<cuuint32_t>(axes[i].box);
+  }
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
@@ -49,6 +51,20 @@ CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box
     fail(ADAATTN_ERROR_DEVICE, "cuTensorMapEncodeTiled refused %s (CUresult %d)", name, static_cast<int>(result));
   }
   return map;
+}
+
+}  // namespace
+
+CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name) {
+  const Axis tokens{extents.tokens, operand.stride_s, box_rows}, heads{extents.heads, operand.stride_h, 1};
+  return encode(operand, extents.dim, {tokens, heads, {extents.batch, operand.stride_b, 1}}, width, name);
+}
+
+CUtensorMap make_rows_map(const Operand& operand, Extents extents, int width, int box_rows, int heads,
+                          const char* name) {
+  const Axis tokens{extents.tokens, operand.stride_s, box_rows / heads};
+  const Axis in_group{extents.heads, operand.stride_h, heads};
+  return encode(operand, extents.dim, {in_group, tokens, {extents.batch, operand.stride_b, 1}}, width, name);
 }
 
 }  // namespace adaattn::cuda::sm90

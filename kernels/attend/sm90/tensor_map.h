@@ -18,4 +18,9 @@ struct Extents {
 // driver refuses it.
 CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name);
 
+// The same as (dim, head, token, batch), in boxes of box_rows rows: `heads` adjacent heads at box_rows / heads
+// positions.
+CUtensorMap make_rows_map(const Operand& operand, Extents extents, int width, int box_rows, int heads,
+                          const char* name);
+
 }  // namespace adaattn::cuda::sm90

@@ -101,10 +101,6 @@ class WalkConsumer : ConsumerCore<Traits> {
     for (int stop = after_right;; stop = 0) {
       for (; rest >= stop; --rest, --tile) step<MaskSides::kBoth>(tile, rest);
       if (stop == 0) break;
-      if (rest >= left && Core::any_unseen()) {
-        step<MaskSides::kNone>(0, rest);
-        --rest;
-      }
       for (; rest >= left; --rest) Core::quick_step(0, k_count_++, rest == 0);
       tile = full_begin_ - 1;
     }
