@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
   }
   __syncthreads();
   wait_for_previous_grid();  // masks and lists
+  launch_dependents();
   if (warpgroup == 0) {
     set_max_registers_down<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) WalkProducer<Traits>(args, shared).run();

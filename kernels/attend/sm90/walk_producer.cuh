@@ -100,15 +100,28 @@ class WalkProducer : Producer<Traits> {
         if (far.last) break;
       }
     }
+    const auto load_exact = [&](int tile) {
+      Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
+      load_other();
+      before = tile;
+      far_before = false;
+    };
+    // The sequence's first tile comes as soon as no limits apply: where it draws attention, the maxima of later blocks
+    // stay under its own. Full masks keep the exact kernels' order.
+    const int first_whole = min(walk.full_end, walk.end - 1) - 1;
+    const bool sink_early =
+        walk.kept < walk.end - walk.begin && walk.full_begin == 0 && first_whole > 0 && (mask[0] & 1) != 0;
+    bool pending = sink_early;
     for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
       for (uint64_t bits = mask[word]; bits != 0;) {
         const int n = 63 - __clzll(static_cast<long long>(bits));
         bits ^= uint64_t{1} << n;
         const int tile = word * 64 + n;
-        Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
-        load_other();
-        before = tile;
-        far_before = false;
+        if (pending && tile <= first_whole) {
+          load_exact(0);
+          pending = false;
+        }
+        if (tile > 0 || !sink_early) load_exact(tile);
       }
     }
     load_other();
