@@ -4,6 +4,7 @@
 
 #include "adaptive/sample.h"
 #include "decide/costs.h"
+#include "decide/needles.h"
 #include "lowrank/gram.cuh"
 #include "lowrank/subspace.h"
 
@@ -41,13 +42,22 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.query_cells = arena.take<int8_t>(query_cells * s.d_qk);
   t.query_scales = arena.take<float>(query_cells);
   t.cell_rows = arena.take<decide::CellRow>(query_cells);
+  if (s.needles) {
+    t.needle_keys = arena.take<int8_t>(key_cells * decide::kNeedlesOfCell * s.d_qk);
+    t.needle_key_scales = arena.take<float>(key_cells);
+    const int64_t rows = heads * s.query_tiles * decide::kNeedleRowsOfTile;
+    t.needle_queries = arena.take<int8_t>(rows * s.d_qk);
+    t.needle_query_scales = arena.take<float>(rows);
+  }
   t.energy = arena.take<TileEnergy>(units * s.key_tiles);
   t.units = arena.take<UnitStats>(units);
   t.levels = arena.take<decide::TileLevels>(heads * s.query_tiles);
-  // In floating point: the product of maxima that a descriptor may name need not fit an integer.
-  const double codes = static_cast<double>(heads) * s.query_tiles * s.key_tiles;
-  if (s.wave_tiles == s.query_tiles && codes <= kMaxCodeBytes)
-    t.codes = arena.take<uint8_t>(static_cast<int64_t>(codes));
+  if (s.wave_tiles == s.query_tiles && estimated_tiles(s) <= kMaxCodeBytes)
+    t.codes = arena.take<uint8_t>(heads * s.query_tiles * s.key_tiles);
+  if (s.compensates) {
+    t.shares = arena.take<uint16_t>(heads * s.wave_tiles * s.key_tiles);
+    t.remainder = arena.take<float>(heads * s.wave_tiles * kRemainderWidth);
+  }
   t.head_sums = arena.take<HeadSums>(heads);
   t.unit_sums = arena.take<UnitSums>(units);
   t.head_levels = arena.take<decide::HeadLevels>(heads);
@@ -80,6 +90,10 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
 
 }  // namespace
 
+double estimated_tiles(const TableShape& s) {
+  return static_cast<double>(s.batch) * s.heads_q * s.query_tiles * s.key_tiles;
+}
+
 TallView sample_view(const TableShape& s, const AnalyzeTables& t) {
   MatrixBatch m;
   m.data = t.sample;
@@ -100,6 +114,8 @@ void prepare_analyze() {
   prepare_statistics();
   prepare_levels();
   prepare_masks();
+  prepare_needles();
+  prepare_remainder();
 }
 
 void analyze(const AnalyzeArgs& args, cudaStream_t stream) {
@@ -160,6 +176,7 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile) {
   t.group_k = from.group_k;
   t.group_v = from.group_v;
   t.group_v_low = from.group_v_low;
+  t.remainder = from.remainder;
   return t;
 }
 

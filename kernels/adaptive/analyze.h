@@ -71,12 +71,21 @@ struct AnalyzeTables {
   int8_t* query_cells = nullptr;         // [batch, heads_q, query_tiles, 4, d_qk]
   float* query_scales = nullptr;         // [batch, heads_q, query_tiles, 4], in log2 units; 0 beyond the sequence
   decide::CellRow* cell_rows = nullptr;  // [batch, heads_q, query_tiles, 4]
+  // Finer means, where the shape has needles: decide/needles.h. A scale for each cell of 32 keys.
+  int8_t* needle_keys = nullptr;         // [units, key_cells_of_unit(), 4, d_qk]
+  float* needle_key_scales = nullptr;    // [units, key_cells_of_unit()]
+  int8_t* needle_queries = nullptr;      // [batch, heads_q, query_tiles, 8, d_qk]
+  float* needle_query_scales = nullptr;  // [batch, heads_q, query_tiles, 8], in log2 units
   TileEnergy* energy = nullptr;          // [units, key_tiles]
   UnitStats* units = nullptr;            // [units]
   decide::TileLevels* levels = nullptr;  // [batch, heads_q, query_tiles]
   // The lowest level that keeps a tile, [batch, heads_q, query_tiles, key_tiles] from each query tile's first visible
   // key tile on; null where they would take more than kMaxCodeBytes: then masks take the estimates again.
   uint8_t* codes = nullptr;
+  // The tiles' shares of their query tile's mass in units of 2^-16, [batch, heads_q, wave_tiles, key_tiles] laid out as
+  // codes; null where nothing is compensated.
+  uint16_t* shares = nullptr;
+  float* remainder = nullptr;                 // AdaptiveTables' with the same name; null without shares
   HeadSums* head_sums = nullptr;              // [batch, heads_q], zeros before and after decide
   UnitSums* unit_sums = nullptr;              // [units], likewise
   decide::HeadLevels* head_levels = nullptr;  // [batch, heads_q]
@@ -115,11 +124,16 @@ struct AnalyzeArgs {
   AnalyzeTables tables;
   AdaptiveState state;
   float scale_log2 = 0;    // scale log2(e)
+  float compensation = 0;  // share of the estimate of what a query tile leaves out that its rows get
+  float log2_needle = 0;   // log2 of the share of a needle from which on its tile is kept
   uint32_t keep_peak = 0;  // share of a cell from which on its tile is kept at every mass level: decide/cells.h
   // Heads stand in the work lists in sections whose 16-bit K and V take at most this: half of a Hopper's L2 cache.
   int64_t cache_bytes = int64_t{25} << 20;
 };
 
+// Of all query tiles, whatever the waves. In floating point: the product of maxima that a descriptor may name need not
+// fit an integer.
+double estimated_tiles(const TableShape& shape);
 // wave_tiles: at most this many query tiles of a head at a time; 0: all.
 TableShape table_shape(const Problem& problem, int32_t wave_tiles);
 size_t state_basis_doubles(const TableShape& shape);
@@ -136,7 +150,8 @@ void prepare_analyze();
 // analyze: bf16 or f16, d_qk and d_v 64 or 128, rows on 16 bytes. decide: a choice per head.
 void analyze(const AnalyzeArgs& args, cudaStream_t stream);
 void decide_heads(const AnalyzeArgs& args, cudaStream_t stream);
-// The schedule of one wave.
+// The schedule of one wave; with needles in the shape the tiles that hold one are kept too, which the order of the work
+// lists does not know.
 void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
 // That of the heads that exceed the tolerance: every tile they see, in the list of class 0.
 void write_exact_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);

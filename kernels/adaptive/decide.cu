@@ -194,7 +194,7 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
         unsigned long long x = 0;
         for (int w = 0; w < kWarps; ++w) x += sums[w][row];
         rows[m][r].inverse = x > 0 && cells.exists(m, r) ? 1.0f / static_cast<float>(x) : 0.0f;
-        if (args.tables.codes == nullptr && warp == 0 && lane % 4 == 0 && row < count * kCells)
+        if ((args.tables.codes == nullptr || s.needles) && warp == 0 && lane % 4 == 0 && row < count * kCells)
           args.tables.cell_rows[index * kCells + row] = rows[m][r];
       }
     if constexpr (kStored) {
@@ -213,10 +213,12 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
   UnitSums& unit_sums = args.tables.unit_sums[unit];
   if (warp < count) {
     const int64_t at = index + warp, in_space = int64_t{warp} * space.tiles + q.row.begin;
-    measure_levels(space.mass + in_space, space.peak + in_space, args.keep_peak, space.sorted + warp * space.padded,
-                   q.visible, q.row, usable[warp] != 0, args.tables.levels + at,
-                   args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
-                   args.tables.head_sums + head_index);
+    measure_levels(
+        space.mass + in_space, space.peak + in_space, args.keep_peak, space.sorted + warp * space.padded, q.visible,
+        q.row, usable[warp] != 0, args.tables.levels + at,
+        args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
+        args.tables.codes != nullptr && args.tables.shares != nullptr ? args.tables.shares + at * s.key_tiles : nullptr,
+        args.tables.head_sums + head_index);
     if (lane == 0) {
       args.tables.tile_range[at] = q.row;
       if (usable[warp] == 0) atomicAdd(&unit_sums.unusable, 1u);

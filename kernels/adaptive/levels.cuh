@@ -92,17 +92,23 @@ __device__ __forceinline__ void sum_sorted(const uint32_t* mass, int tiles, int 
   }
 }
 
+// In units of 2^-16.
+__device__ __forceinline__ uint16_t share_bits(float share) {
+  return static_cast<uint16_t>(fminf(fmaf(share, 65536.0f, 0.5f), 65535.0f));
+}
+
 // A tile's code: the lowest mass level that keeps it.
 __device__ __forceinline__ bool code_keeps(uint8_t code, const decide::HeadChoice& choice) {
   return choice.dense || code <= choice.level;
 }
 
 // mass, peak: of the tiles from row.begin on. sums: room for 128, 512 or a larger power of two, as many as the tiles
-// need. codes: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and entropy
-// in `levels`, the levels in *out.
+// need. codes, shares: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and
+// entropy in `levels`, the levels in *out.
 __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
                                                uint32_t* sums, float visible, const decide::TileRow& row, bool usable,
-                                               decide::TileLevels* out, uint8_t* codes, HeadSums* head) {
+                                               decide::TileLevels* out, uint8_t* codes, uint16_t* shares,
+                                               HeadSums* head) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tiles = row.end - row.begin;
@@ -148,6 +154,7 @@ __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint3
         code += keep ? 0 : 1;
       }
       if (codes != nullptr) codes[b] = code;
+      if (shares != nullptr) shares[b] = share_bits(share);
     }
     kept = tiles;
 #pragma unroll

@@ -14,9 +14,17 @@ void sample(const AnalyzeArgs& args, cudaStream_t stream);
 // Tables of all key and query tiles.
 void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream);
 
+// Adds the tiles with needles to the masks of a wave, where the shape has them.
+void add_needles(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
+
+// What the masks of a wave leave out, where there are shares.
+void add_remainder(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
+
 // Parts of prepare_analyze().
 void prepare_statistics();
 void prepare_levels();
 void prepare_masks();
+void prepare_needles();
+void prepare_remainder();
 
 }  // namespace adaattn::cuda

@@ -219,6 +219,15 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
     return choice.dense ||
            decide::keeps_tile(levels, choice.level, tile, space.mass[at], space.peak[at], args.keep_peak);
   });
+  if (args.tables.shares == nullptr || choice.dense) return;
+  uint16_t* const shares =
+      args.tables.shares + (int64_t{head_index} * s.wave_tiles + in_wave + warp) * s.key_tiles - levels.row.begin;
+  const uint32_t* const mass = space.mass + warp * space.tiles;
+  uint32_t total = 0;
+  for (int tile = levels.row.begin + lane; tile < levels.row.end; tile += 32) total += mass[tile];
+  const float inverse = 1.0f / static_cast<float>(__reduce_add_sync(kAll, total));
+  for (int tile = levels.row.begin + lane; tile < levels.row.end; tile += 32)
+    shares[tile] = share_bits(static_cast<float>(mass[tile]) * inverse);
 }
 
 }  // namespace
@@ -252,13 +261,15 @@ void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t st
   };
   if (args.tables.codes != nullptr) {
     constexpr int kEach = kCodeThreads / 32;
-    return launch(code_mask_kernel, kCodeThreads, (int64_t{heads} * s.query_tiles + kEach - 1) / kEach, 0, units,
-                  sections);
+    launch(code_mask_kernel, kCodeThreads, (int64_t{heads} * s.query_tiles + kEach - 1) / kEach, 0, units, sections);
+  } else {
+    with_mask_shape(s, [&](auto x) {
+      launch(mask_kernel<x.kTiles, x.kDim>, kThreads, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), x.bytes(s),
+             first_tile, units, sections);
+    });
   }
-  with_mask_shape(s, [&](auto x) {
-    launch(mask_kernel<x.kTiles, x.kDim>, kThreads, int64_t{heads} * ((count + x.kTiles - 1) / x.kTiles), x.bytes(s),
-           first_tile, units, sections);
-  });
+  if (s.needles) add_needles(args, first_tile, stream);
+  if (args.tables.shares != nullptr) add_remainder(args, first_tile, stream);
 }
 
 }  // namespace adaattn::cuda

@@ -13,6 +13,8 @@
 
 namespace adaattn::cuda {
 
+// Floats of AdaptiveTables::remainder for a query tile of 128 columns.
+inline constexpr int kRemainderWidth = 128 + 4;
 inline constexpr int kFarKeys = 128;  // keys behind one centroid of the far field
 
 // Sizes that the problem fixes; lengths are those of the longest sequence.
@@ -20,9 +22,11 @@ struct TableShape {
   int32_t batch = 0, heads_q = 0, heads_kv = 0, group = 1;  // group: heads_q / heads_kv
   int32_t d_qk = 0, d_v = 0;
   int32_t query_tiles = 0, key_tiles = 0;
-  int32_t max_rank = 0;    // columns of v_low, group_v_low and basis: 32, 64 or 96; 0: V is not projected
-  int32_t mask_words = 0;  // of one query tile: ceil(key_tiles / 64)
-  int32_t wave_tiles = 0;  // query tiles of a head whose masks exist at a time
+  int32_t max_rank = 0;      // columns of v_low, group_v_low and basis: 32, 64 or 96; 0: V is not projected
+  int32_t mask_words = 0;    // of one query tile: ceil(key_tiles / 64)
+  bool needles = false;      // finer cells keep tiles beside the others: decide/needles.h
+  bool compensates = false;  // rows get the mean of what their tile leaves out: AdaptiveTables::remainder
+  int32_t wave_tiles = 0;    // query tiles of a head whose masks exist at a time
   ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }
   ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / kFarKeys); }
 };
@@ -64,6 +68,10 @@ struct AdaptiveTables {
   const __nv_bfloat16* group_k = nullptr;
   const __nv_bfloat16* group_v = nullptr;      // [batch, heads_kv, key_groups, d_v]: mean of V
   const __nv_bfloat16* group_v_low = nullptr;  // [batch, heads_kv, key_groups, max_rank]: (group_v - v_mean) basis
+
+  // [batch, heads_q, wave_tiles, kRemainderWidth]: x in columns 0 to 127, r in column 128, and o = (1 - r) (o of the
+  // kept tiles) + x, without a far field and for V as it is; zeros where no tile is left out. Null: none.
+  const float* remainder = nullptr;
 
   ADAATTN_HD int64_t unit_of(int64_t b, int64_t head) const { return b * shape.heads_kv + head / shape.group; }
   ADAATTN_HD const uint64_t* mask_of(int64_t b, int64_t head, int64_t tile) const {

@@ -1,6 +1,7 @@
 #include "adaptive/tile_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <utility>
 
@@ -89,6 +90,8 @@ class TilePlan final : public AttentionPlan {
     sizes_ = tile_plan_sizes(problem_, device);
     costs_ = device_costs(sizes_.shape, problem_.adaptive);
     keep_peak_ = keep_peak(problem_);
+    compensation_ = compensation(problem_);
+    if (sizes_.shape.needles) log2_needle_ = static_cast<float>(std::log2(needle_share(problem_)));
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
     prepare_analyze();
@@ -167,6 +170,7 @@ class TilePlan final : public AttentionPlan {
   TilePlanSizes sizes_;
   decide::CostTable costs_;
   uint32_t keep_peak_ = 0;
+  float log2_needle_ = 0, compensation_ = 0;
   std::unique_ptr<Outlook> outlook_;
   // Null: every call is the exact plan's. Freed before the outlook, since that waits for the work that writes to it.
   std::unique_ptr<PlanMemory> memory_;
@@ -228,6 +232,8 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
   args.keep_peak = keep_peak_;
+  args.log2_needle = log2_needle_;
+  args.compensation = compensation_;
   return args;
 }
 
@@ -279,8 +285,10 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   walk.far_field = o.far_field;
   walk.far_share = far_share;
   walk.multiprocessors = device_.multiprocessors;
+  bool recomputes = false;
   const auto launch_class = [&](int rank_class, int32_t first_tile) {
     walk.tables = tables_of(args, first_tile);
+    if (recomputes) walk.tables.remainder = nullptr;
     walk.rank_class = rank_class;
     walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
     check(sm90::launch_walk(walk, stream), "walk");
@@ -297,6 +305,7 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   if (parts == nullptr || !o.recompute) return;
   walk.far_field = false;
   walk.far_share = nullptr;
+  recomputes = true;
   for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
     write_exact_schedule(args, first, stream);
     launch_class(0, first);

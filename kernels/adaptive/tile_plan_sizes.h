@@ -19,6 +19,10 @@ void check_tile_problem(const Problem& problem, const DeviceTraits& device);
 decide::Options device_options(const decide::Options& given);
 // The share of a cell for which a named policy keeps its tile whatever the level (decide/cells.h).
 uint32_t keep_peak(const Problem& problem);
+// The same for finer cells (decide/needles.h); 0: there are none.
+double needle_share(const Problem& problem);
+// Share of the estimate of what a query tile leaves out that its rows get; 0: nothing.
+float compensation(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.
 struct TilePlanSizes {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 
+#include "decide/needles.h"
 #include "gpu/analysis.h"
 
 namespace adaattn::test {
@@ -15,7 +16,7 @@ struct HostDecisions {
   std::vector<decide::HeadLevels> head_levels;
   std::vector<decide::HeadChoice> choice;
   std::vector<uint64_t> mask;  // [heads, query_tiles, mask_words]
-  uint64_t skipped = 0;
+  uint64_t skipped = 0, needles = 0;
 };
 
 decide::TileRow row_of(const AttnParams& p, const Sequence& seq, int64_t tile, float* visible) {
@@ -39,6 +40,53 @@ decide::TileRow row_of(const AttnParams& p, const Sequence& seq, int64_t tile, f
   return row;
 }
 
+// The key tiles that finer cells keep.
+class Needles {
+ public:
+  explicit Needles(const Analysis& a) : a_(a) {
+    const TableShape& s = a.args.shape;
+    if (!s.needles) return;
+    const int64_t cells = a.units() * cuda::key_cells_of_unit(s), rows = a.heads() * s.query_tiles * kRows;
+    keys_ = a.copy(a.args.tables.needle_keys, cells * decide::kNeedlesOfCell * s.d_qk);
+    key_scales_ = a.copy(a.args.tables.needle_key_scales, cells);
+    queries_ = a.copy(a.args.tables.needle_queries, rows * s.d_qk);
+    query_scales_ = a.copy(a.args.tables.needle_query_scales, rows);
+  }
+
+  // Of each tile of the row, from its first on. cells: of the query tile's blocks.
+  std::vector<bool> find(int64_t b, int64_t h, int64_t tile, const decide::TileRow& row,
+                         const std::vector<decide::CellRow>& cells) const {
+    const TableShape& s = a_.args.shape;
+    std::vector<bool> found(static_cast<size_t>(row.end - row.begin));
+    for (int64_t r = 0; r < kRows; ++r) {
+      if (tile * kTileQ + r * decide::kNeedleRows >= sequence_of(a_.host, b).len_q) break;
+      const int64_t query = ((b * s.heads_q + h) * s.query_tiles + tile) * kRows + r;
+      const float limit = decide::needle_limit(cells[static_cast<size_t>(r * kCells / kRows)], a_.args.log2_needle);
+      for (int64_t n = row.begin * kNeedles; n < row.end * kNeedles; ++n)
+        if (score_of(b, h, query, n) >= limit) found[static_cast<size_t>(n / kNeedles - row.begin)] = true;
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int64_t kRows = decide::kNeedleRowsOfTile, kNeedles = kCells * decide::kNeedlesOfCell;
+
+  float score_of(int64_t b, int64_t h, int64_t query, int64_t needle) const {
+    const TableShape& s = a_.args.shape;
+    const int64_t cells = cuda::key_cells_of_unit(s), unit = b * s.heads_kv + h / s.group;
+    const int8_t* q = queries_.data() + query * s.d_qk;
+    const int8_t* k = keys_.data() + (unit * cells * decide::kNeedlesOfCell + needle) * s.d_qk;
+    int32_t dot = 0;
+    for (int64_t x = 0; x < s.d_qk; ++x) dot += q[x] * k[x];
+    return decide::needle_score(dot, query_scales_[static_cast<size_t>(query)],
+                                key_scales_[static_cast<size_t>(unit * cells + needle / decide::kNeedlesOfCell)]);
+  }
+
+  const Analysis& a_;
+  std::vector<int8_t> keys_, queries_;
+  std::vector<float> key_scales_, query_scales_;
+};
+
 HostDecisions decide_on_host(const Analysis& a) {
   const TableShape& s = a.args.shape;
   const int64_t d = s.d_qk, key_cells_each = cuda::key_cells_of_unit(s);
@@ -53,6 +101,8 @@ HostDecisions decide_on_host(const Analysis& a) {
   out.choice.resize(static_cast<size_t>(a.heads()));
   out.mask.resize(static_cast<size_t>(a.heads() * s.query_tiles * s.mask_words));
   std::vector<uint32_t> mass(static_cast<size_t>(s.key_tiles)), peak(mass.size());
+  std::vector<decide::CellRow> cell_rows(kCells);  // of the query tile weighed last
+  const Needles needles(a);
   // Masses and peaks of the tiles of a row, from its first on; false if some score is not finite.
   const auto weigh = [&](int64_t b, int64_t h, int64_t tile, const decide::TileRow& row) {
     const Sequence seq = sequence_of(a.host, b);
@@ -88,6 +138,7 @@ HostDecisions decide_on_host(const Analysis& a) {
       };
       for (int64_t g = first; g < last; ++g) sum += mass_of(g);
       cells.inverse = 1.0f / static_cast<float>(sum);
+      cell_rows[static_cast<size_t>(block % kCells)] = cells;
       for (int64_t t = row.begin; t < row.end; ++t) {
         uint32_t of_tile = 0, top = 0;
         for (int64_t g = t * kCells; g < (t + 1) * kCells; ++g) {
@@ -133,10 +184,15 @@ HostDecisions decide_on_host(const Analysis& a) {
         const decide::HeadChoice& choice = out.choice[static_cast<size_t>(b * s.heads_q + h)];
         if (levels.row.begin >= levels.row.end) continue;
         weigh(b, h, tile, levels.row);
+        const std::vector<bool> found =
+            s.needles && !choice.dense ? needles.find(b, h, tile, levels.row, cell_rows) : std::vector<bool>();
         for (int32_t t = levels.row.begin; t < levels.row.end; ++t) {
           const auto at = static_cast<size_t>(t - levels.row.begin);
-          const bool keep =
-              choice.dense || decide::keeps_tile(levels, choice.level, t, mass[at], peak[at], a.args.keep_peak);
+          bool keep = choice.dense || decide::keeps_tile(levels, choice.level, t, mass[at], peak[at], a.args.keep_peak);
+          if (!keep && !found.empty() && t >= levels.row.full_begin && t < levels.row.full_end && found[at]) {
+            keep = true;
+            ++out.needles;
+          }
           if (keep)
             out.mask[static_cast<size_t>(index * s.mask_words + t / 64)] |= uint64_t{1} << t % 64;
           else
@@ -155,8 +211,11 @@ void expect_same(const decide::HeadChoice& a, const decide::HeadChoice& b) {
   EXPECT_EQ(decide::bits_of(a.predicted_cost), decide::bits_of(b.predicted_cost));
 }
 
-// Every decision of the device, wave by wave; returns what is skipped.
-uint64_t expect_same_decisions(Analysis& a) {
+// Every decision of the device, wave by wave; returns what is skipped, and what is kept for a needle alone.
+struct Counts {
+  uint64_t skipped, needles;
+};
+Counts expect_same_decisions(Analysis& a) {
   a.run();
   const TableShape& s = a.args.shape;
   const HostDecisions want = decide_on_host(a);
@@ -207,8 +266,14 @@ uint64_t expect_same_decisions(Analysis& a) {
         if (of_item != section) before = s.key_tiles + 1;
         section = of_item;
         EXPECT_EQ(choice[item / static_cast<uint32_t>(s.wave_tiles)].rank_class, rank_class);
-        EXPECT_LT(kept[item], before + coarse);
-        before = kept[item];
+        const decide::HeadChoice& chosen = choice[item / static_cast<uint32_t>(s.wave_tiles)];
+        const decide::TileLevels& measured = levels[static_cast<size_t>(
+            item / static_cast<uint32_t>(s.wave_tiles) * static_cast<uint32_t>(s.query_tiles) +
+            static_cast<uint32_t>(first) + item % static_cast<uint32_t>(s.wave_tiles))];
+        const auto counted = static_cast<int32_t>(
+            chosen.dense ? static_cast<uint32_t>(measured.row.end - measured.row.begin) : measured.kept[chosen.level]);
+        EXPECT_LT(counted, before + coarse);
+        before = counted;
       }
     }
     size_t expected_items = 0;
@@ -230,7 +295,7 @@ uint64_t expect_same_decisions(Analysis& a) {
     }
     EXPECT_EQ(listed.size(), expected_items);
   }
-  return want.skipped;
+  return {want.skipped, want.needles};
 }
 
 TEST_F(AdaptiveDecisions, AreThoseOfTheHostOnTheSameStatistics) {
@@ -245,7 +310,7 @@ TEST_F(AdaptiveDecisions, AreThoseOfTheHostOnTheSameStatistics) {
     Analysis a(data, policy, wave);
     a.args.cache_bytes = cache;
     a.args.keep_peak = keep_peak;
-    const uint64_t here = expect_same_decisions(a);
+    const uint64_t here = expect_same_decisions(a).skipped;
     skipped += here;
     return here;
   };
@@ -291,6 +356,43 @@ TEST_F(AdaptiveDecisions, AreThoseOfTheHostOnTheSameStatistics) {
   c.page_size = 16;
   c.used_k = {1500, 1037};
   check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
+}
+
+TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {
+  const auto check = [&](const AttentionCase& c, const Dtypes& dtypes, int32_t wave, float share) {
+    SCOPED_TRACE(describe(c) + " " + dtypes.name + " share " + std::to_string(share));
+    AttentionData data(c, dtypes, run_seed());
+    make_structured(data, {.topic = 2.0}, run_seed());
+    Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, true);
+    a.args.log2_needle = std::log2(share);
+    return expect_same_decisions(a);
+  };
+  AttentionCase c = base_case();
+  const Counts many = check(c, kBf16All, 0, 0.01f), few = check(c, kBf16All, 0, 0.1f);
+  EXPECT_GT(few.needles, 0u);
+  EXPECT_GT(few.skipped, 0u);
+  EXPECT_GT(many.needles, few.needles);
+  check(c, kF16All, 3, 0.01f);
+  c.mask = ADAATTN_MASK_NONE;
+  c.seqlen_q = 700;
+  c.d_qk = 64;
+  EXPECT_GT(check(c, kBf16All, 0, 0.01f).needles, 0u);
+  c = base_case();
+  c.window_left = 900;
+  c.window_right = 0;
+  c.mask = ADAATTN_MASK_NONE;
+  check(c, kBf16All, 5, 0.01f);
+  c = base_case();
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
+  c.batch = 3;
+  c.lens_q = {700, 0, 1290};
+  c.lens_k = {1100, 640, 1290};
+  check(c, kBf16All, 0, 0.01f);
+  c = base_case();
+  c.layout_kv = ADAATTN_LAYOUT_PAGED;
+  c.page_size = 16;
+  c.used_k = {1500, 1037};
+  check(c, kBf16All, 0, 0.01f);
 }
 
 }  // namespace

@@ -27,11 +27,14 @@ constexpr int64_t kCells = decide::kCellsOfTile;
 
 class Analysis {
  public:
-  Analysis(AttentionData& data, adaattn_policy_t policy, int32_t wave_tiles = 0, bool probe = false) : data_(data) {
+  Analysis(AttentionData& data, adaattn_policy_t policy, int32_t wave_tiles = 0, bool probe = false,
+           bool needles = false)
+      : data_(data) {
     problem_ = problem_from(data.desc, Use::kAttention);
     problem_.adaptive = resolve_options(adaptive_desc(policy), problem_);
     if (!probe) problem_.adaptive.probe = decide::Probe::kOff;
     args.shape = cuda::table_shape(problem_, wave_tiles);
+    args.shape.needles = needles;
     cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
     const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);

@@ -174,16 +174,19 @@ TEST_F(TilePlans, ALimitOnTheWorkspaceMakesWavesOfTheSameResult) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(2500));
   adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
-  const AdaptivePlan whole(context, data.desc, adaptive);
-  ASSERT_NO_FATAL_FAILURE(execute(whole, data));
-  adaptive.max_workspace_bytes = workspace_size(whole) - 1;
-  const AdaptivePlan waves(context, data.desc, adaptive);
-  ASSERT_LT(workspace_size(waves), workspace_size(whole));
-  AttentionData again = with_own_outputs(data);
-  ASSERT_NO_FATAL_FAILURE(execute(waves, again));
-  EXPECT_TRUE(same_outputs(data, again));
-  EXPECT_EQ(waves.stats().tiles_kept, whole.stats().tiles_kept);
-  EXPECT_EQ(waves.stats().tiles, whole.stats().tiles);
+  for (const adaattn_policy_t policy : {ADAATTN_POLICY_QUALITY, ADAATTN_POLICY_SPEED}) {
+    adaptive = adaptive_desc(policy);
+    const AdaptivePlan whole(context, data.desc, adaptive);
+    ASSERT_NO_FATAL_FAILURE(execute(whole, data));
+    adaptive.max_workspace_bytes = workspace_size(whole) - 1;
+    const AdaptivePlan waves(context, data.desc, adaptive);
+    ASSERT_LT(workspace_size(waves), workspace_size(whole));
+    AttentionData again = with_own_outputs(data);
+    ASSERT_NO_FATAL_FAILURE(execute(waves, again));
+    EXPECT_TRUE(same_outputs(data, again));
+    EXPECT_EQ(waves.stats().tiles_kept, whole.stats().tiles_kept);
+    EXPECT_EQ(waves.stats().tiles, whole.stats().tiles);
+  }
 
   adaptive.max_workspace_bytes = 1000;
   EXPECT_THROW(AdaptivePlan(context, data.desc, adaptive), std::runtime_error);

@@ -69,6 +69,7 @@ void WalkProblem::lay_out() {
   make(range, s.batch * s.heads_q * t.query_tiles);
   make(work, decide::kRankClasses * items);
   make(work_count, decide::kRankClasses);
+  make(remainder, items * cuda::kRemainderWidth);
   make(far_share, items * cuda::sm90::kWalkShares);
   make(counters, 2);
 }
@@ -83,6 +84,9 @@ void WalkProblem::fill() {
   normal(*v_low, 1);
   normal(*basis, 1 / std::sqrt(static_cast<double>(s.max_rank)));
   normal(*group_v_low, 1);
+  for (size_t i = 0; i < remainder->host.size(); ++i)
+    remainder->host[i] = i % cuda::kRemainderWidth == kD ? static_cast<float>(0.3 * random_.uniform())
+                                                         : static_cast<float>(0.2 * random_.normal());
   for (float& x : v_mean->host) x = static_cast<float>(random_.normal());
   for (Bf16& x : o->host) x = __float2bfloat16(std::nanf(""));
   std::fill(lse->host.begin(), lse->host.end(), std::nanf(""));
@@ -182,6 +186,13 @@ void WalkProblem::decide_masks() {
       }
     }
   }
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads_q; ++h)
+      for (int64_t tile = s.first_tile; tile < std::min<int64_t>(s.first_tile + t.wave_tiles, t.query_tiles); ++tile) {
+        const decide::TileRow& row = range->host[(b * s.heads_q + h) * t.query_tiles + tile];
+        if (kept->host[item(b, h, tile)] == row.end - row.begin)
+          std::fill_n(remainder->host.begin() + item(b, h, tile) * cuda::kRemainderWidth, cuda::kRemainderWidth, 0.f);
+      }
   for (int c = 0; c < decide::kRankClasses; ++c) {
     const auto first = work->host.begin() + c * items;
     std::stable_sort(first, first + work_count->host[c],
@@ -199,6 +210,8 @@ void WalkProblem::upload() {
   starts_k->upload();
   counters->upload();
   tables.v_mean = v_mean->upload();
+  remainder->upload();
+  if (s.remainder) tables.remainder = remainder->data();
   tables.mask = mask->upload();
   tables.kept = kept->upload();
   tables.tile_range = range->upload();
@@ -278,6 +291,11 @@ WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {
     }
     result.o[d] = v_mean->host[unit * kD + d];
     for (int64_t x = 0; x < width; ++x) result.o[d] += mixed[x] / sum * at(*basis, (unit * kD + d) * t.max_rank + x);
+  }
+  if (tables.remainder != nullptr && kept->host[item(b, h, tile)] < row.end - row.begin) {
+    const float* rest = remainder->host.data() + item(b, h, tile) * cuda::kRemainderWidth;
+    result.lse -= std::log(1 - static_cast<double>(rest[kD]));
+    for (int64_t d = 0; d < kD; ++d) result.o[d] = (1 - static_cast<double>(rest[kD])) * result.o[d] + rest[d];
   }
   return result;
 }

@@ -42,6 +42,7 @@ struct WalkShape {
   std::vector<int32_t> lens_q = {}, lens_k = {};  // packed sequences, or (only lens_k) seqused_k
   double kept = 0.5;                              // chance of a tile that may be skipped
   bool far_field = false;
+  bool remainder = false;  // of class 0
   int max_rank = 96;
   std::vector<int> classes = {0};          // of the KV heads, in turn
   int64_t first_tile = 0, wave_tiles = 0;  // 0: all
@@ -109,7 +110,7 @@ class WalkProblem {
   AttnParams params, host_params;
   cuda::AdaptiveTables tables;
   std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low;
-  std::unique_ptr<Mirror<float>> lse, v_mean, far_share;
+  std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder;
   std::unique_ptr<Mirror<uint64_t>> mask;
   std::unique_ptr<Mirror<int32_t>> kept, starts_q, starts_k;
   std::unique_ptr<Mirror<uint32_t>> work, work_count, counters;

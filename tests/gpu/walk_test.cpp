@@ -72,6 +72,14 @@ TEST_P(MaskWalk, AgreesWithTheOracleThatWalksTheSameTiles) {
   }
 }
 
+TEST_P(MaskWalk, RowsGetTheMeanOfWhatTheirTileLeavesOut) {
+  WalkShape s = GetParam();
+  s.remainder = true;
+  WalkProblem x(s, run_seed());
+  x.run();
+  expect_oracle(x);
+}
+
 std::vector<WalkShape> walk_shapes() {
   return {
       {.name = "OneTile", .seqlen_q = 128, .seqlen_k = 128},

@@ -15,16 +15,18 @@ struct WalkInstance {
   const void* kernel;
 };
 
-template <int kRank>
+template <int kRank, bool kRemainder = false>
 constexpr WalkInstance instance() {
-  using Traits = WalkTraits<__nv_bfloat16, WalkPolicy<kRank>>;
+  using Policy = WalkPolicy<kRank, kRemainder>;
+  using Traits = WalkTraits<__nv_bfloat16, Policy>;
   return {Traits::kC, static_cast<int>(sizeof(typename Traits::Shared)),
-          reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, WalkPolicy<kRank>>)};
+          reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, Policy>)};
 }
 
 // By rank class; decide::rank_of_class.
 const WalkInstance kInstances[decide::kRankClasses] = {instance<kWalkDim>(), instance<96>(), instance<64>(),
                                                        instance<32>()};
+const WalkInstance kWithRemainder = instance<kWalkDim, true>();
 
 // [batch, heads, rows, columns] without gaps.
 Operand dense(const __nv_bfloat16* data, int64_t heads, int64_t rows, int64_t columns) {
@@ -36,10 +38,14 @@ Operand dense(const __nv_bfloat16* data, int64_t heads, int64_t rows, int64_t co
 void prepare_walk() {
   for (const WalkInstance& x : kInstances)
     check(cudaFuncSetAttribute(x.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, x.shared_bytes), "walk");
+  check(cudaFuncSetAttribute(kWithRemainder.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kWithRemainder.shared_bytes),
+        "walk");
 }
 
 cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
-  const WalkInstance& instance = kInstances[call.rank_class];
+  const bool remainder = call.rank_class == 0 && call.tables.remainder != nullptr && !call.far_field;
+  const WalkInstance& instance = remainder ? kWithRemainder : kInstances[call.rank_class];
   const TableShape& shape = call.tables.shape;
   const int rank = instance.config.d_v;
   const bool low_rank = call.rank_class != 0;

@@ -13,6 +13,7 @@ constexpr float kGroupBonus = 7.0f;  // log2(kFarKeys)
 // 128 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
 constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
 static_assert(kFarKeys == 128);
+constexpr int kRemainderBarrier = static_cast<int>(NamedBarrier::kQuantized);  // which only 8-bit kernels use
 
 template <class Traits>
 class WalkConsumer : ConsumerCore<Traits> {
@@ -72,6 +73,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ void begin_tile() {
     const bool far = walk_.far_field && kept_ < end_ - begin_;
     const int valid = range_.len_k - (end_ - 1) * kN;
+    if constexpr (Traits::kRemainder) fetch_remainder();
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     Core::first_scores(k_count_);
     Core::set_limits(range_.off, range_.len_k);
@@ -236,9 +238,54 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ void store() {
     if constexpr (Traits::kLowRank) {
       store_projected(Core::finish_rows());
+    } else if constexpr (Traits::kRemainder) {
+      store_with_remainder();
     } else {
       Core::store();
     }
+  }
+
+  // Two of them in turn in the room of q^2, which only the far field takes: between two uses of one the group meets.
+  __device__ __forceinline__ float* remainder() const {
+    return reinterpret_cast<float*>(shared_.q_squared[group_]) + remainder_count_ % 2 * kRemainderWidth;
+  }
+  // On its way from the tile's start on. Without a branch on the lane: the compiler keeps what is uniform.
+  __device__ __forceinline__ void fetch_remainder() const {
+    const int thread = warp_ * 32 + lane_, item = shared_.item[group_][warp_];
+    const float* const from = walk_.tables.remainder + int64_t{item} * kRemainderWidth + 4 * thread;
+    asm volatile(
+        "{ .reg .pred p; setp.lt.s32 p, %2, %3; @p cp.async.cg.shared.global [%0], [%1], 16; cp.async.commit_group; "
+        "}" ::"r"(shared_address(remainder()) + 16 * thread),
+        "l"(from), "r"(thread), "n"(kRemainderWidth / 4)
+        : "memory");
+  }
+  // The sums of the weights grow by what is left out, so that LSE has it too.
+  __device__ __forceinline__ void store_with_remainder() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    named_barrier_sync(kRemainderBarrier + group_, kWarpgroup);
+    const float* const rest = remainder();
+    ++remainder_count_;
+    const float grow = __fdividef(1.f, 1.f - rest[kWalkDim]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum_[r] *= grow;
+    const RowScale scale = Core::finish_rows();
+#pragma unroll
+    for (int j = 0; j < Traits::kDv / 8; ++j) {
+      const float2 x = *reinterpret_cast<const float2*>(rest + 8 * j + 2 * (lane_ % 4));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        out_[4 * j + 2 * r] = fmaf(out_[4 * j + 2 * r], scale.factor[r], x.x * scale.share[r]);
+        out_[4 * j + 2 * r + 1] = fmaf(out_[4 * j + 2 * r + 1], scale.factor[r], x.y * scale.share[r]);
+      }
+    }
+    const float one[2] = {1.f, 1.f};
+    if constexpr (Traits::kStagedOut) {
+      if (uniform(args_.p.cu_seqlens_q == nullptr || Core::warp_row() + 16 <= range_.len_q)) {
+        Core::store_box(one);
+        return;
+      }
+    }
+    Core::store_rows(out_, one);
   }
 
   // O = O' U^T + (sum of weights) mean of V; O' is normalised before it is rounded as an operand.
@@ -286,7 +333,7 @@ class WalkConsumer : ConsumerCore<Traits> {
 
   const WalkArgs& walk_;
   int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
-  uint32_t k_count_ = 0, basis_count_ = 0;
+  uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

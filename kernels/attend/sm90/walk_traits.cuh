@@ -10,8 +10,10 @@ constexpr int kWalkDim = 128;                                 // of queries, key
 constexpr int kFarTiles = 128 / (decide::kTileK / kFarKeys);  // key tiles behind one block of 128 centroids
 static_assert(kFarTiles == 128, "a block of centroids is two mask words");
 
-template <int kRank>  // columns of V: kWalkDim, or fewer of V in its basis
+// kRank: columns of V, kWalkDim or fewer of V in its basis. kWithRemainder: rows get AdaptiveTables::remainder.
+template <int kRank, bool kWithRemainder = false>
 struct WalkPolicy {
+  static constexpr bool kRemainder = kWithRemainder;
   static constexpr ForwardConfig kConfig = {
       .d_qk = kWalkDim, .d_v = kRank, .tile_n = 128, .masked = true, .dynamic = true, .ordered = false, .quick = true};
 };
@@ -34,6 +36,7 @@ template <typename T, class Policy>
 struct WalkTraits : ForwardTraits<T, Policy> {
   using Base = ForwardTraits<T, Policy>;
   static constexpr bool kLowRank = Base::kDv < kWalkDim;
+  static constexpr bool kRemainder = Policy::kRemainder;
   static constexpr bool kStagedOut = Base::kStagedOut && !kLowRank;
   static constexpr int kBasisBytes = kLowRank ? kWalkDim * Base::kDv * 2 : 16;
 
