@@ -46,7 +46,7 @@ adaattn_attn_desc_t desc_of(const Shape& shape, adaattn_dtype_t dtype) {
 
 AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
                              const adaattn_adaptive_desc_t* adaptive)
-    : shape_(shape), dtype_(dtype) {
+    : shape_(shape), dtype_(dtype), dtype_o_(dtype == ADAATTN_DTYPE_E4M3 ? ADAATTN_DTYPE_BF16 : dtype) {
   adaattn_attn_desc_t desc = desc_of(shape, dtype);
   desc.math = math;
   check(adaattn_plan_create(context, &desc, adaptive, &plan_));
@@ -56,6 +56,11 @@ AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, ada
 size_t AttentionCall::query_bytes() const {
   return static_cast<size_t>(shape_.batch * shape_.seqlen_q * shape_.heads_q * shape_.head_dim *
                              reference::size_of(dtype_));
+}
+
+size_t AttentionCall::output_bytes() const {
+  return query_bytes() / static_cast<size_t>(reference::size_of(dtype_)) *
+         static_cast<size_t>(reference::size_of(dtype_o_));
 }
 
 size_t AttentionCall::key_bytes() const {
@@ -69,15 +74,19 @@ size_t AttentionCall::workspace_bytes() const {
   return bytes;
 }
 
-void AttentionCall::place(void* q, void* k, void* v, void* o, adaattn_device_t device) {
-  const auto tensor = [&](adaattn_tensor_t* t, void* data, int64_t seqlen, int64_t heads) {
+void AttentionCall::place(void* q, void* k, void* v, void* o, void* one, adaattn_device_t device) {
+  const auto tensor = [&](adaattn_tensor_t* t, adaattn_dtype_t dtype, void* data, int64_t seqlen, int64_t heads) {
     const int64_t dims[4] = {shape_.batch, seqlen, heads, shape_.head_dim};
-    check(adaattn_tensor_init(t, data, dtype_, device, 0, 4, dims, nullptr));
+    check(adaattn_tensor_init(t, data, dtype, device, 0, 4, dims, nullptr));
   };
-  tensor(&io_.q, q, shape_.seqlen_q, shape_.heads_q);
-  tensor(&io_.k, k, shape_.seqlen_k, shape_.heads_kv);
-  tensor(&io_.v, v, shape_.seqlen_k, shape_.heads_kv);
-  tensor(&io_.o, o, shape_.seqlen_q, shape_.heads_q);
+  tensor(&io_.q, dtype_, q, shape_.seqlen_q, shape_.heads_q);
+  tensor(&io_.k, dtype_, k, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.v, dtype_, v, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.o, dtype_o_, o, shape_.seqlen_q, shape_.heads_q);
+  if (dtype_ != ADAATTN_DTYPE_E4M3) return;
+  constexpr int64_t kWhole[2] = {1, 1};
+  for (adaattn_tensor_t* factor : {&io_.q_descale, &io_.k_descale, &io_.v_descale})
+    check(adaattn_tensor_init(factor, one, ADAATTN_DTYPE_F32, device, 0, 2, kWhole, nullptr));
 }
 
 double AttentionCall::flops() const {
@@ -96,13 +105,13 @@ double AttentionCall::sampled_error() const {
   const int64_t d = shape_.head_dim, group = shape_.heads_q / shape_.heads_kv;
   // `count` rows of one head from `first` on.
   const auto rows_of = [&](const adaattn_tensor_t& t, int64_t b, int64_t h, int64_t first, int64_t count) {
-    const auto size = static_cast<size_t>(reference::size_of(dtype_)), row_bytes = static_cast<size_t>(d) * size;
+    const auto size = static_cast<size_t>(reference::size_of(t.dtype)), row_bytes = static_cast<size_t>(d) * size;
     std::vector<char> raw(static_cast<size_t>(count) * row_bytes);
     const auto from = static_cast<size_t>(b * t.stride[0] + first * t.stride[1] + h * t.stride[2]) * size;
     fetch(raw.data(), static_cast<const char*>(t.data) + from, row_bytes, static_cast<size_t>(t.stride[1]) * size,
           static_cast<size_t>(count));
     reference::Matrix m(count, d);
-    for (int64_t i = 0; i < count * d; ++i) m.data[static_cast<size_t>(i)] = reference::load(raw.data(), dtype_, i);
+    for (int64_t i = 0; i < count * d; ++i) m.data[static_cast<size_t>(i)] = reference::load(raw.data(), t.dtype, i);
     return m;
   };
   double wrong = 0, all = 0;
@@ -139,9 +148,9 @@ CpuCall::CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t
       q_(random_tensor(query_bytes(), dtype, 1)),
       k_(random_tensor(key_bytes(), dtype, 2)),
       v_(random_tensor(key_bytes(), dtype, 3)),
-      o_(query_bytes()),
+      o_(output_bytes()),
       workspace_(workspace_bytes()) {
-  place(q_.data(), k_.data(), v_.data(), o_.data(), ADAATTN_DEVICE_CPU);
+  place(q_.data(), k_.data(), v_.data(), o_.data(), nullptr, ADAATTN_DEVICE_CPU);
 }
 
 void CpuCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {

@@ -29,10 +29,12 @@ class AttentionCall {
  protected:
   AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
                 const adaattn_adaptive_desc_t* adaptive);
-  size_t query_bytes() const;  // of q, and of o
+  size_t query_bytes() const;  // of q
   size_t key_bytes() const;    // of k, and of v
+  size_t output_bytes() const;
   size_t workspace_bytes() const;
-  void place(void* q, void* k, void* v, void* o, adaattn_device_t device);
+  // one: a float 1, the descale factor of E4M3 tensors; may be null for other dtypes.
+  void place(void* q, void* k, void* v, void* o, void* one, adaattn_device_t device);
   void execute(void* workspace, size_t bytes, adaattn_stream_t stream) {
     check(adaattn_plan_execute(plan_, &io_, workspace, bytes, stream));
   }
@@ -41,7 +43,7 @@ class AttentionCall {
 
  private:
   Shape shape_;
-  adaattn_dtype_t dtype_;
+  adaattn_dtype_t dtype_, dtype_o_;
   adaattn_plan_t* plan_ = nullptr;
   adaattn_io_t io_;
 };

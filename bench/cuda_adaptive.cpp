@@ -76,6 +76,9 @@ Timing median(std::vector<Timing> times) {
   return times[times.size() / 2];
 }
 
+// In turns: the card's clock follows its power, and that follows what ran before.
+constexpr int kTurns = 3;
+
 void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
   const std::string name = "fwd/" + shape_name(shape, "bf16");
   if (!report.wants(name)) return;
@@ -83,8 +86,6 @@ void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
   CudaCall exact(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT);
   CudaCall eight(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT, &adaptive);
   const Graph exact_graph(exact), eight_graph(eight);
-  // In turns: the card's clock follows its power, and that follows what ran before.
-  constexpr int kTurns = 3;
   std::vector<Timing> exact_times, whole_times, last_times;
   for (int turn = 0; turn < kTurns; ++turn) {
     exact_times.push_back(exact_graph.time_whole());
@@ -106,11 +107,35 @@ void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
   add("/int8/attend", median(last_times));
 }
 
+// All in E4M3, as an engine with an 8-bit cache calls it: no pass.
+void run_e4m3_case(Report& report, adaattn_context_t* context, const Shape& shape) {
+  Row row;
+  row.name = "fwd/" + shape_name(shape, "e4m3");
+  if (!report.wants(row.name)) return;
+  CudaCall exact(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT);
+  CudaCall eight(context, shape, ADAATTN_DTYPE_E4M3, ADAATTN_MATH_EXACT);
+  std::vector<Timing> exact_times, times;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    exact_times.push_back(measure_on_device([&](cudaStream_t stream) { exact.run(stream); }, false));
+    times.push_back(measure_on_device([&](cudaStream_t stream) { eight.run(stream); }, false));
+  }
+  row.peer = exact.kernel();
+  row.peer_us = median(exact_times).us;
+  row.time = median(times);
+  row.rate = eight.flops() / row.time.us * 1e-6;
+  row.unit = "TFLOP/s";
+  row.error = eight.sampled_error();
+  report.add(row);
+}
+
 }  // namespace
 
 void run_cuda_adaptive(Report& report) {
   const CudaContext context(report);
-  for (const Shape& shape : cuda_int8_shapes()) run_case(report, context.get(), shape);
+  for (const Shape& shape : cuda_int8_shapes()) {
+    run_case(report, context.get(), shape);
+    run_e4m3_case(report, context.get(), shape);
+  }
 }
 
 }  // namespace adaattn::bench

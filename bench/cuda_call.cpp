@@ -95,9 +95,12 @@ CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype
       q_(query_bytes(), dtype, 1),
       k_(key_bytes(), dtype, 2),
       v_(key_bytes(), dtype, 3),
-      o_(query_bytes()),
+      o_(output_bytes()),
+      one_(sizeof(float)),
       workspace_(workspace_bytes()) {
-  place(q_.data(), k_.data(), v_.data(), o_.data(), ADAATTN_DEVICE_CUDA);
+  constexpr float kOne = 1;
+  check(cudaMemcpy(one_.data(), &kOne, sizeof kOne, cudaMemcpyHostToDevice));
+  place(q_.data(), k_.data(), v_.data(), o_.data(), one_.data(), ADAATTN_DEVICE_CUDA);
 }
 
 void CudaCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {

@@ -60,7 +60,7 @@ class CudaCall final : public AttentionCall {
  private:
   void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const override;
 
-  CudaBuffer q_, k_, v_, o_, workspace_;
+  CudaBuffer q_, k_, v_, o_, one_, workspace_;
 };
 
 }  // namespace adaattn::bench

@@ -110,6 +110,23 @@ int32_t joined_splits(int64_t tiles, int64_t blocks, const DeviceTraits& device)
   return static_cast<int32_t>(ceil_div(blocks, ceil_div(blocks, parts)));
 }
 
+// E4M3 has Hopper kernels alone, for what engines with 8-bit caches ask for in prefill.
+void check_e4m3(const Problem& p, const DeviceTraits& device) {
+  const auto refuse = [](const char* field) {
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s: the CUDA back-end does not serve it with E4M3 tensors", field);
+  };
+  if (device.compute_capability != 90)
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "dtype_q: E4M3 needs a device of compute capability 9.0, this one has %d.%d",
+         device.compute_capability / 10, device.compute_capability % 10);
+  if (p.descale_block != 0) refuse("descale_block");
+  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED");
+  if (p.softcap > 0) refuse("softcap");
+  if (p.alibi) refuse("flags: ALIBI");
+  if (p.bias) refuse("flags: BIAS");
+  if (p.want_entropy) refuse("outputs: ENTROPY");
+  if (!(p.scale > 0)) refuse("scale: 0 or less");
+}
+
 }  // namespace
 
 uint32_t features_of(const Problem& problem) {
@@ -134,11 +151,11 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
            device.compute_capability % 10);
   if (problem.dtype_q == Dtype::kNone || dtype_size(problem.dtype_q) == 8 || problem.dtype_q == Dtype::kI32)
     refuse("dtype_q: the CUDA back-end takes F32, F16 and BF16");
-  if (problem.dtype_q == Dtype::kE4M3) refuse("dtype_q: E4M3; the CUDA back-end takes F32, F16 and BF16");
   if (problem.dtype_kv != problem.dtype_q)
     refuse("dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v", name_of(problem.dtype_kv),
            name_of(problem.dtype_q));
-  if (problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
+  if (problem.dtype_q == Dtype::kE4M3) check_e4m3(problem, device);
+  if (problem.dtype_q != Dtype::kE4M3 && problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
     refuse("dtype_o: %s with dtype_q %s; the CUDA back-end writes dtype_q or F32", name_of(problem.dtype_o),
            name_of(problem.dtype_q));
   if (problem.d_qk > 256)
@@ -155,7 +172,8 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
            static_cast<long long>(problem.heads_q));
   for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q}) {
     const Extent extent{problem.max_batch, seqlen_q, problem.max_seqlen_k, problem.max_total_q};
-    if (kernel_for(problem, extent, features_of(problem) | kUnaligned, device) == nullptr)
+    const uint32_t unaligned = problem.dtype_q == Dtype::kE4M3 ? kPlain : kUnaligned;
+    if (kernel_for(problem, extent, features_of(problem) | unaligned, device) == nullptr)
       refuse("head_dim_qk %lld with head_dim_v %lld in %s: this build has no kernel for it",
              static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_q));
   }

@@ -32,14 +32,23 @@ __device__ __forceinline__ void wgmma_s8_n128(int32_t (&d)[64], uint64_t a, uint
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// D (64 x N, fp32) = [D +] A (64 x 32, e4m3, registers) * B (32 x N, e4m3, shared memory). The tensor cores add with
-// about 14 bits.
+// D (64 x N, fp32) = [D +] A (64 x 32) * B (32 x N), e4m3, B in shared memory, A there too (ss) or in registers (rs).
+// The tensor cores add with about 14 bits.
 template <int N>
 struct WgmmaE4m3;
 
+// The numbers are those of the operands that follow the N/2 accumulators.
 #define ADAATTN_WGMMA_E4M3(N, HALF, A0, A1, A2, A3, A4, A5)                                                         \
   template <>                                                                                                       \
   struct WgmmaE4m3<N> {                                                                                             \
+    static __device__ __forceinline__ void ss(float (&d)[HALF], uint64_t a, uint64_t b, int accumulate) {           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2                                                         \
+                   ", 0;\n"                                                                                         \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" ADAATTN_REGS##HALF                  \
+                   "}, %" #A0 ", %" #A1 ", p, 1, 1;\n}\n"                                                           \
+                   : ADAATTN_ACC##HALF(d)                                                                           \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                              \
+    }                                                                                                               \
     static __device__ __forceinline__ void rs(float (&d)[HALF], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
                                               uint64_t b, int accumulate) {                                         \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5                                                         \
@@ -51,7 +60,11 @@ struct WgmmaE4m3;
     }                                                                                                               \
   };
 ADAATTN_WGMMA_E4M3(72, 36, 36, 37, 38, 39, 40, 41)
+ADAATTN_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
 ADAATTN_WGMMA_E4M3(136, 68, 68, 69, 70, 71, 72, 73)
+ADAATTN_WGMMA_E4M3(160, 80, 80, 81, 82, 83, 84, 85)
+ADAATTN_WGMMA_E4M3(192, 96, 96, 97, 98, 99, 100, 101)
+ADAATTN_WGMMA_E4M3(224, 112, 112, 113, 114, 115, 116, 117)
 #undef ADAATTN_WGMMA_E4M3
 
 }  // namespace adaattn::cuda::sm90

@@ -8,8 +8,6 @@
 namespace adaattn::cuda::sm90 {
 namespace {
 
-constexpr int64_t kElement = 2;  // bytes
-
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* entry = nullptr;
@@ -31,22 +29,26 @@ struct Axis {
 };
 
 CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], int width, const char* name) {
+  const int64_t element = dtype_size(operand.dtype);
   cuuint64_t sizes[4] = {static_cast<cuuint64_t>(dim)}, strides[3];
-  cuuint32_t box[4] = {static_cast<cuuint32_t>(width / kElement)};
+  cuuint32_t box[4] = {static_cast<cuuint32_t>(width / element)};
   for (int i = 0; i < 3; ++i) {
     const int64_t extent = axes[i].stride == 0 ? 1 : axes[i].extent;
     sizes[i + 1] = static_cast<cuuint64_t>(extent);
     // The stride of a dimension of extent 1 is free, but TMA wants a multiple of 16 bytes all the same.
-    strides[i] = static_cast<cuuint64_t>(extent > 1 ? axes[i].stride * kElement : (dim * kElement + 15) / 16 * 16);
+    strides[i] = static_cast<cuuint64_t>(extent > 1 ? axes[i].stride * element : (dim * element + 15) / 16 * 16);
     box[i + 1] = static_cast<cuuint32_t>(axes[i].box);
   }
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map, operand.dtype == Dtype::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      operand.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      width == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      tensor_map_encoder()(&map,
+                           operand.dtype == Dtype::kE4M3   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                           : operand.dtype == Dtype::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                           4, operand.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           width == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fail(ADAATTN_ERROR_DEVICE, "cuTensorMapEncodeTiled refused %s (CUresult %d)", name, static_cast<int>(result));
   }

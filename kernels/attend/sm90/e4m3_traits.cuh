@@ -1,0 +1,50 @@
+// Compile-time shape of the kernels whose Q, K and V are e4m3: both products in 8 bits.
+#pragma once
+
+#include "attend/sm90/forward_traits.cuh"
+
+namespace adaattn::cuda::sm90 {
+
+// V arrives by rows and has to lie transposed; a slab is the 32 keys of one step of P V.
+constexpr int kSlabKeys = 32;
+
+template <class Policy>
+struct E4m3Traits {
+  static constexpr ForwardConfig kC = Policy::kConfig;
+  static constexpr int kD = kC.d_qk, kDv = kC.d_v, kN = kC.tile_n, kGroups = kC.groups;
+  static constexpr int kM = kGroupRows * kGroups;
+  static constexpr int kThreads = kWarpgroup * (kGroups + 1);
+  static constexpr int kWidth = kD, kChunk = kD, kChunks = 1;  // a line of Q or K is one swizzle width
+  static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kN * kDv;
+  // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
+  static constexpr int kLines = kDv + 8, kSlabs = kN / kSlabKeys, kSlabBytes = kSlabKeys * kLines;
+  static constexpr int kKStages = kStages;
+  static constexpr int kOut = kDv / 2, kPart = kLines / 2;  // accumulators of a thread
+  // The tensor cores add with 14 bits: after so many blocks O moves to fp32 sums in shared memory.
+  static constexpr int kKeep = Policy::kKeep;
+  // The kernel is launched with 168 a thread: no more than 504 for the three warpgroups together, or setmaxnreg waits
+  // for ever.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  static constexpr int kNoMore = -1 << 30;
+
+  static_assert(kGroups == 2 && kN % (2 * kSlabKeys) == 0 && kN <= 256);
+  static_assert((kD == 64 || kD == 128) && (kDv == 64 || kDv == 128));
+
+  struct Shared {
+    alignas(1024) uint8_t q[kGroups][kQBytes];
+    alignas(1024) uint8_t k[kStages][kKBytes];
+    alignas(1024) uint8_t raw[2][kVBytes / 2];
+    alignas(1024) uint8_t v[kStages][kSlabs * kSlabBytes];
+    alignas(16) float4 kept[kGroups][kOut / 4][kWarpgroup];
+    alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    uint64_t raw_full[2], raw_empty[2];
+    uint64_t tile_full[2], tile_empty[2];
+    Tile tile[2];
+    int raw_valid[2];  // keys of the half tile that exist; kNoMore: there is none
+  };
+  static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
+};
+
+}  // namespace adaattn::cuda::sm90

@@ -1,0 +1,174 @@
+// E4M3 tensors on the device, through the public functions: against the oracle, repeated, outgrown maxima, what lies
+// behind a sequence's keys, and what is refused.
+#include <cmath>
+#include <limits>
+
+#include "attention/fixture.h"
+#include "gpu/device.h"
+
+namespace adaattn::test {
+namespace {
+
+class E4m3 : public OnHopper {};
+
+const Dtypes& e4m3() { return e4m3_dtypes()[0]; }
+
+// A weight is off by 2^-4 at most, and so is the sum of them.
+constexpr Tolerance kE4m3Weights = {.o = 6e-2, .lse = 4e-2, .entropy = 0};
+
+AttentionCase long_case(adaattn_mask_t mask) {
+  return {.name = "Long",
+          .batch = 1,
+          .heads_q = 4,
+          .heads_kv = 2,
+          .seqlen_q = 300,
+          .seqlen_k = 3000,
+          .d_qk = 128,
+          .mask = mask};
+}
+
+// |o - expected| / |expected| over all of o, which for weights in E4M3 is about 2^-4 / sqrt(6).
+double relative_error(const AttentionData& data, const reference::AttentionResult& expected) {
+  double error = 0, size = 0;
+  data.o.for_each([&](const auto& index, int64_t flat) {
+    const double want = expected.o[static_cast<size_t>(flat)], off = data.o.get(index) - want;
+    error += off * off;
+    size += want * want;
+  });
+  return std::sqrt(error / size);
+}
+
+TEST_F(E4m3, ErrorOnNormalInputsIsThatOfRoundedWeights) {
+  const Context context(kCuda);
+  for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT}) {
+    AttentionData data(long_case(mask), e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+    // Inputs of unit variance, as the scores of a model are, by factors that stand for their whole range.
+    for (Tensor* factor : {&data.q_descale, &data.k_descale, &data.v_descale}) factor->fill(1.0 / 64);
+    for (Tensor* tensor : {&data.q, &data.k, &data.v})
+      tensor->for_each([&](const auto& index, int64_t) { tensor->set(index, 64 * tensor->get(index)); });
+    run(context, data);
+    const reference::AttentionResult expected = reference::attention(data.desc, data.io());
+    const double error = relative_error(data, expected);
+    EXPECT_LE(error, 2.7e-2);
+    EXPECT_GT(error, 1e-3) << "not computed in 8 bits?";
+  }
+}
+
+// Rows start on 16 bytes and differ, and the device serves the rest. Scores of thousands are beyond the 14 bits with
+// which the tensor cores add.
+bool is_served(const Context& context, const AttentionCase& c, const AttentionData& data) {
+  return c.d_qk % 16 == 0 && data.d_v() % 16 == 0 && c.storage != Storage::kPadded &&
+         c.storage != Storage::kBroadcastTokens && c.input_scale <= 10 && unsupported(context, data.desc).empty();
+}
+
+TEST_F(E4m3, ShapesOfTheTableAgreeWithTheOracle) {
+  const Context context(kCuda);
+  int served = 0;
+  for (const AttentionCase& c : attention_cases()) {
+    for (const Dtypes& dtypes :
+         {e4m3(), Dtypes{"e4m3_out_f16", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_F16}}) {
+      AttentionData data(c, dtypes, run_seed(), ADAATTN_OUTPUT_LSE);
+      if (!is_served(context, c, data)) continue;
+      SCOPED_TRACE(describe(c));
+      const auto outside = bytes_outside(data.o);
+      run(context, data);
+      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
+      EXPECT_EQ(bytes_outside(data.o), outside) << "bytes between the rows of o were written";
+      ++served;
+    }
+  }
+  EXPECT_GT(served, 40);
+}
+
+TEST_F(E4m3, IsBitwiseRepeatable) {
+  const Context context(kCuda);
+  for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT}) {
+    AttentionCase c = long_case(mask);
+    c.heads_q = 24;
+    c.heads_kv = 8;
+    AttentionData first(c, e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+    run(context, first);
+    for (int i = 0; i < 40; ++i) {
+      AttentionData again = with_own_outputs(first);
+      run(context, again);
+      ASSERT_TRUE(same_outputs(first, again)) << "run " << i;
+    }
+  }
+}
+
+// Keys grow towards the first, which is visited last: every block outgrows the maxima before it.
+TEST_F(E4m3, ScoresThatOutgrowEarlierBlocks) {
+  const Context context(kCuda);
+  for (const double growth : {2.0, 30.0, 400.0}) {
+    AttentionData data(long_case(ADAATTN_MASK_NONE), e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+    data.q.fill(1);
+    for (Tensor* factor : {&data.q_descale, &data.k_descale}) factor->fill(1);
+    data.k.for_each([&](const auto& index, int64_t) {
+      const double place = 1 - static_cast<double>(index[1]) / 3000;
+      data.k.set(index, growth * place * (index[3] % 2 == 0 ? 1 : 0.5));
+    });
+    run(context, data);
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights)) << growth;
+  }
+}
+
+// V behind a sequence's last key is memory that the library may read and must not use.
+TEST_F(E4m3, NotANumberBehindTheKeysStaysThere) {
+  const Context context(kCuda);
+  AttentionCase c = long_case(ADAATTN_MASK_NONE);
+  c.batch = 3;
+  c.seqlen_k = 700;
+  c.used_k = {700, 385, 1};
+  AttentionData data(c, e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+  for (Tensor* tensor : {&data.k, &data.v})
+    tensor->for_each([&](const auto& index, int64_t) {
+      if (index[1] >= c.used_k[static_cast<size_t>(index[0])])
+        tensor->set(index, std::numeric_limits<double>::quiet_NaN());
+    });
+  run(context, data);
+  EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
+}
+
+TEST_F(E4m3, FactorOfZeroGivesTheMeanOfTheValues) {
+  const Context context(kCuda);
+  AttentionData data(long_case(ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT), e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+  data.k_descale.fill(0);
+  run(context, data);
+  EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
+}
+
+TEST_F(E4m3, RefusalsNameTheField) {
+  const Context context(kCuda);
+  const struct {
+    void (*change)(adaattn_attn_desc_t& desc);
+    const char* text;
+  } rows[] = {{[](adaattn_attn_desc_t& d) { d.descale_block = 64; }, "descale_block"},
+              {[](adaattn_attn_desc_t& d) { d.softcap = 30; }, "softcap"},
+              {[](adaattn_attn_desc_t& d) { d.flags = ADAATTN_FLAG_BIAS; }, "BIAS"},
+              {[](adaattn_attn_desc_t& d) { d.flags = ADAATTN_FLAG_ALIBI; }, "ALIBI"},
+              {[](adaattn_attn_desc_t& d) { d.outputs = ADAATTN_OUTPUT_ENTROPY; }, "ENTROPY"},
+              {[](adaattn_attn_desc_t& d) { d.layout_kv = ADAATTN_LAYOUT_PAGED, d.page_size = 16; }, "PAGED"},
+              {[](adaattn_attn_desc_t& d) { d.scale = -1; }, "scale"},
+              {[](adaattn_attn_desc_t& d) { d.dtype_q = ADAATTN_DTYPE_BF16; }, "dtype_kv"},
+              {[](adaattn_attn_desc_t& d) { d.head_dim_qk = 192; }, "head_dim_qk"}};
+  for (const auto& row : rows) {
+    adaattn_attn_desc_t desc = make_desc(long_case(ADAATTN_MASK_NONE), e4m3(), ADAATTN_OUTPUT_LSE);
+    row.change(desc);
+    char reason[512] = {};
+    EXPECT_EQ(adaattn_check_support(context.get(), &desc, nullptr, reason, sizeof reason), ADAATTN_ERROR_NOT_SUPPORTED)
+        << row.text;
+    EXPECT_NE(std::string(reason).find(row.text), std::string::npos) << reason;
+  }
+}
+
+TEST_F(E4m3, RowsOffSixteenBytesAreRefused) {
+  const Context context(kCuda);
+  AttentionCase c = long_case(ADAATTN_MASK_NONE);
+  c.storage = Storage::kPadded;
+  AttentionData data(c, e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
+  EXPECT_EQ(attention(context, data), ADAATTN_ERROR_NOT_SUPPORTED);
+  EXPECT_NE(last_error().find("16 bytes"), std::string::npos) << last_error();
+}
+
+}  // namespace
+}  // namespace adaattn::test
