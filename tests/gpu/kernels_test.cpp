@@ -250,7 +250,8 @@ TEST(Sections, DivideThePairsEvenly) {
 std::vector<const AttendKernel*> rows(std::initializer_list<Phase> phases) {
   std::vector<const AttendKernel*> list;
   for (const AttendKernel* kernel : cuda::attend_kernels())
-    if (std::find(phases.begin(), phases.end(), kernel->phase) != phases.end()) list.push_back(kernel);
+    if (kernel->dtype != Dtype::kE4M3 && std::find(phases.begin(), phases.end(), kernel->phase) != phases.end())
+      list.push_back(kernel);
   return list;
 }
 
@@ -263,7 +264,8 @@ std::vector<const AttendKernel*> split_rows() {
 
 std::string name_of(const testing::TestParamInfo<const AttendKernel*>& info) { return info.param->name; }
 
-// No exact plan runs the phases that are not listed.
+// No exact plan runs the phases that are not listed. E4M3 tensors have kernels that take nothing else and that no other
+// kernel stands in for: E4m3.* runs them, with the error that 8 bits allow.
 INSTANTIATE_TEST_SUITE_P(Table, EveryKernel,
                          testing::ValuesIn(rows({Phase::kForward, Phase::kDecode, Phase::kExactF32, Phase::kTf32})),
                          name_of);
