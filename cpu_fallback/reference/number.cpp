@@ -48,7 +48,7 @@ uint16_t encode(double value, Format f) {
 double decode_e4m3(uint8_t bits) {
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
   const double sign = bits & 0x80 ? -1.0 : 1.0;
-  if (exponent == 15 && mantissa == 7) return std::numeric_limits<double>::quiet_NaN();
+  if (exponent == 15 && mantissa == 7) return std::copysign(std::numeric_limits<double>::quiet_NaN(), sign);
   if (exponent == 0) return sign * std::ldexp(mantissa, -9);
   return sign * std::ldexp(8 + mantissa, exponent - 10);
 }
