@@ -194,7 +194,9 @@ typedef struct adaattn_config {
 /* Fills the defaults; size is the caller's sizeof(adaattn_config_t). */
 ADAATTN_API adaattn_status_t adaattn_config_init(adaattn_config_t* config, size_t size);
 
-/* Creates a context on one device. config NULL: all defaults. */
+/* Creates a context on one device. config NULL: all defaults. CUDA contexts heed two variables of the environment:
+ * ADAATTN_CUDA_LIB_DIR, a folder in which cuBLAS and cuSOLVER are looked for where the loader does not find them, and
+ * ADAATTN_CUDA_LIBRARIES=off, which keeps both closed: the low-rank tools then run the library's own kernels. */
 ADAATTN_API adaattn_status_t adaattn_create(const adaattn_config_t* config, adaattn_context_t** context);
 
 /* Destroys the context; ADAATTN_ERROR_IN_USE while plans made from it live. NULL is accepted. */
