@@ -39,17 +39,19 @@ inline const std::vector<Shape>& cpu_decode_shapes() {
   return shapes;
 }
 
-// On a GPU: 16k query tokens in all, head_dim 64 and 128 from 1k to 16k, then other widths, grouped heads.
+// On a GPU: 16k query tokens in all, head_dim 64 from 1k and 128 from 512 to 16k, then other widths, grouped heads.
 inline const std::vector<Shape>& cuda_prefill_shapes() {
   static const std::vector<Shape> shapes = [] {
     std::vector<Shape> list;
     for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL}) {
       for (const int64_t d : {int64_t{64}, int64_t{128}})
-        for (int64_t s = 1024; s <= 16384; s *= 2) list.push_back({16384 / s, 2048 / d, 2048 / d, s, s, d, mask});
+        for (int64_t s = d == 128 ? 512 : 1024; s <= 16384; s *= 2)
+          list.push_back({16384 / s, 2048 / d, 2048 / d, s, s, d, mask});
       list.push_back({4, 16, 16, 4096, 4096, 96, mask});
       list.push_back({4, 8, 8, 4096, 4096, 256, mask});
       list.push_back({2, 32, 8, 8192, 8192, 128, mask});
     }
+    for (const int64_t s : {int64_t{8192}, int64_t{32768}}) list.push_back({1, 64, 8, s, s, 128, ADAATTN_MASK_CAUSAL});
     return list;
   }();
   return shapes;
