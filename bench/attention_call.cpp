@@ -44,10 +44,16 @@ adaattn_attn_desc_t desc_of(const Shape& shape, adaattn_dtype_t dtype) {
   return desc;
 }
 
-AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
-                             const adaattn_adaptive_desc_t* adaptive)
-    : shape_(shape), dtype_(dtype), dtype_o_(dtype == ADAATTN_DTYPE_E4M3 ? ADAATTN_DTYPE_BF16 : dtype) {
-  adaattn_attn_desc_t desc = desc_of(shape, dtype);
+AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, const NamedDtype& dtype,
+                             adaattn_math_t math, const adaattn_adaptive_desc_t* adaptive)
+    : shape_(shape),
+      dtype_(dtype.dtype),
+      dtype_kv_(dtype.dtype_kv == ADAATTN_DTYPE_NONE ? dtype.dtype : dtype.dtype_kv),
+      dtype_o_(dtype_ == ADAATTN_DTYPE_E4M3 ? ADAATTN_DTYPE_BF16 : dtype_),
+      descale_block_(dtype.descale_block) {
+  adaattn_attn_desc_t desc = desc_of(shape, dtype_);
+  desc.dtype_kv = dtype_kv_;
+  desc.descale_block = descale_block_;
   desc.math = math;
   check(adaattn_plan_create(context, &desc, adaptive, &plan_));
   check(adaattn_io_init(&io_, sizeof io_));
@@ -65,7 +71,12 @@ size_t AttentionCall::output_bytes() const {
 
 size_t AttentionCall::key_bytes() const {
   return static_cast<size_t>(shape_.batch * shape_.seqlen_k * shape_.heads_kv * shape_.head_dim *
-                             reference::size_of(dtype_));
+                             reference::size_of(dtype_kv_));
+}
+
+size_t AttentionCall::factors() const {
+  if (descale_block_ == 0) return 1;
+  return static_cast<size_t>(shape_.batch * shape_.heads_kv * ((shape_.seqlen_k - 1) / descale_block_ + 1));
 }
 
 size_t AttentionCall::workspace_bytes() const {
@@ -74,19 +85,24 @@ size_t AttentionCall::workspace_bytes() const {
   return bytes;
 }
 
-void AttentionCall::place(void* q, void* k, void* v, void* o, void* one, adaattn_device_t device) {
+void AttentionCall::place(void* q, void* k, void* v, void* o, void* ones, adaattn_device_t device) {
   const auto tensor = [&](adaattn_tensor_t* t, adaattn_dtype_t dtype, void* data, int64_t seqlen, int64_t heads) {
     const int64_t dims[4] = {shape_.batch, seqlen, heads, shape_.head_dim};
     check(adaattn_tensor_init(t, data, dtype, device, 0, 4, dims, nullptr));
   };
   tensor(&io_.q, dtype_, q, shape_.seqlen_q, shape_.heads_q);
-  tensor(&io_.k, dtype_, k, shape_.seqlen_k, shape_.heads_kv);
-  tensor(&io_.v, dtype_, v, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.k, dtype_kv_, k, shape_.seqlen_k, shape_.heads_kv);
+  tensor(&io_.v, dtype_kv_, v, shape_.seqlen_k, shape_.heads_kv);
   tensor(&io_.o, dtype_o_, o, shape_.seqlen_q, shape_.heads_q);
-  if (dtype_ != ADAATTN_DTYPE_E4M3) return;
   constexpr int64_t kWhole[2] = {1, 1};
-  for (adaattn_tensor_t* factor : {&io_.q_descale, &io_.k_descale, &io_.v_descale})
-    check(adaattn_tensor_init(factor, one, ADAATTN_DTYPE_F32, device, 0, 2, kWhole, nullptr));
+  if (dtype_ == ADAATTN_DTYPE_E4M3)
+    check(adaattn_tensor_init(&io_.q_descale, ones, ADAATTN_DTYPE_F32, device, 0, 2, kWhole, nullptr));
+  if (dtype_kv_ != ADAATTN_DTYPE_E4M3) return;
+  const int64_t heads = shape_.batch * shape_.heads_kv, blocks = static_cast<int64_t>(factors()) / heads;
+  const int64_t in_blocks[3] = {shape_.batch, shape_.heads_kv, blocks};
+  for (adaattn_tensor_t* factor : {&io_.k_descale, &io_.v_descale})
+    check(descale_block_ == 0 ? adaattn_tensor_init(factor, ones, ADAATTN_DTYPE_F32, device, 0, 2, kWhole, nullptr)
+                              : adaattn_tensor_init(factor, ones, ADAATTN_DTYPE_F32, device, 0, 3, in_blocks, nullptr));
 }
 
 double AttentionCall::flops() const {
@@ -144,7 +160,7 @@ std::string AttentionCall::kernel() const {
 }
 
 CpuCall::CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype)
-    : AttentionCall(context, shape, dtype, ADAATTN_MATH_EXACT, nullptr),
+    : AttentionCall(context, shape, {"", dtype}, ADAATTN_MATH_EXACT, nullptr),
       q_(random_tensor(query_bytes(), dtype, 1)),
       k_(random_tensor(key_bytes(), dtype, 2)),
       v_(random_tensor(key_bytes(), dtype, 3)),

@@ -27,14 +27,15 @@ class AttentionCall {
   std::string kernel() const;
 
  protected:
-  AttentionCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+  AttentionCall(adaattn_context_t* context, const Shape& shape, const NamedDtype& dtype, adaattn_math_t math,
                 const adaattn_adaptive_desc_t* adaptive);
   size_t query_bytes() const;  // of q
   size_t key_bytes() const;    // of k, and of v
   size_t output_bytes() const;
   size_t workspace_bytes() const;
-  // one: a float 1, the descale factor of E4M3 tensors; may be null for other dtypes.
-  void place(void* q, void* k, void* v, void* o, void* one, adaattn_device_t device);
+  size_t factors() const;  // of k, and of v, where they are E4M3
+  // ones: as many floats 1, the descale factors of E4M3 tensors; may be null for other dtypes.
+  void place(void* q, void* k, void* v, void* o, void* ones, adaattn_device_t device);
   void execute(void* workspace, size_t bytes, adaattn_stream_t stream) {
     check(adaattn_plan_execute(plan_, &io_, workspace, bytes, stream));
   }
@@ -43,7 +44,8 @@ class AttentionCall {
 
  private:
   Shape shape_;
-  adaattn_dtype_t dtype_, dtype_o_;
+  adaattn_dtype_t dtype_, dtype_kv_, dtype_o_;
+  int64_t descale_block_;
   adaattn_plan_t* plan_ = nullptr;
   adaattn_io_t io_;
 };

@@ -89,18 +89,18 @@ CudaContext::CudaContext(Report& report) {
   report.set_device(info.name);
 }
 
-CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, const NamedDtype& dtype, adaattn_math_t math,
                    const adaattn_adaptive_desc_t* adaptive)
     : AttentionCall(context, shape, dtype, math, adaptive),
-      q_(query_bytes(), dtype, 1),
-      k_(key_bytes(), dtype, 2),
-      v_(key_bytes(), dtype, 3),
+      q_(query_bytes(), dtype.dtype, 1),
+      k_(key_bytes(), dtype.dtype_kv == ADAATTN_DTYPE_NONE ? dtype.dtype : dtype.dtype_kv, 2),
+      v_(key_bytes(), dtype.dtype_kv == ADAATTN_DTYPE_NONE ? dtype.dtype : dtype.dtype_kv, 3),
       o_(output_bytes()),
-      one_(sizeof(float)),
+      ones_(factors() * sizeof(float)),
       workspace_(workspace_bytes()) {
-  constexpr float kOne = 1;
-  check(cudaMemcpy(one_.data(), &kOne, sizeof kOne, cudaMemcpyHostToDevice));
-  place(q_.data(), k_.data(), v_.data(), o_.data(), one_.data(), ADAATTN_DEVICE_CUDA);
+  const std::vector<float> ones(factors(), 1.0f);
+  check(cudaMemcpy(ones_.data(), ones.data(), ones_.bytes(), cudaMemcpyHostToDevice));
+  place(q_.data(), k_.data(), v_.data(), o_.data(), ones_.data(), ADAATTN_DEVICE_CUDA);
 }
 
 void CudaCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {

@@ -53,14 +53,17 @@ class CudaContext {
 
 class CudaCall final : public AttentionCall {
  public:
-  CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+  CudaCall(adaattn_context_t* context, const Shape& shape, const NamedDtype& dtype, adaattn_math_t math,
            const adaattn_adaptive_desc_t* adaptive = nullptr);
+  CudaCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t dtype, adaattn_math_t math,
+           const adaattn_adaptive_desc_t* adaptive = nullptr)
+      : CudaCall(context, shape, NamedDtype{"", dtype}, math, adaptive) {}
   void run(cudaStream_t stream) { execute(workspace_.data(), workspace_.bytes(), stream); }
 
  private:
   void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const override;
 
-  CudaBuffer q_, k_, v_, o_, one_, workspace_;
+  CudaBuffer q_, k_, v_, o_, ones_, workspace_;
 };
 
 }  // namespace adaattn::bench

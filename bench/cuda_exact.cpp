@@ -31,15 +31,20 @@ std::vector<Case> cases(const Report& report) {
   for (const Shape& shape : cuda_f32_shapes())
     for (const adaattn_math_t math : {ADAATTN_MATH_EXACT, ADAATTN_MATH_FAST_F32}) add(shape, kDtypes[0], math, false);
   for (const Shape& shape : cuda_decode_shapes())
-    for (const bool cold : {false, true}) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, cold);
+    for (const NamedDtype& dtype : {kDtypes[1], kE4m3Caches[0], kE4m3Caches[1]})
+      for (const bool cold : {false, true}) add(shape, dtype, ADAATTN_MATH_EXACT, cold);
+  for (const Shape& shape : cuda_cache_prefill_shapes()) add(shape, kE4m3Caches[1], ADAATTN_MATH_EXACT, false);
   return list;
 }
+
+// Keys and values of 8 bits, which the peers have in bf16.
+bool has_cache(const Case& c) { return c.dtype.dtype_kv == ADAATTN_DTYPE_E4M3; }
 
 nlohmann::json peers_of(const std::vector<Case>& list) {
   nlohmann::json request = nlohmann::json::array();
   for (const Case& c : list)
     request.push_back({{"name", c.name},
-                       {"dtype", c.dtype.name},
+                       {"dtype", has_cache(c) ? kDtypes[1].name : c.dtype.name},
                        {"batch", c.shape.batch},
                        {"heads_q", c.shape.heads_q},
                        {"heads_kv", c.shape.heads_kv},
@@ -73,7 +78,7 @@ double share_of_ceiling(const Report& report, const Case& c, double rate) {
 }
 
 void run_case(Report& report, adaattn_context_t* context, const Case& c, const nlohmann::json& peers) {
-  CudaCall call(context, c.shape, c.dtype.dtype, c.math);
+  CudaCall call(context, c.shape, c.dtype, c.math);
   Row row;
   row.name = c.name;
   row.time = measure_on_device([&](cudaStream_t stream) { call.run(stream); }, c.cold);
@@ -83,6 +88,13 @@ void run_case(Report& report, adaattn_context_t* context, const Case& c, const n
   row.error = call.sampled_error();
   if (const double share = share_of_ceiling(report, c, row.rate); share > 0) row.details["of_ceiling"] = share;
   bool added = false;
+  if (has_cache(c)) {
+    CudaCall wide(context, c.shape, c.dtype.dtype, c.math);
+    row.peer = wide.kernel();
+    row.peer_us = measure_on_device([&](cudaStream_t stream) { wide.run(stream); }, c.cold).us;
+    report.add(row);
+    added = true;
+  }
   if (peers["rows"].contains(c.name))
     for (const auto& [peer, us] : peers["rows"][c.name].items()) {
       row.peer = peer;

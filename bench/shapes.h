@@ -17,7 +17,12 @@ struct Shape {
 struct NamedDtype {
   const char* name;
   adaattn_dtype_t dtype;
+  adaattn_dtype_t dtype_kv = ADAATTN_DTYPE_NONE;  // of k and v where they differ
+  int64_t descale_block = 0;                      // of E4M3 keys and values
 };
+// Caches of 8 bits with bf16 queries: one factor for a head, or one for each 64 keys of it.
+inline constexpr NamedDtype kE4m3Caches[] = {{"e4m3kv", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3},
+                                             {"e4m3kv64", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3, 64}};
 inline constexpr NamedDtype kDtypes[] = {
     {"f32", ADAATTN_DTYPE_F32}, {"bf16", ADAATTN_DTYPE_BF16}, {"f16", ADAATTN_DTYPE_F16}};
 
@@ -83,6 +88,14 @@ inline const std::vector<Shape>& cuda_decode_shapes() {
   static const std::vector<Shape> shapes = {{1, 32, 8, 1, 1024, 128},  {1, 32, 8, 1, 8192, 128},
                                             {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
                                             {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  return shapes;
+}
+
+// Prefill over a cache of 8 bits: whole prompts, a chunk of a long one, grouped heads.
+inline const std::vector<Shape>& cuda_cache_prefill_shapes() {
+  static const std::vector<Shape> shapes = {{2, 32, 8, 8192, 8192, 128, ADAATTN_MASK_CAUSAL},
+                                            {1, 32, 8, 1024, 32768, 128, ADAATTN_MASK_CAUSAL},
+                                            {2, 32, 8, 8192, 8192, 64, ADAATTN_MASK_CAUSAL}};
   return shapes;
 }
 

@@ -29,8 +29,9 @@ bool aligned(const AttnParams& p) {
   const int64_t slots = p.block_table != nullptr ? p.page_size : p.cu_seqlens_k != nullptr ? p.total_k : p.seqlen_k;
   return on_16_bytes(p.q, p.batch, queries, p.heads_q) && on_16_bytes(p.k, pages, slots, p.heads_kv) &&
          (p.v.data == nullptr || on_16_bytes(p.v, pages, slots, p.heads_kv)) &&
-         (p.o.data == nullptr || (p.o.dtype != p.q.dtype && p.q.dtype != Dtype::kE4M3) ||
-          on_16_bytes(p.o, p.batch, queries, p.heads_q));
+         (p.o.data == nullptr || (p.o.dtype != p.q.dtype && p.k.dtype != Dtype::kE4M3) ||
+          on_16_bytes(p.o, p.batch, queries, p.heads_q)) &&
+         (p.k.dtype != Dtype::kE4M3 || p.d_qk % 4 == 0);
 }
 
 bool lengths_on_device(const AttnParams& p) {
@@ -57,9 +58,6 @@ class Plan final : public AttentionPlan {
     if (params.batch > 0 && params.seqlen_q > 0 && params.total_q > 0) {
       const DeviceScope scope(device_id_);
       const uint32_t features = features_of(problem_) | call_features(params);
-      if (problem_.dtype_q == Dtype::kE4M3 && (features & kUnaligned) != 0)
-        fail(ADAATTN_ERROR_NOT_SUPPORTED,
-             "io.q, io.k, io.v, io.o: E4M3 tensors and their output need rows that start on 16 bytes on CUDA");
       const Extent extent{params.batch, params.seqlen_q, params.seqlen_k, params.total_q};
       const Launch launch =
           choose(problem_, extent, features, device_, workspace == nullptr ? 0 : static_cast<int64_t>(workspace_bytes));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attend/e4m3_features.h"
 #include "core/error.h"
 
 namespace adaattn::cuda {
@@ -37,17 +38,24 @@ bool runs_on(const AttendKernel& kernel, const DeviceTraits& device) {
   return arch && static_cast<int64_t>(kernel.shared_bytes) <= device.shared_bytes;
 }
 
-// The least padding wins, then the newer architecture, then the order of the table.
+// The least padding wins, then the newer architecture, then the order of the table. For E4M3 tensors the architecture
+// comes first: with 8-bit products padding to twice the width costs no more than widening.
 const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features, const DeviceTraits& device) {
   const AttendKernel* found = nullptr;
+  const bool eight_bits = problem.dtype_kv == Dtype::kE4M3;
   for (const AttendKernel* kernel : attend_kernels()) {
-    if (kernel->phase != phase || kernel->dtype != problem.dtype_q || kernel->d_qk < problem.d_qk ||
+    if (kernel->phase != phase || kernel->dtype != problem.dtype_kv || kernel->d_qk < problem.d_qk ||
         kernel->d_v < problem.d_v ||
         (!(kernel->features & kRagged) && (kernel->d_qk != problem.d_qk || kernel->d_v != problem.d_v)) ||
         (features & ~kernel->features) != 0 || !runs_on(*kernel, device) ||
         (kernel->page_multiple != 0 && problem.page_size % kernel->page_multiple != 0))
       continue;
-    if (found == nullptr || kernel->d_qk + kernel->d_v < found->d_qk + found->d_v ||
+    if (found == nullptr || (eight_bits && kernel->arch > found->arch)) {
+      found = kernel;
+      continue;
+    }
+    if (eight_bits && kernel->arch < found->arch) continue;
+    if (kernel->d_qk + kernel->d_v < found->d_qk + found->d_v ||
         (kernel->d_qk + kernel->d_v == found->d_qk + found->d_v && kernel->arch > found->arch))
       found = kernel;
   }
@@ -66,7 +74,6 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
             best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
   }
-  if (problem.dtype_q == Dtype::kE4M3) return best(Phase::kForward, problem, features, device);
   // With few tiles and many keys most SMs would have nothing to do.
   const int64_t pairs = extent.batch * problem.heads_q;
   const int64_t apart = pairs * ceil_div(seqlen_q, kHopperRows);
@@ -110,23 +117,6 @@ int32_t joined_splits(int64_t tiles, int64_t blocks, const DeviceTraits& device)
   return static_cast<int32_t>(ceil_div(blocks, ceil_div(blocks, parts)));
 }
 
-// E4M3 has Hopper kernels alone, for what engines with 8-bit caches ask for in prefill.
-void check_e4m3(const Problem& p, const DeviceTraits& device) {
-  const auto refuse = [](const char* field) {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s: the CUDA back-end does not serve it with E4M3 tensors", field);
-  };
-  if (device.compute_capability != 90)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "dtype_q: E4M3 needs a device of compute capability 9.0, this one has %d.%d",
-         device.compute_capability / 10, device.compute_capability % 10);
-  if (p.descale_block != 0) refuse("descale_block");
-  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED");
-  if (p.softcap > 0) refuse("softcap");
-  if (p.alibi) refuse("flags: ALIBI");
-  if (p.bias) refuse("flags: BIAS");
-  if (p.want_entropy) refuse("outputs: ENTROPY");
-  if (!(p.scale > 0)) refuse("scale: 0 or less");
-}
-
 }  // namespace
 
 uint32_t features_of(const Problem& problem) {
@@ -141,6 +131,8 @@ uint32_t features_of(const Problem& problem) {
   if (problem.dtype_o != problem.dtype_q) features |= kWideOutput;
   if (problem.sink) features |= kSink;
   if (problem.window_left >= 0 || problem.window_right >= 0) features |= kMasked;
+  if (problem.dtype_kv != problem.dtype_q) features |= kMixed;
+  if (problem.descale_block != 0) features |= kDescaleBlocks;
   return features;
 }
 
@@ -150,12 +142,14 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
     refuse("device: compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device.compute_capability / 10,
            device.compute_capability % 10);
   if (problem.dtype_q == Dtype::kNone || dtype_size(problem.dtype_q) == 8 || problem.dtype_q == Dtype::kI32)
-    refuse("dtype_q: the CUDA back-end takes F32, F16 and BF16");
-  if (problem.dtype_kv != problem.dtype_q)
-    refuse("dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v", name_of(problem.dtype_kv),
-           name_of(problem.dtype_q));
-  if (problem.dtype_q == Dtype::kE4M3) check_e4m3(problem, device);
-  if (problem.dtype_q != Dtype::kE4M3 && problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
+    refuse("dtype_q: the CUDA back-end takes F32, F16, BF16 and E4M3");
+  const bool eight_bits = problem.dtype_kv == Dtype::kE4M3;
+  if (problem.dtype_kv != problem.dtype_q && (!eight_bits || problem.dtype_q == Dtype::kF32))
+    refuse(
+        "dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v, or E4M3 with dtype_q F16 or "
+        "BF16",
+        name_of(problem.dtype_kv), name_of(problem.dtype_q));
+  if (!eight_bits && problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
     refuse("dtype_o: %s with dtype_q %s; the CUDA back-end writes dtype_q or F32", name_of(problem.dtype_o),
            name_of(problem.dtype_q));
   if (problem.d_qk > 256)
@@ -172,10 +166,9 @@ void check_problem(const Problem& problem, const DeviceTraits& device) {
            static_cast<long long>(problem.heads_q));
   for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q}) {
     const Extent extent{problem.max_batch, seqlen_q, problem.max_seqlen_k, problem.max_total_q};
-    const uint32_t unaligned = problem.dtype_q == Dtype::kE4M3 ? kPlain : kUnaligned;
-    if (kernel_for(problem, extent, features_of(problem) | unaligned, device) == nullptr)
+    if (kernel_for(problem, extent, features_of(problem) | kUnaligned, device) == nullptr)
       refuse("head_dim_qk %lld with head_dim_v %lld in %s: this build has no kernel for it",
-             static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_q));
+             static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_kv));
   }
 }
 

@@ -1,5 +1,7 @@
-// Shared-memory tiles of 16-bit rows: layout, and filling them from strided or paged rows.
+// Shared-memory tiles of rows of 16- or 8-bit elements: layout, and filling them from strided or paged rows.
 #pragma once
+
+#include <type_traits>
 
 #include "attend/kernel.h"
 #include "common/ptx.cuh"
@@ -25,7 +27,15 @@ struct TileLayout {
   __device__ static __forceinline__ uint32_t advance(uint32_t address, int step) {
     return (address ^ (step % kTwisted << 5)) + step / kTwisted * (kTwisted * 32);
   }
+  // The same from chunk 0 to chunk `chunk`.
+  __device__ static __forceinline__ uint32_t advance_chunk(uint32_t address, int chunk) {
+    return (address ^ (chunk % (2 * kTwisted) << 4)) + chunk / (2 * kTwisted) * (kTwisted * 32);
+  }
 };
+
+// Rows of kD elements of type T.
+template <typename T, int kD>
+using RowLayout = TileLayout<kD* static_cast<int>(sizeof(T)) / 2>;
 
 // Where key j of one (sequence, head) lives. Kernels that never page carry a base and a stride only.
 template <typename T, bool kMayBePaged>
@@ -74,13 +84,17 @@ struct KeyRows<T, true> {
 __host__ __device__ constexpr int chunk_lanes(int chunks) { return chunks % 16 == 0 ? 16 : chunks % 8 == 0 ? 8 : 4; }
 
 template <typename T>
+using RawBits = std::conditional_t<sizeof(T) == 1, unsigned char, unsigned short>;
+
+template <typename T>
 __device__ __forceinline__ void store_chunk_by_element(uint32_t shared, const T* source, int elements) {
+  constexpr int kPerWord = 4 / sizeof(T);
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 4 * kPerWord; ++i) {
     uint32_t bits = 0;
-    if (i < elements) bits = *reinterpret_cast<const unsigned short*>(source + i);
-    words[i / 2] |= bits << (16 * (i % 2));
+    if (i < elements) bits = *reinterpret_cast<const RawBits<T>*>(source + i);
+    words[i / kPerWord] |= bits << (8 * static_cast<int>(sizeof(T)) * (i % kPerWord));
   }
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                "r"(words[3])
@@ -97,7 +111,9 @@ struct RowSpan {
 template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename RowOf>
 __device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, RowSpan valid, bool aligned,
                                           const RowOf& row_of) {
-  using Layout = TileLayout<kD>;
+  using T = std::remove_cvref_t<decltype(*row_of(0))>;
+  using Layout = RowLayout<T, kD>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
   constexpr int kLanes = chunk_lanes(Layout::kChunks);
   constexpr int kRowStep = kThreads / kLanes;
   constexpr int kPerRow = Layout::kChunks / kLanes;
@@ -112,12 +128,12 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, Ro
 #pragma unroll
     for (int c = 0; c < kPerRow; ++c) {
       const int chunk = lane + c * kLanes;
-      const int elements = ok ? min(max(d - chunk * 8, 0), 8) : 0;
+      const int elements = ok ? min(max(d - chunk * kPerChunk, 0), kPerChunk) : 0;
       const uint32_t to = shared + Layout::offset(r, chunk);
       if (kMayBeUnaligned && !aligned) {
-        store_chunk_by_element(to, source + chunk * 8, elements);
+        store_chunk_by_element(to, source + chunk * kPerChunk, elements);
       } else {
-        cp_async16(to, elements > 0 ? source + chunk * 8 : source, elements * 2);
+        cp_async16(to, elements > 0 ? source + chunk * kPerChunk : source, elements * static_cast<int>(sizeof(T)));
       }
     }
   }
@@ -126,18 +142,19 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int thread, int d, Ro
 // The same for kRows whole rows of kD elements that start on 16 bytes: nothing to test per row.
 template <int kD, int kRows, int kThreads, typename T>
 __device__ __forceinline__ void load_whole_rows(uint32_t shared, int thread, const T* base, int64_t stride) {
-  using Layout = TileLayout<kD>;
+  using Layout = RowLayout<T, kD>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
   constexpr int kLanes = chunk_lanes(Layout::kChunks);
   constexpr int kRowStep = kThreads / kLanes;
   static_assert(kRows % kRowStep == 0);
   const int lane = thread % kLanes, first = thread / kLanes;
-  const T* source = base + first * stride + lane * 8;
+  const T* source = base + first * stride + lane * kPerChunk;
   const int64_t step = kRowStep * stride;
 #pragma unroll
   for (int i = 0; i < kRows; i += kRowStep, source += step) {
 #pragma unroll
     for (int c = 0; c < Layout::kChunks; c += kLanes)
-      cp_async16(shared + Layout::offset(first + i, lane + c), source + c * 8);
+      cp_async16(shared + Layout::offset(first + i, lane + c), source + c * kPerChunk);
   }
 }
 

@@ -17,7 +17,9 @@ TEST_P(RandomAttention, AgreesWithTheOracle) {
   int compared = 0;
   for (int n = 0; n < kCasesPerBatch; ++n) {
     const AttentionCase c = random_case(random);
-    const Dtypes dtypes = random.chance(0.7) ? random.pick(uniform_dtypes()) : random.pick(mixed_dtypes());
+    const Dtypes dtypes = random.chance(0.6)   ? random.pick(uniform_dtypes())
+                          : random.chance(0.5) ? random.pick(mixed_dtypes())
+                                               : random.pick(e4m3_cache_dtypes());
     SCOPED_TRACE("number " + std::to_string(n) + ", " + dtypes.name + ", " + describe(c));
     AttentionData data(c, dtypes, static_cast<uint64_t>(random.between(0, 1 << 30)));
     const reference::AttentionResult expected = reference::attention(data.desc, data.io());

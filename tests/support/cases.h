@@ -72,6 +72,8 @@ const std::vector<Dtypes>& uniform_dtypes();
 const std::vector<Dtypes>& mixed_dtypes();
 // E4M3 keys and values, queries in E4M3 or wider, one descale factor per head or per block of keys.
 const std::vector<Dtypes>& e4m3_dtypes();
+// Of these, what no kernel of E4M3 products takes: a CUDA device widens the keys and values.
+const std::vector<Dtypes>& e4m3_cache_dtypes();
 
 // Descriptor whose maxima are exactly the case's own sizes.
 adaattn_attn_desc_t make_desc(const AttentionCase& c, const Dtypes& dtypes, uint32_t outputs = ADAATTN_OUTPUT_ALL);

@@ -20,8 +20,8 @@ struct Tolerance {
 };
 inline constexpr double kElementFactor = 4;
 
-// Whether the weights enter the second product as floats or rounded to the input type.
-enum class Weights { kFloat, kInputType };
+// Whether the weights enter the second product as floats or rounded to the input type, and to f16 where that is E4M3.
+enum class Weights { kFloat, kInputType, kInputTypeOrF16 };
 
 // The tolerance belongs to the number formats: of o, and of q, k and v where weights are rounded to them.
 Tolerance tolerance_of(const adaattn_attn_desc_t& desc, Weights weights = Weights::kInputType);

@@ -22,8 +22,9 @@ struct Target {
 
 // Kernels with bf16 products round the weights: tensor cores, tiles, and AVX-512 where the processor has vdpbf16ps.
 inline Weights weights_of(const Target& target) {
-  const bool rounds = target.device != ADAATTN_DEVICE_CPU || target.isa == ADAATTN_ISA_AMX ||
-                      target.isa == ADAATTN_ISA_AVX512 || target.isa == ADAATTN_ISA_AUTO;
+  if (target.device != ADAATTN_DEVICE_CPU) return Weights::kInputTypeOrF16;
+  const bool rounds =
+      target.isa == ADAATTN_ISA_AMX || target.isa == ADAATTN_ISA_AVX512 || target.isa == ADAATTN_ISA_AUTO;
   return rounds ? Weights::kInputType : Weights::kFloat;
 }
 

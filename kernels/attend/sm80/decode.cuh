@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attend/sm80/portable.cuh"
+#include "common/e4m3.cuh"
 #include "common/join.cuh"
 #include "common/scores.cuh"
 #include "common/tile.cuh"
@@ -17,9 +18,9 @@ struct DecodeShape {
   static constexpr int kD = kDPadded;
   static constexpr int kWarps = kD > 128 ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kStages = kD > 64 ? 3 : 4;
-  static constexpr int kKeys = 16;  // of one stage of one warp
+  static constexpr int kKeys = 32 / sizeof(T);  // of one stage of one warp
   static constexpr int kM = 16, kN = kKeys * kWarps;
-  static constexpr int kTileBytes = kKeys * kD * 2, kStageBytes = 2 * kTileBytes;
+  static constexpr int kTileBytes = kKeys * kD * static_cast<int>(sizeof(T)), kStageBytes = 2 * kTileBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kWarps * kWarpBytes;
   static_assert(16 * kD * 4 <= kWarpBytes, "a warp's partial output replaces its stages");
@@ -77,12 +78,16 @@ __device__ __forceinline__ void join_parts(const AttendArgs& args, const TileInd
 
 template <typename T, int kD, uint32_t kFeatures>
 __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(const __grid_constant__ AttendArgs args) {
-  constexpr bool kExtras = (kFeatures & kUnaligned) != 0;
+  constexpr bool kExtras = (kFeatures & kUnaligned) != 0, kEightBits = Products<T>::kEightBits;
   using Shape = DecodeShape<T, kD>;
-  using Layout = TileLayout<kD>;
+  using Layout = RowLayout<T, kD>;
+  using Product = typename Products<T>::Type;
   constexpr int kWarps = Shape::kWarps, kKeys = Shape::kKeys, kStages = Shape::kStages, kDimTiles = kD / 8;
+  constexpr int kKeyTiles = kKeys / 8;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   __shared__ float warp_max2[kWarps][16], warp_sum[kWarps][16], warp_weighted[kWarps][16];
+  // Descale factors of K and V come with the blocks they belong to.
+  __shared__ float block_factors[kEightBits ? kWarps : 1][kStages][2];
 
   const bool joins = args.splits > 1 && args.scheduler != nullptr;
   if (args.splits > 1 && !joins) launch_dependents();
@@ -109,6 +114,11 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       load_keys<kD, kKeys, 32, kExtras>(to, lane, d_qk, k_rows, block, blocks.first_key, blocks.end_key, args.aligned);
       load_keys<kD, kKeys, 32, kExtras>(to + Shape::kTileBytes, lane, d_v, v_rows, block, blocks.first_key,
                                         blocks.end_key, args.aligned);
+      if constexpr (kEightBits)
+        if (lane < 2)
+          cp_async4(
+              shared_address(&block_factors[warp][stage][lane]),
+              block_factor(lane == 0 ? p.k_descale : p.v_descale, p.descale_block, kKeys, tile.batch, head_kv, block));
     }
     cp_async_commit();
   };
@@ -124,9 +134,14 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     position[half] = real ? row_map.position(m) : 0;
     head[half] = real ? row_map.head(m) : row_map.first_head;
     span[half] = real ? key_span(args, s, position[half]) : KeySpan{0, 0};
-    const T* from = static_cast<const T*>(p.q.data) + tile.batch * p.q.stride_b +
-                    (s.q_start + position[half]) * p.q.stride_s + head[half] * p.q.stride_h;
+    const int64_t row =
+        tile.batch * p.q.stride_b + (s.q_start + position[half]) * p.q.stride_s + head[half] * p.q.stride_h;
     // Rows that are not real get the numbers of one that is, and no key.
+    if constexpr (kEightBits) {
+      load_raw_query<kD, kExtras>(q, half, p.q, row, lane, d_qk, args.aligned);
+      continue;
+    }
+    const T* from = static_cast<const T*>(p.q.data) + row;
     const bool whole = d_qk == kD && (!kExtras || args.aligned);
     if (whole) {
 #pragma unroll
@@ -152,15 +167,19 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       }
   }
 
-  const uint32_t k_lane = stages + Layout::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  const uint32_t k_lane = stages + (kEightBits ? Layout::offset(lane, 0)
+                                               : Layout::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
   const uint32_t v_lane = stages + Shape::kTileBytes + Layout::offset(lane & 15, lane >> 4);
 
   const float to_log2 = p.scale * kLog2e;
-  float out[kDimTiles][4], max2[2] = {kNegInf, kNegInf}, sum[2] = {0, 0}, weighted[2] = {0, 0};
+  const float q_factor = kEightBits ? query_factor(p, tile.batch, head_kv) : 1.0f;
+  float row_factor[2] = {1, 1};  // of products with rows of Q
+  ValueUnit unit;
+  float out[1][kDimTiles][4], max2[2] = {kNegInf, kNegInf}, sum[2] = {0, 0}, weighted[2] = {0, 0};
 #pragma unroll
   for (int j = 0; j < kDimTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) out[j][e] = 0;
+    for (int e = 0; e < 4; ++e) out[0][j][e] = 0;
 
   // The first rounds only load: code in one place, for a short call waits for most of its instructions once.
   constexpr int kAhead = kStages - 1;
@@ -174,51 +193,82 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     }
     load_stage(stage == 0 ? kStages - 1 : stage - 1, block + kAhead * kWarps);
     const uint32_t shift = stage * Shape::kStageBytes;
+    const float* factors = block_factors[kEightBits ? warp : 0][stage];
     stage = stage + 1 == kStages ? 0 : stage + 1;
     if (block < first) continue;
+    if constexpr (kEightBits)
+      if (block == first) {
+        finish_queries<kD>(q, row_factor, p.q.dtype);
+        row_factor[0] *= q_factor, row_factor[1] *= q_factor;
+      }
 
-    float score[2][4] = {};
+    float score[kKeyTiles][4] = {};
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       uint32_t b[4];
-      ldmatrix_x4(b, Layout::advance(k_lane + shift, k));
-      mma_m16n8k16<T>(score[0], q[k], b[0], b[1]);
-      mma_m16n8k16<T>(score[1], q[k], b[2], b[3]);
+      if constexpr (kEightBits) {
+        ldmatrix_x4(b, Layout::advance_chunk(k_lane + shift, k));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const F16Pairs key = widen_adjacent(b[j]);
+          mma_m16n8k16<Product>(score[j], q[k], key.first, key.second);
+        }
+      } else {
+        ldmatrix_x4(b, Layout::advance(k_lane + shift, k));
+        mma_m16n8k16<Product>(score[0], q[k], b[0], b[1]);
+        mma_m16n8k16<Product>(score[1], q[k], b[2], b[3]);
+      }
     }
 
+    float old[2];
+    bool grew = !kEightBits;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const float product = kEightBits ? row_factor[i] * factors[0] : 1.0f;
       float top = max2[i];
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = score[j][2 * i + e];
           const int key = block * kKeys + 8 * j + 2 * (lane % 4) + e;
           const bool visible = key >= span[i].begin && key < span[i].end;
           if constexpr (kExtras) {
-            x = visible ? ScoreModifier(args, s, tile.batch, head[i], position[i])(x, key) * kLog2e : kNegInf;
+            x = visible ? ScoreModifier(args, s, tile.batch, head[i], position[i])(x * product, key) * kLog2e : kNegInf;
           } else {
-            x = visible ? x * to_log2 : kNegInf;
+            x = visible ? x * (product * to_log2) : kNegInf;
           }
           top = fmaxf(top, x);
         }
       top = quad_max(top);
-      const float base = top == kNegInf ? 0.0f : top;
-      const float shrink = exp2_approx(max2[i] - base);
-      if constexpr (kExtras) {
-        const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
-        weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
-      }
-      sum[i] *= shrink;
+      old[i] = max2[i];
       max2[i] = top;
+      if constexpr (kEightBits) grew |= top - old[i] > kSlack;
+    }
+    // A maximum that grew by little is kept (kSlack).
+    if (!kEightBits || __any_sync(0xffffffffu, grew)) {
 #pragma unroll
-      for (int j = 0; j < kDimTiles; ++j) {
-        out[j][2 * i] *= shrink;
-        out[j][2 * i + 1] *= shrink;
+      for (int i = 0; i < 2; ++i) {
+        const float shrink = exp2_approx(old[i] - (max2[i] == kNegInf ? 0.0f : max2[i]));
+        if constexpr (kExtras) {
+          const float shift = old[i] == kNegInf ? 0.0f : old[i] - max2[i];
+          weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
+        }
+        sum[i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < kDimTiles; ++j) {
+          out[0][j][2 * i] *= shrink;
+          out[0][j][2 * i + 1] *= shrink;
+        }
       }
+    } else {
+      max2[0] = old[0], max2[1] = old[1];
+    }
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+    for (int i = 0; i < 2; ++i) {
+      const float base = max2[i] == kNegInf ? 0.0f : max2[i];
+#pragma unroll
+      for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = score[j][2 * i + e];
@@ -229,14 +279,34 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
         }
     }
 
-    const uint32_t prob[4] = {pack2<T>(score[0][0], score[0][1]), pack2<T>(score[0][2], score[0][3]),
-                              pack2<T>(score[1][0], score[1][1]), pack2<T>(score[1][2], score[1][3])};
+    float weight = 1;
+    if constexpr (kEightBits) {
+      float shrink;
+      weight = unit.weight(factors[1], shrink);
+      if (shrink != 1) {
 #pragma unroll
-    for (int j = 0; j < kDimTiles; j += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, Layout::advance(v_lane + shift, j / 2));
-      mma_m16n8k16<T>(out[j], prob, b[0], b[1]);
-      mma_m16n8k16<T>(out[j + 1], prob, b[2], b[3]);
+        for (int j = 0; j < kDimTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[0][j][e] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const auto& low = score[2 * k];
+      const auto& high = score[2 * k + 1];
+      uint32_t prob[1][4];
+      if constexpr (kEightBits) {
+        prob[0][0] = pack2<Product>(low[0] * weight, low[1] * weight);
+        prob[0][1] = pack2<Product>(low[2] * weight, low[3] * weight);
+        prob[0][2] = pack2<Product>(high[0] * weight, high[1] * weight);
+        prob[0][3] = pack2<Product>(high[2] * weight, high[3] * weight);
+      } else {
+        prob[0][0] = pack2<Product>(low[0], low[1]);
+        prob[0][1] = pack2<Product>(low[2], low[3]);
+        prob[0][2] = pack2<Product>(high[0], high[1]);
+        prob[0][3] = pack2<Product>(high[2], high[3]);
+      }
+      multiply_values<T>(out, prob, v_lane + shift + k * 16 * Layout::kPitch);
     }
   }
 
@@ -252,9 +322,18 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       warp_sum[warp][r] = total;
       warp_weighted[warp][r] = total_weighted;
     }
+    if constexpr (kEightBits) {
 #pragma unroll
-    for (int j = 0; j < kDimTiles; ++j)
-      *reinterpret_cast<float2*>(own + r * kD + 8 * j + 2 * (lane % 4)) = make_float2(out[j][2 * i], out[j][2 * i + 1]);
+      for (int j = 0; j < kDimTiles; j += 2)
+        *reinterpret_cast<float4*>(own + r * kD + 8 * j + 4 * (lane % 4)) =
+            make_float4(out[0][j][2 * i] * unit.value(), out[0][j + 1][2 * i] * unit.value(),
+                        out[0][j][2 * i + 1] * unit.value(), out[0][j + 1][2 * i + 1] * unit.value());
+    } else {
+#pragma unroll
+      for (int j = 0; j < kDimTiles; ++j)
+        *reinterpret_cast<float2*>(own + r * kD + 8 * j + 2 * (lane % 4)) =
+            make_float2(out[0][j][2 * i], out[0][j][2 * i + 1]);
+    }
   }
   __syncthreads();
 
@@ -285,6 +364,8 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       x = result.factor == 0 ? 0.0f : x * result.factor;
       if (wide) {
         place.f32_output(args)[c] = x;
+      } else if constexpr (kEightBits) {
+        store_narrow(p.o, place.offset(p.o) + c, x);
       } else {
         static_cast<T*>(p.o.data)[place.offset(p.o) + c] = from_float<T>(x);
       }
@@ -301,7 +382,8 @@ struct Decode {
   using Shape = DecodeShape<T, kDqk>;
   static constexpr auto kernel() { return &decode_kernel<T, kDqk, kFeatures>; }
   static AttendKernel row(const char* name) {
-    return portable_row<Decode>(name, Phase::kDecode, dtype_of<T>(), kDqk, kDv, kCommon | kPaged | kFeatures, 2);
+    return portable_row<Decode>(name, Phase::kDecode, dtype_of<T>(), kDqk, kDv,
+                                kCommon | kPaged | kFeatures | Products<T>::kFeatures, 2);
   }
 };
 
