@@ -52,6 +52,28 @@ TEST(FloatTypes, F16RoundsToTheNearerNeighbourAndTiesToEven) {
   EXPECT_EQ(generate::f32_to_f16(-HUGE_VALF), 0xfc00);
 }
 
+// The value of an E4M3 by its definition (OCP 8-bit floating point specification).
+double e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const double sign = bits >> 7 != 0 ? -1.0 : 1.0;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<double>::quiet_NaN();
+  return sign * (exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10));
+}
+
+TEST(FloatTypes, E4m3RoundsToTheNearerNeighbourAndTiesToEvenAndSaturates) {
+  for (uint8_t low = 0; low < 0x7e; ++low) {
+    ASSERT_EQ(generate::f32_to_e4m3(static_cast<float>(e4m3_value(low))), low);
+    const auto tie = static_cast<float>((e4m3_value(low) + e4m3_value(static_cast<uint8_t>(low + 1))) / 2);
+    ASSERT_EQ(generate::f32_to_e4m3(tie), low % 2 == 0 ? low : low + 1) << +low;
+    ASSERT_EQ(generate::f32_to_e4m3(std::nextafter(tie, 0.0f)), low) << +low;
+    ASSERT_EQ(generate::f32_to_e4m3(std::nextafter(tie, 1e9f)), low + 1) << +low;
+    ASSERT_EQ(generate::f32_to_e4m3(-tie), 0x80 | (low % 2 == 0 ? low : low + 1)) << +low;
+  }
+  for (const float large : {448.0f, 449.0f, 1e30f, HUGE_VALF}) EXPECT_EQ(generate::f32_to_e4m3(large), 0x7e);
+  EXPECT_EQ(generate::f32_to_e4m3(-1e30f), 0xfe);
+  EXPECT_EQ(generate::f32_to_e4m3(std::nanf("")) & 0x7f, 0x7f);
+}
+
 TEST(FloatTypes, Bf16RoundsToTheNearerNeighbourAndTiesToEven) {
   for (uint32_t low = 0; low < 0x7f7f; ++low) {
     const auto half = static_cast<uint16_t>(low);

@@ -23,6 +23,7 @@ TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
   expect_failure(std::string("write ") + kModel + "--prompt x --prompt-ids 1", 2, "--prompt");
   expect_failure(std::string("write ") + kModel + "--prompt x --isa sse9", 2, "sse9");
   expect_failure(std::string("write ") + kModel + "--prompt x --dtype f8", 2, "f8");
+  expect_failure(std::string("write ") + kModel + "--prompt x --kv-dtype e5m2", 2, "e5m2");
   expect_failure(std::string("write ") + kModel + "--prompt x --device tpu", 2, "tpu");
   expect_failure(std::string("loss ") + kModel + "--text x --threads -1", 2, "--threads");
 }
@@ -36,6 +37,7 @@ TEST(GenerateProgram, FailuresExitWith1AndSayWhy) {
   expect_failure(std::string("write ") + kModel + "--prompt x --max-tokens 16384", 1, "max_position_embeddings");
   expect_failure(std::string("write ") + kModel + "--prompt x --temperature 0", 1, "temperature is 0");
   expect_failure(std::string("write ") + kModel + "--prompt-ids 256", 1, "'256' is not a token id");
+  expect_failure(std::string("write ") + kModel + "--prompt x --kv-dtype e4m3 --policy speed", 1, "E4M3");
   expect_failure(std::string("write ") + kModel + "--prompt x --max-tokens 1 --json /nonexistent/a", 1,
                  "/nonexistent/a: cannot be written");
 }

@@ -50,6 +50,28 @@ TEST_F(ShippedModelOnTheGpu, LossOfTheManualMatchesTheReferenceAtEveryContext) {
   }
 }
 
+// The cache is quantized and read as on the CPU: the same losses, short of bf16.
+TEST_F(ShippedModelOnTheGpu, CacheOfEightBitsHasTheLossOfTheCpu) {
+  constexpr size_t kContext = 1024, kWindows = 6;
+  generate::ModelOptions cpu, cuda = on_cuda(DType::kBf16);
+  cpu.cache = cuda.cache = generate::CacheFormat::kE4m3;
+  EXPECT_NEAR(loss(cuda, kContext, kWindows), loss(cpu, kContext, kWindows), 3e-3);
+}
+
+TEST_F(ShippedModelOnTheGpu, DecodingFromACacheOfEightBitsStaysNearPrefill) {
+  generate::ModelOptions options = on_cuda(DType::kBf16);
+  options.cache = generate::CacheFormat::kE4m3;
+  Model model(MODEL_FOLDER, options);
+  const std::vector<std::vector<float>> expected = all_logits(model, 200);
+  const std::vector<int32_t> tokens = manual(200);
+  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
+  model.prefill(std::span(tokens).first(120), cache);
+  for (size_t i = 120; i < 200; ++i) {
+    model.forward(std::span(tokens).subspan(i, 1), cache);
+    expect_close(model.logits(0), expected[i], "position " + std::to_string(i), 0.15);
+  }
+}
+
 TEST_F(ShippedModelOnTheGpu, Bf16IsTheDefault) {
   generate::ModelOptions options;
   options.device = ADAATTN_DEVICE_CUDA;

@@ -37,6 +37,30 @@ TEST(ShippedModel, LossOfTheManualAtContext1024MatchesTheReference) {
   EXPECT_NEAR(loss({}, 1024, kWindows), reference().at("bits_per_byte").at("1024").get<double>(), 1e-3);
 }
 
+TEST(ShippedModel, CacheOfEightBitsCostsLittleLoss) {
+  constexpr size_t kWindows = 6;
+  ModelOptions narrow;
+  narrow.cache = generate::CacheFormat::kE4m3;
+  const double exact = loss({}, 1024, kWindows), change = loss(narrow, 1024, kWindows) / exact - 1;
+  EXPECT_LT(change, 0.004);
+  EXPECT_NE(change, 0) << "nothing was rounded?";
+}
+
+// Blocks of the cache get their factors from the first of their tokens here and from all of them in one step.
+TEST(ShippedModel, DecodingFromACacheOfEightBitsStaysNearPrefill) {
+  ModelOptions narrow;
+  narrow.cache = generate::CacheFormat::kE4m3;
+  Model model(MODEL_FOLDER, narrow);
+  const std::vector<std::vector<float>> expected = all_logits(model, 200);
+  const std::vector<int32_t> tokens = manual(200);
+  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
+  model.prefill(std::span(tokens).first(120), cache);
+  for (size_t i = 120; i < 200; ++i) {
+    model.forward(std::span(tokens).subspan(i, 1), cache);
+    expect_close(model.logits(0), expected[i], "position " + std::to_string(i), 0.15);
+  }
+}
+
 TEST(ShippedModel, DecodingTokenByTokenGivesTheLogitsOfPrefill) {
   Model model(MODEL_FOLDER, {});
   const std::vector<std::vector<float>> expected = all_logits(model, 200);

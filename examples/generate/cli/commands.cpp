@@ -65,6 +65,7 @@ Json describe_run(Model& model, const CommonOptions& common, const Step& step, i
           {"blas", model.compute_description()},
           {"threads", model.threads()},
           {"dtype", dtype_name(model.dtype())},
+          {"kv_dtype", cache_name(model.cache_format(), model.dtype())},
           {"model", common.model}};
 }
 
@@ -137,12 +138,12 @@ void run_loss(const CommonOptions& common, const LossOptions& options) {
   report["seconds"] = result.seconds;
   report["tokens_per_second"] = result.tokens_per_second();
   report.update(describe_attention(model.attention_report(), true));
-  std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, %s)\n",
+  std::printf("context %lld: %.6f bits per %s over %lld tokens in %lld windows, %.0f tokens/s (%s, %s, cache %s, %s)\n",
               static_cast<long long>(result.context), result.bits_per_token,
               has_byte_tokens(model.config()) ? "byte" : "token", static_cast<long long>(result.tokens),
               static_cast<long long>(result.windows), result.tokens_per_second(),
               report["isa"].get_ref<const std::string&>().c_str(), dtype_name(model.dtype()),
-              describe_device(model, report).c_str());
+              cache_name(model.cache_format(), model.dtype()), describe_device(model, report).c_str());
   if (!common.report.empty()) write_json(common.report, report);
 }
 

@@ -33,6 +33,13 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
           "--dtype", common.engine.dtype,
           "Type of q, k, v and o, on cuda of the weights too: f32 (default on cpu), f16, bf16 (default on cuda)")
       ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
+  static const std::map<std::string, generate::CacheFormat> formats = {{"same", generate::CacheFormat::kAsAttention},
+                                                                       {"e4m3", generate::CacheFormat::kE4m3}};
+  command
+      .add_option("--kv-dtype", common.engine.cache,
+                  "Type of the keys and values kept: same (default, as --dtype), e4m3 (8 bits, a factor for each 64 "
+                  "tokens of a head)")
+      ->transform(CLI::CheckedTransformer(formats).description("NAME"));
   command
       .add_option("--policy", common.engine.attention.policy,
                   "Error allowed: exact (default), quality, balanced, speed")

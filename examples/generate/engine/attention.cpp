@@ -46,9 +46,10 @@ const std::map<std::string, adaattn_policy_t>& policy_names() {
 }
 
 Attention::Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy,
-                     Compute& compute, ThreadPool& pool)
+                     Compute& compute, ThreadPool& pool, CacheFormat cache)
     : config_(config),
       dtype_(dtype),
+      cache_(cache),
       policy_(policy),
       compute_(compute),
       context_(make_context(compute.device(), isa, pool)) {}
@@ -65,6 +66,10 @@ adaattn::Plan& Attention::plan_for(int64_t layer, const Step& step, int64_t capa
   desc.heads_kv = config_.kv_heads;
   desc.head_dim_qk = config_.head_dim;
   desc.dtype_q = static_cast<adaattn_dtype_t>(dtype_);
+  if (cache_ == CacheFormat::kE4m3) {
+    desc.dtype_kv = ADAATTN_DTYPE_E4M3;
+    desc.descale_block = kFactorTokens;
+  }
   desc.mask = ADAATTN_MASK_CAUSAL;
   if (config_.sliding_window > 0) desc.window_left = config_.sliding_window - 1;
   adaattn::AdaptiveDesc allowed;
@@ -81,17 +86,28 @@ adaattn::Plan& Attention::plan_for(int64_t layer, const Step& step, int64_t capa
 void Attention::run(int64_t layer, const Step& step, const void* q, const KvSlot& kv, void* o) {
   adaattn::Plan& plan = plan_for(layer, step, kv.capacity);
   // Rows of a sequence lie together; `room` rows separate one sequence from the next.
-  const auto view = [&](const void* data, int64_t rows, int64_t heads, int64_t room) {
+  const auto dtype = static_cast<adaattn_dtype_t>(dtype_);
+  const adaattn_dtype_t dtype_kv = cache_ == CacheFormat::kE4m3 ? ADAATTN_DTYPE_E4M3 : dtype;
+  const auto view = [&](const void* data, adaattn_dtype_t type, int64_t rows, int64_t heads, int64_t room) {
     const int64_t row = heads * config_.head_dim;
-    return adaattn::tensor(data, static_cast<adaattn_dtype_t>(dtype_), {step.batch, rows, heads, config_.head_dim},
+    return adaattn::tensor(data, type, {step.batch, rows, heads, config_.head_dim},
                            {room * row, row, config_.head_dim, 1}, {compute_.device(), 0});
   };
   const int64_t keys = step.start + step.seqlen;
   adaattn::Io io;
-  io.q = view(q, step.seqlen, config_.heads, step.seqlen);
-  io.k = view(kv.k, keys, config_.kv_heads, kv.capacity);
-  io.v = view(kv.v, keys, config_.kv_heads, kv.capacity);
-  io.o = view(o, step.seqlen, config_.heads, step.seqlen);
+  io.q = view(q, dtype, step.seqlen, config_.heads, step.seqlen);
+  io.k = view(kv.k, dtype_kv, keys, config_.kv_heads, kv.capacity);
+  io.v = view(kv.v, dtype_kv, keys, config_.kv_heads, kv.capacity);
+  io.o = view(o, dtype, step.seqlen, config_.heads, step.seqlen);
+  if (cache_ == CacheFormat::kE4m3) {
+    const auto factors = [&](const float* data) {
+      const int64_t used = (keys + kFactorTokens - 1) / kFactorTokens, room = kv.blocks();
+      return adaattn::tensor(data, ADAATTN_DTYPE_F32, {step.batch, config_.kv_heads, used},
+                             {config_.kv_heads * room, room, 1}, {compute_.device(), 0});
+    };
+    io.k_descale = factors(kv.k_factors);
+    io.v_descale = factors(kv.v_factors);
+  }
   compute_.start_clock();
   plan.execute(io, {workspace_.get(), workspace_bytes_}, compute_.stream()).or_throw();
   compute_.stop_clock();

@@ -39,7 +39,7 @@ class Attention {
  public:
   // isa: on the CPU, an ADAATTN_ISA_* the processor has; AUTO takes the best. The references must outlive this object.
   Attention(const ModelConfig& config, DType dtype, adaattn_isa_t isa, const AttentionPolicy& policy, Compute& compute,
-            ThreadPool& pool);
+            ThreadPool& pool, CacheFormat cache = CacheFormat::kAsAttention);
 
   // Makes the plans of a step like this.
   void prepare(const Step& step, int64_t capacity);
@@ -57,6 +57,7 @@ class Attention {
 
   const ModelConfig& config_;
   DType dtype_;
+  CacheFormat cache_;
   AttentionPolicy policy_;
   Compute& compute_;
   adaattn::Context context_;

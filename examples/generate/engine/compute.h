@@ -23,11 +23,17 @@ struct Step {
   int64_t rows() const { return batch * seqlen; }
 };
 
-// Keys and values of one layer, each [batch, capacity, kv_heads, head_dim] in the attention's type.
+// Keys and values of one layer, each [batch, capacity, kv_heads, head_dim] in the attention's type, from position
+// `first` on; or in E4M3, with factors [batch, kv_heads, blocks of kFactorTokens].
 struct KvSlot {
   void* k = nullptr;
   void* v = nullptr;
   int64_t capacity = 0;
+  int64_t first = 0;
+  float* k_factors = nullptr;  // null: not E4M3
+  float* v_factors = nullptr;
+
+  int64_t blocks() const { return (capacity + kFactorTokens - 1) / kFactorTokens; }
 };
 
 // Memory of the device, zero-filled.
@@ -54,6 +60,9 @@ class Compute {
   // Norm, projections and rotary embedding: q [rows, heads, head_dim] in the attention's type, and the new tokens'
   // keys and values into their places in kv.
   virtual void project_qkv(int64_t layer, const Step& step, const float* x, void* q, const KvSlot& kv) = 0;
+
+  // The step's keys and values, in the attention's type, into a cache in E4M3.
+  virtual void quantize(const Step& step, const KvSlot& from, const KvSlot& to) = 0;
 
   // Output projection of attention [rows, heads, head_dim], residual and MLP, into x.
   virtual void finish_layer(int64_t layer, const Step& step, const void* attention, float* x) = 0;

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <utility>
 
 #include "engine/blas.h"
 #include "engine/elementwise.h"
+#include "engine/float_types.h"
 
 namespace generate {
 namespace {
@@ -86,7 +88,7 @@ void CpuCompute::store_qkv(const Step& step, int64_t first_row, int64_t rows, fl
     const float* sin = rope_.sin().data() + position * (head_dim / 2);
     for (int64_t head = 0; head < config_.heads + config_.kv_heads; ++head)
       apply_rope(qkv + head * head_dim, cos, sin, head_dim);
-    const size_t place = static_cast<size_t>((sequence * kv.capacity + position) * kv_size) * size;
+    const size_t place = static_cast<size_t>((sequence * kv.capacity + position - kv.first) * kv_size) * size;
     convert_from_f32(qkv, q_size, dtype_, static_cast<std::byte*>(q) + static_cast<size_t>(row * q_size) * size);
     convert_from_f32(qkv + q_size, kv_size, dtype_, static_cast<std::byte*>(kv.k) + place);
     convert_from_f32(qkv + q_size + kv_size, kv_size, dtype_, static_cast<std::byte*>(kv.v) + place);
@@ -104,6 +106,43 @@ void CpuCompute::project_qkv(int64_t layer, const Step& step, const float* x, vo
              scratch.normed.data());
     linear(weights.qkv, rows, scratch.normed.data(), 0.0f, scratch.wide.data());
     store_qkv(step, first, rows, scratch.wide.data(), q, kv);
+  });
+}
+
+// One head's keys or values: block by block their largest magnitude, the factor where the block starts, the elements.
+void CpuCompute::quantize_head(const Step& step, int64_t sequence, int64_t head, const void* values, const KvSlot& from,
+                               uint8_t* cache, float* factors, const KvSlot& to) const {
+  const int64_t kv_size = config_.kv_size(), head_dim = config_.head_dim, end = step.start + step.seqlen;
+  std::vector<float> rows(static_cast<size_t>(kFactorTokens * head_dim));
+  for (int64_t first = step.start; first < end;) {
+    const int64_t block = first / kFactorTokens, last = std::min((block + 1) * kFactorTokens, end);
+    float largest = 0;
+    for (int64_t position = first; position < last; ++position) {
+      const int64_t element = (sequence * from.capacity + position - from.first) * kv_size + head * head_dim;
+      float* row = rows.data() + (position - first) * head_dim;
+      convert_to_f32(static_cast<const std::byte*>(values) + static_cast<size_t>(element) * dtype_size(dtype_),
+                     head_dim, dtype_, row);
+      for (int64_t i = 0; i < head_dim; ++i) largest = std::max(largest, std::fabs(row[i]));
+    }
+    float& factor = factors[(sequence * config_.kv_heads + head) * to.blocks() + block];
+    if (first % kFactorTokens == 0) {
+      const float room = last - first == kFactorTokens ? 1 : kE4m3Room;
+      factor = largest > 0 ? largest * room / kE4m3Max : 1;
+    }
+    for (int64_t position = first; position < last; ++position) {
+      const float* row = rows.data() + (position - first) * head_dim;
+      uint8_t* out = cache + (sequence * to.capacity + position) * kv_size + head * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) out[i] = f32_to_e4m3(row[i] / factor);
+    }
+    first = last;
+  }
+}
+
+void CpuCompute::quantize(const Step& step, const KvSlot& from, const KvSlot& to) {
+  pool_.parallel_for(step.batch * config_.kv_heads, [&](int64_t item) {
+    const int64_t sequence = item / config_.kv_heads, head = item % config_.kv_heads;
+    quantize_head(step, sequence, head, from.k, from, static_cast<uint8_t*>(to.k), to.k_factors, to);
+    quantize_head(step, sequence, head, from.v, from, static_cast<uint8_t*>(to.v), to.v_factors, to);
   });
 }
 

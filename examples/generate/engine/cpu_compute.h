@@ -21,6 +21,7 @@ class CpuCompute : public Compute {
   Buffer allocate(size_t bytes) override;
   void embed(std::span<const int32_t> tokens, float* x) override;
   void project_qkv(int64_t layer, const Step& step, const float* x, void* q, const KvSlot& kv) override;
+  void quantize(const Step& step, const KvSlot& from, const KvSlot& to) override;
   void finish_layer(int64_t layer, const Step& step, const void* attention, float* x) override;
   void logits(int64_t rows, const float* x, float* logits) override;
   void losses(std::span<const int32_t> targets, const float* x, double* losses) override;
@@ -42,6 +43,8 @@ class CpuCompute : public Compute {
   template <class Body>
   void for_each_chunk(int64_t rows, const Body& body);
   void linear(const Linear& linear, int64_t rows, const float* x, float beta, float* y);
+  void quantize_head(const Step& step, int64_t sequence, int64_t head, const void* values, const KvSlot& from,
+                     uint8_t* cache, float* factors, const KvSlot& to) const;
   const float* widened(Scratch& scratch, const void* attention, int64_t first, int64_t count) const;
   void store_qkv(const Step& step, int64_t first_row, int64_t rows, float* qkv, void* q, const KvSlot& kv) const;
 

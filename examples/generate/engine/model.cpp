@@ -30,9 +30,10 @@ KvSlot KvCache::slot(int64_t layer) const { return slots_[static_cast<size_t>(la
 Model::Model(const std::filesystem::path& folder, const ModelOptions& options)
     : config_(read_config(folder)),
       dtype_(dtype_of(options)),
+      cache_format_(options.cache),
       pool_(options.device == ADAATTN_DEVICE_CPU ? options.threads : 1),
       compute_(make_compute(config_, load_weights(config_, Checkpoint(folder)), options, pool_)),
-      attention_(config_, dtype_, options.isa, options.attention, *compute_, pool_) {}
+      attention_(config_, dtype_, options.isa, options.attention, *compute_, pool_, options.cache) {}
 
 Model::~Model() = default;
 
@@ -52,12 +53,19 @@ KvCache Model::make_cache(int64_t batch, int64_t capacity, KvCache::Use use) {
   KvCache cache;
   cache.batch_ = batch;
   cache.capacity_ = capacity;
-  const size_t bytes = static_cast<size_t>(batch * capacity * config_.kv_size()) * dtype_size(dtype_);
+  const bool narrow = cache_format_ == CacheFormat::kE4m3;
+  const size_t bytes = static_cast<size_t>(batch * capacity * config_.kv_size()) * (narrow ? 1 : dtype_size(dtype_));
   const int64_t slots = use == KvCache::Use::kManySteps ? config_.layers : 1;
   for (int64_t i = 0; i < slots; ++i) {
     const Buffer k = compute_->allocate(bytes), v = compute_->allocate(bytes);
-    cache.slots_.push_back({k.get(), v.get(), capacity});
+    KvSlot& slot = cache.slots_.emplace_back(KvSlot{.k = k.get(), .v = v.get(), .capacity = capacity});
     cache.memory_.insert(cache.memory_.end(), {k, v});
+    if (!narrow) continue;
+    const size_t factors = static_cast<size_t>(batch * config_.kv_heads * slot.blocks()) * sizeof(float);
+    const Buffer k_factors = compute_->allocate(factors), v_factors = compute_->allocate(factors);
+    slot.k_factors = k_factors.f32();
+    slot.v_factors = v_factors.f32();
+    cache.memory_.insert(cache.memory_.end(), {k_factors, v_factors});
   }
   return cache;
 }
@@ -80,13 +88,24 @@ void Model::forward(std::span<const int32_t> tokens, KvCache& cache) {
     hidden_ = compute_->allocate(rows * static_cast<size_t>(config_.hidden_size) * sizeof(float));
     q_ = compute_->allocate(rows * q_size * dtype_size(dtype_));
     o_ = compute_->allocate(rows * q_size * dtype_size(dtype_));
+    if (cache_format_ == CacheFormat::kE4m3) {
+      const size_t kv_bytes = rows * static_cast<size_t>(config_.kv_size()) * dtype_size(dtype_);
+      new_k_ = compute_->allocate(kv_bytes);
+      new_v_ = compute_->allocate(kv_bytes);
+    }
     row_room_ = step.rows();
   }
   rows_ = step.rows();
   compute_->embed(tokens, hidden_.f32());
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
     const KvSlot kv = cache.slot(layer);
-    compute_->project_qkv(layer, step, hidden_.f32(), q_.get(), kv);
+    if (cache_format_ == CacheFormat::kE4m3) {
+      const KvSlot fresh = {.k = new_k_.get(), .v = new_v_.get(), .capacity = step.seqlen, .first = step.start};
+      compute_->project_qkv(layer, step, hidden_.f32(), q_.get(), fresh);
+      compute_->quantize(step, fresh, kv);
+    } else {
+      compute_->project_qkv(layer, step, hidden_.f32(), q_.get(), kv);
+    }
     attention_.run(layer, step, q_.get(), kv, o_.get());
     compute_->finish_layer(layer, step, o_.get(), hidden_.f32());
   }

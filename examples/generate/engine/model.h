@@ -22,6 +22,7 @@ struct ModelOptions {
   // Of q, k, v and o, on CUDA of the weights and of what they are multiplied with too. Empty: f32 on the CPU, bf16 on
   // CUDA.
   std::optional<DType> dtype;
+  CacheFormat cache = CacheFormat::kAsAttention;
   AttentionPolicy attention;
 };
 
@@ -56,6 +57,7 @@ class Model {
   const ModelConfig& config() const { return config_; }
   adaattn_device_t device() const { return compute_->device(); }
   DType dtype() const { return dtype_; }
+  CacheFormat cache_format() const { return cache_format_; }
   int threads() const { return pool_.threads(); }
   std::string compute_description() const { return compute_->description(); }
   adaattn_plan_info_t attention_info(const Step& step, int64_t capacity);
@@ -83,6 +85,7 @@ class Model {
  private:
   ModelConfig config_;
   DType dtype_;
+  CacheFormat cache_format_;
   ThreadPool pool_;
   std::unique_ptr<Compute> compute_;
   Attention attention_;
@@ -91,6 +94,7 @@ class Model {
   Buffer hidden_;         // [rows, hidden] f32
   Buffer q_;              // [rows, heads, head_dim] in dtype_
   Buffer o_;              // the same
+  Buffer new_k_, new_v_;  // [rows, kv_heads, head_dim] in dtype_, for caches of another format
 };
 
 }  // namespace generate

@@ -90,9 +90,21 @@ class CudaCompute : public Compute {
                                       .first_row = first,
                                       .seqlen = step.seqlen,
                                       .start = step.start,
-                                      .capacity = kv.capacity};
+                                      .capacity = kv.capacity,
+                                      .first_position = kv.first};
       check(cuda::store_qkv(qkv, rows, dtype_, target, stream()), "storing q, k and v");
     });
+  }
+
+  void quantize(const Step& step, const KvSlot& from, const KvSlot& to) override {
+    const cuda::QuantizeShape shape = {.batch = step.batch,
+                                       .kv_heads = config_.kv_heads,
+                                       .head_dim = config_.head_dim,
+                                       .seqlen = step.seqlen,
+                                       .start = step.start,
+                                       .capacity = to.capacity};
+    check(cuda::quantize(from.k, dtype_, shape, to.k, to.k_factors, stream()), "quantizing keys");
+    check(cuda::quantize(from.v, dtype_, shape, to.v, to.v_factors, stream()), "quantizing values");
   }
 
   void finish_layer(int64_t layer, const Step& step, const void* attention, float* x) override {

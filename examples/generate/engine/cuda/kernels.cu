@@ -1,5 +1,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
 
@@ -75,11 +76,37 @@ __global__ void store_qkv_kernel(const float* qkv, int64_t rows, QkvTarget t) {
     T* out = static_cast<T*>(t.q) + (step_row * t.heads + head) * t.head_dim;
     if (head >= t.heads) {
       const int64_t kv_head = (head - t.heads) % t.kv_heads;
-      const int64_t slot = step_row / t.seqlen * t.capacity + position;
+      const int64_t slot = step_row / t.seqlen * t.capacity + position - t.first_position;
       out = static_cast<T*>(head < t.heads + t.kv_heads ? t.k : t.v) + (slot * t.kv_heads + kv_head) * t.head_dim;
     }
     store(out + i, a);
     store(out + i + half, b);
+  }
+}
+
+// A CTA for each block of tokens that the step touches, head and sequence. A block's factor is set when its first token
+// comes.
+template <typename T>
+__global__ void quantize_kernel(const T* values, QuantizeShape s, uint8_t* cache, float* factors) {
+  const int64_t block = s.start / kFactorTokens + blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+  const int64_t begin = block * kFactorTokens, first = max(begin, s.start);
+  const int64_t last = min(begin + kFactorTokens, s.start + s.seqlen), elements = (last - first) * s.head_dim;
+  const auto at = [&](int64_t i) {
+    const int64_t token = sequence * s.seqlen + first - s.start + i / s.head_dim;
+    return widen(values[(token * s.kv_heads + head) * s.head_dim + i % s.head_dim]);
+  };
+  float largest = 0;
+  for (int64_t i = threadIdx.x; i < elements; i += kThreads) largest = fmaxf(largest, fabsf(at(i)));
+  largest = reduce_block(largest, [](float a, float b) { return fmaxf(a, b); });
+  const int64_t blocks = (s.capacity + kFactorTokens - 1) / kFactorTokens;
+  float* place = factors + (sequence * s.kv_heads + head) * blocks + block;
+  const float room = last - first == kFactorTokens ? 1.0f : kE4m3Room;
+  const float factor = first > begin ? *place : largest > 0 ? largest * room / kE4m3Max : 1.0f;
+  if (first == begin && threadIdx.x == 0) *place = factor;
+  for (int64_t i = threadIdx.x; i < elements; i += kThreads) {
+    const int64_t token = sequence * s.capacity + first + i / s.head_dim;
+    cache[(token * s.kv_heads + head) * s.head_dim + i % s.head_dim] =
+        __nv_cvt_float_to_fp8(at(i) / factor, __NV_SATFINITE, __NV_E4M3);
   }
 }
 
@@ -160,6 +187,18 @@ cudaError_t store_qkv(const float* qkv, int64_t rows, DType dtype, const QkvTarg
   return with_type(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     store_qkv_kernel<T><<<blocks_of_elements(pairs), kThreads, 0, stream>>>(qkv, rows, target);
+  });
+}
+
+cudaError_t quantize(const void* values, DType dtype, const QuantizeShape& shape, void* cache, float* factors,
+                     cudaStream_t stream) {
+  const int64_t end = shape.start + shape.seqlen, blocks = (end - 1) / kFactorTokens - shape.start / kFactorTokens + 1;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shape.kv_heads),
+                  static_cast<unsigned>(shape.batch));
+  return with_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    quantize_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(values), shape, static_cast<uint8_t*>(cache),
+                                                   factors);
   });
 }
 

@@ -31,8 +31,18 @@ struct QkvTarget {
   void* v;
   int64_t heads, kv_heads, head_dim;
   int64_t first_row, seqlen, start, capacity;
+  int64_t first_position;  // of k and v
 };
 cudaError_t store_qkv(const float* qkv, int64_t rows, DType dtype, const QkvTarget& target, cudaStream_t stream);
+
+// A step's keys or values [batch, seqlen, kv_heads, head_dim] in dtype into a cache [batch, capacity, kv_heads,
+// head_dim] of E4M3 with factors [batch, kv_heads, blocks of kFactorTokens].
+struct QuantizeShape {
+  int64_t batch, kv_heads, head_dim;
+  int64_t seqlen, start, capacity;
+};
+cudaError_t quantize(const void* values, DType dtype, const QuantizeShape& shape, void* cache, float* factors,
+                     cudaStream_t stream);
 
 // out [rows, size] in dtype from gate_up [rows, 2 size].
 cudaError_t swiglu(const float* gate_up, int64_t rows, int64_t size, DType dtype, void* out, cudaStream_t stream);
