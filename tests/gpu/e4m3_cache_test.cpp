@@ -48,6 +48,7 @@ TEST_F(E4m3Cache, EveryValueIsWidenedExactly) {
     c.heads_kv = 1;
     c.mask = ADAATTN_MASK_NONE;
     AttentionData data(c, kBf16Queries, run_seed(), 0);
+    data.q.fill(0);  // the score, and with it the weight, is exact
     data.v_descale.fill(1);
     data.v.for_each([&](const auto& index, int64_t) { data.v.set(index, value_of(128 * index[0] + index[3])); });
     run(context, data);
