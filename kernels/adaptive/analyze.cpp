@@ -112,6 +112,7 @@ int32_t sample_columns(const TableShape& s) {
 
 void prepare_analyze() {
   prepare_statistics();
+  prepare_stream();
   prepare_levels();
   prepare_masks();
   prepare_needles();
@@ -120,7 +121,10 @@ void prepare_analyze() {
 
 void analyze(const AnalyzeArgs& args, cudaStream_t stream) {
   sample(args, stream);
-  tile_statistics(args, stream);
+  if (streams(args))
+    stream_statistics(args, stream);
+  else
+    tile_statistics(args, stream);
 }
 
 TableShape table_shape(const Problem& problem, int32_t wave_tiles) {

@@ -112,7 +112,11 @@ inline constexpr int64_t kMaxCodeBytes = int64_t{16} << 20;
 ADAATTN_HD inline int64_t key_cells_of_unit(const TableShape& s) {
   return (int64_t{s.key_tiles} + 1) / 2 * 2 * decide::kCellsOfTile;
 }
-inline constexpr int kQueryStep = 4;  // query rows of a tile that enter its statistics: every fourth
+// Query rows of a tile that enter its statistics: every fourth, with needles all of them.
+inline constexpr int kQueryStep = 4;
+// The column that byte `at` of a row of the tables of means stands for: a quarter of them has the pairs that a lane of
+// the tensor cores' accumulators has. Products of rows do not depend on the order.
+ADAATTN_HD constexpr int table_column(int at, int d) { return at % (d / 4) / 2 * 8 + at / (d / 4) * 2 + at % 2; }
 inline constexpr int kSampleRows = 1024;
 inline constexpr int kSampleParts = 8;
 
@@ -123,10 +127,11 @@ struct AnalyzeArgs {
   decide::CostTable costs;
   AnalyzeTables tables;
   AdaptiveState state;
-  float scale_log2 = 0;    // scale log2(e)
-  float compensation = 0;  // share of the estimate of what a query tile leaves out that its rows get
-  float log2_needle = 0;   // log2 of the share of a needle from which on its tile is kept
-  uint32_t keep_peak = 0;  // share of a cell from which on its tile is kept at every mass level: decide/cells.h
+  float scale_log2 = 0;           // scale log2(e)
+  float compensation = 0;         // share of the estimate of what a query tile leaves out that its rows get
+  float log2_needle = 0;          // log2 of the share of a needle from which on its tile is kept
+  uint32_t keep_peak = 0;         // share of a cell from which on its tile is kept at every mass level: decide/cells.h
+  int32_t multiprocessors = 132;  // of the device
   // Heads stand in the work lists in sections whose 16-bit K and V take at most this: half of a Hopper's L2 cache.
   int64_t cache_bytes = int64_t{25} << 20;
 };

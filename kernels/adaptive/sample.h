@@ -13,6 +13,9 @@ int32_t sample_columns(const TableShape& shape);  // vectors of a basis, those o
 void sample(const AnalyzeArgs& args, cudaStream_t stream);
 // Tables of all key and query tiles.
 void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream);
+// The same where streams(args): bf16, head_dim 128, no far field, V as it is. With needles it is the only way.
+bool streams(const AnalyzeArgs& args);
+void stream_statistics(const AnalyzeArgs& args, cudaStream_t stream);
 
 // Adds the tiles with needles to the masks of a wave, where the shape has them.
 void add_needles(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
@@ -22,6 +25,7 @@ void add_remainder(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t str
 
 // Parts of prepare_analyze().
 void prepare_statistics();
+void prepare_stream();
 void prepare_levels();
 void prepare_masks();
 void prepare_needles();

@@ -4,7 +4,6 @@
 #include "adaptive/sample.h"
 #include "attend/launch.h"
 #include "common/ptx.cuh"
-#include "decide/needles.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -18,7 +17,6 @@ static_assert(decide::kTileQ == kRows && kThreads == kRows);
 constexpr int kWide = 8;  // columns of a load
 constexpr int kMaxDim = 128;
 constexpr int kCells = decide::kCellsOfTile;
-static_assert(kCells * 2 == decide::kNeedleRowsOfTile, "halves of a cell");
 constexpr float kHalfLn2 = 0.34657359027997264f;
 constexpr int kQueryTiles = 4;  // of a CTA: as many bytes on their way as for a tile of keys
 
@@ -153,54 +151,17 @@ __device__ __forceinline__ void put_cell(const LaneRows& lane, const float (&mea
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   const float inverse = finite && top > 0 ? 127.0f / top : 0.0f;
-  uint32_t words[2] = {0, 0};
+  if (lane.first == 0) {
 #pragma unroll
-  for (int c = 0; c < kWide; ++c)
-    words[c / 4] |= (static_cast<uint32_t>(__float2int_rn(mean[c] * inverse)) & 0xffu) << 8 * (c % 4);
-  if (lane.first == 0) reinterpret_cast<uint2*>(cell)[lane.chunk] = make_uint2(words[0], words[1]);
+    for (int c = 0; c < kWide; c += 2) {
+      static_assert(table_column(kMaxDim / 4, kMaxDim) == 2 && table_column(2, kMaxDim) == kWide);
+      const int at = c / 2 * (lane.chunks * kWide / 4) + 2 * lane.chunk;
+      *reinterpret_cast<char2*>(cell + at) =
+          make_char2(static_cast<signed char>(__float2int_rn(mean[c] * inverse)),
+                     static_cast<signed char>(__float2int_rn(mean[c + 1] * inverse)));
+    }
+  }
   if (threadIdx.x % 32 == 0) *scale = finite ? factor * top * (1.0f / 127.0f) : NAN;
-}
-
-// One warp: the means of every 8 rows of a cell as bytes, with one scale. kTogether: rows of a load.
-template <int kTogether, typename T>
-__device__ __forceinline__ void put_needles(const TileRows<T>& k, const float (&shift)[kWide], int rows, int8_t* keys,
-                                            float* scale) {
-  const LaneRows& lane = k.lane();
-  float mean[decide::kNeedlesOfCell][kWide] = {};
-  float top = 0;
-#pragma unroll
-  for (int g = 0; g < decide::kNeedlesOfCell; ++g) {
-    constexpr int kLoads = decide::kNeedleKeys / kTogether;
-#pragma unroll
-    for (int i = kLoads * g; i < kLoads * (g + 1); ++i) {
-      if (!k.holds(i)) continue;
-      float x[kWide];
-      k.widen(i, x);
-#pragma unroll
-      for (int c = 0; c < kWide; ++c) mean[g][c] += x[c] - shift[c];
-    }
-    lane.add_rows(mean[g]);
-    const int count = min(rows - g * decide::kNeedleKeys, decide::kNeedleKeys);
-    const float inverse = count > 0 ? 1.0f / static_cast<float>(count) : 0.0f;
-#pragma unroll
-    for (int c = 0; c < kWide; ++c) {
-      mean[g][c] *= inverse;
-      top = fmaxf(top, fabsf(mean[g][c]));
-    }
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-  const float inverse = top > 0 && isfinite(top) ? 127.0f / top : 0.0f;
-#pragma unroll
-  for (int g = 0; g < decide::kNeedlesOfCell; ++g) {
-    uint32_t words[2] = {0, 0};
-#pragma unroll
-    for (int c = 0; c < kWide; ++c)
-      words[c / 4] |= (static_cast<uint32_t>(__float2int_rn(mean[g][c] * inverse)) & 0xffu) << 8 * (c % 4);
-    if (lane.first == g % kTogether)
-      reinterpret_cast<uint2*>(keys + g * lane.chunks * kWide)[lane.chunk] = make_uint2(words[0], words[1]);
-  }
-  if (threadIdx.x % 32 == 0) *scale = top * (1.0f / 127.0f);
 }
 
 // Every fourth row of some query tiles of a head, a cell of each in every warp.
@@ -235,35 +196,17 @@ __device__ __forceinline__ void query_tiles(const AnalyzeArgs& args, int index) 
 #pragma unroll
   for (int t = 0; t < kQueryTiles; ++t) {
     if (int64_t{first + t} * kRows >= seq.len_q) break;
-    float half[2][kWide] = {}, sum[kWide];
+    float sum[kWide] = {};
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const bool second = i * lane.at_a_time >= kSamples / 2;
       float x[kWide];
       widen_words<T>(raw[t][i], x);
 #pragma unroll
-      for (int c = 0; c < kWide; ++c) {
-        half[0][c] += second ? 0.0f : x[c];
-        half[1][c] += second ? x[c] : 0.0f;
-      }
+      for (int c = 0; c < kWide; ++c) sum[c] += x[c];
     }
     const int exist = exist_of(t);
     const int64_t at = (int64_t{head_index} * s.query_tiles + first + t) * kCells + cell;
-    lane.add_rows(half[0]);
-    lane.add_rows(half[1]);
-#pragma unroll
-    for (int c = 0; c < kWide; ++c) sum[c] = half[0][c] + half[1][c];
-    if (s.needles) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int rows = max(0, min(exist - h * decide::kNeedleRows, decide::kNeedleRows));
-        const float inverse = rows > 0 ? 1.0f / static_cast<float>((rows + kQueryStep - 1) / kQueryStep) : 0.0f;
-#pragma unroll
-        for (int c = 0; c < kWide; ++c) half[h][c] *= inverse;
-        put_cell(lane, half[h], args.scale_log2, args.tables.needle_queries + (2 * at + h) * d,
-                 args.tables.needle_query_scales + 2 * at + h);
-      }
-    }
+    lane.add_rows(sum);
     const float inverse = exist > 0 ? 1.0f / static_cast<float>((exist + kQueryStep - 1) / kQueryStep) : 0.0f;
 #pragma unroll
     for (int c = 0; c < kWide; ++c) sum[c] *= inverse;
@@ -408,15 +351,6 @@ __device__ __forceinline__ void key_tile(const AnalyzeArgs& args, Shared& shared
 #pragma unroll
   for (int c = 0; c < kWide; ++c) sum[c] *= inverse;
   put_cell(lane, sum, 1.0f, args.tables.key_cells + cell * d, args.tables.key_scales + cell);
-  if (s.needles) {
-    int8_t* const keys = args.tables.needle_keys + cell * decide::kNeedlesOfCell * d;
-    float* const scale = args.tables.needle_key_scales + cell;
-    const int rows = at.rows - warp * decide::kCell;
-    if (lane.at_a_time == 2)
-      put_needles<2>(k, shift, rows, keys, scale);
-    else
-      put_needles<4>(k, shift, rows, keys, scale);
-  }
   if (!args.options.far_field) return;
   __syncthreads();
   if (thread >= d) return;

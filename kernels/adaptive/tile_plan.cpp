@@ -234,6 +234,7 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.keep_peak = keep_peak_;
   args.log2_needle = log2_needle_;
   args.compensation = compensation_;
+  args.multiprocessors = device_.multiprocessors;
   return args;
 }
 

@@ -363,7 +363,7 @@ TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {
     SCOPED_TRACE(describe(c) + " " + dtypes.name + " share " + std::to_string(share));
     AttentionData data(c, dtypes, run_seed());
     make_structured(data, {.topic = 2.0}, run_seed());
-    Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, true);
+    Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, Rules::kNeedles);
     a.args.log2_needle = std::log2(share);
     return expect_same_decisions(a);
   };
@@ -372,10 +372,9 @@ TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {
   EXPECT_GT(few.needles, 0u);
   EXPECT_GT(few.skipped, 0u);
   EXPECT_GT(many.needles, few.needles);
-  check(c, kF16All, 3, 0.01f);
+  check(c, kBf16All, 3, 0.01f);
   c.mask = ADAATTN_MASK_NONE;
   c.seqlen_q = 700;
-  c.d_qk = 64;
   EXPECT_GT(check(c, kBf16All, 0, 0.01f).needles, 0u);
   c = base_case();
   c.window_left = 900;
@@ -389,8 +388,7 @@ TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {
   c.lens_k = {1100, 640, 1290};
   check(c, kBf16All, 0, 0.01f);
   c = base_case();
-  c.layout_kv = ADAATTN_LAYOUT_PAGED;
-  c.page_size = 16;
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_BHSD;
   c.used_k = {1500, 1037};
   check(c, kBf16All, 0, 0.01f);
 }

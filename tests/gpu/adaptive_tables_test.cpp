@@ -1,4 +1,6 @@
 // What analyze leaves on the device against float64.
+#include "adaptive/sample.h"
+#include "decide/needles.h"
 #include "gpu/analysis.h"
 
 namespace adaattn::test {
@@ -29,7 +31,10 @@ TEST_F(AdaptiveTables, StatisticsAreThoseOfFloat64) {
       double top = 0;
       for (const double x : mean) top = std::max(top, std::fabs(x));
       EXPECT_NEAR(scale, top / 127, 1e-5 * top + 1e-7);
-      for (size_t x = 0; x < mean.size(); ++x) EXPECT_NEAR(bytes[x] * scale, mean[x], 0.51 * scale + 1e-5);
+      for (int x = 0; x < static_cast<int>(d); ++x) {
+        const auto column = static_cast<size_t>(cuda::table_column(x, static_cast<int>(d)));
+        EXPECT_NEAR(bytes[x] * scale, mean[column], 0.51 * scale + 1e-5);
+      }
     };
     const auto group_k = a.copy(a.args.tables.group_k, a.units() * s.key_groups() * 2 * d);
     const auto group_v = a.copy(a.args.tables.group_v, a.units() * s.key_groups() * d);
@@ -133,6 +138,119 @@ TEST_F(AdaptiveTables, StatisticsAreThoseOfFloat64) {
           expect_cell(&query_cells[at * static_cast<size_t>(d)], query_scales[at], mean);
         }
   }
+}
+
+// Blocks of `each` tokens from first on in a table of means: right to half a step of the scale, whose `scaled` blocks
+// share the largest element.
+struct Means {
+  std::vector<int8_t> bytes;
+  std::vector<float> scales;
+  int64_t each = 0, step = 1, scaled = 1;
+};
+
+TEST_F(AdaptiveTables, StatisticsOfNamedPoliciesAreThoseOfFloat64) {
+  AttentionCase ragged = base_case(), packed = base_case(), other = base_case();
+  ragged.used_k = {1500, 1037};
+  ragged.seqlen_q = 1301;
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.batch = 3;
+  packed.lens_q = {703, 0, 1290};
+  packed.lens_k = {1101, 640, 1290};
+  other.layout_q = other.layout_kv = ADAATTN_LAYOUT_BHSD;
+  for (const AttentionCase& c : {ragged, packed, other})
+    for (const Rules rules : {Rules::kTiles, Rules::kNeedles}) {
+      SCOPED_TRACE(describe(c) + (rules == Rules::kTiles ? " tiles" : " needles"));
+      AttentionData data(c, kBf16All, run_seed());
+      make_structured(data, {.value_mean = 0.5}, run_seed());
+      Analysis a(data, ADAATTN_POLICY_BALANCED, 0, false, rules);
+      a.run();
+      ASSERT_TRUE(cuda::streams(a.args));
+      const TableShape& s = a.args.shape;
+      const cuda::AnalyzeTables& t = a.args.tables;
+      const bool needles = rules == Rules::kNeedles;
+      constexpr int64_t kD = 128;
+      const auto k_mean = a.copy(t.k_mean, a.units() * kD), v_mean = a.copy(t.v_mean, a.units() * kD);
+      const auto energy = a.copy(t.energy, a.units() * s.key_tiles);
+      const int64_t cells = a.units() * cuda::key_cells_of_unit(s), blocks = a.heads() * s.query_tiles * kCells;
+      const auto means = [&](const int8_t* bytes, const float* scales, int64_t count, int64_t each, int64_t step,
+                             int64_t scaled) {
+        return Means{a.copy(bytes, count * kD), a.copy(scales, count / scaled), each, step, scaled};
+      };
+      const auto expect = [&](const Means& table, int64_t block0, int64_t count, int64_t length, double factor,
+                              const auto& at) {
+        for (int64_t group = 0; group < count; group += table.scaled) {
+          double top = 0;
+          std::vector<std::vector<double>> mean(static_cast<size_t>(table.scaled), std::vector<double>(kD));
+          for (int64_t i = 0; i < table.scaled; ++i) {
+            const int64_t begin = (group + i) * table.each, end = std::min(begin + table.each, length);
+            for (int64_t x = 0; x < kD && begin < end; ++x) {
+              double sum = 0, rows = 0;
+              for (int64_t j = begin; j < end; j += table.step, ++rows) sum += at(j, x);
+              mean[static_cast<size_t>(i)][static_cast<size_t>(x)] = factor * sum / rows;
+              top = std::max(top, std::fabs(factor * sum / rows));
+            }
+          }
+          const auto scale = static_cast<double>(table.scales[static_cast<size_t>((block0 + group) / table.scaled)]);
+          ASSERT_NEAR(scale, top / 127, 1e-4 * top + 1e-7) << group;
+          for (int64_t i = 0; i < table.scaled; ++i)
+            for (int x = 0; x < kD; ++x)
+              ASSERT_NEAR(table.bytes[static_cast<size_t>((block0 + group + i) * kD + x)] * scale,
+                          mean[static_cast<size_t>(i)][static_cast<size_t>(cuda::table_column(x, kD))],
+                          0.52 * scale + 1e-5)
+                  << group + i;
+        }
+      };
+      const Means of_keys = means(t.key_cells, t.key_scales, cells, decide::kCell, 1, 1);
+      const Means of_queries =
+          means(t.query_cells, t.query_scales, blocks, decide::kCell, needles ? 1 : cuda::kQueryStep, 1);
+      Means key_needles, query_needles;
+      if (needles) {
+        key_needles = means(t.needle_keys, t.needle_key_scales, cells * decide::kNeedlesOfCell, decide::kNeedleKeys, 1,
+                            decide::kNeedlesOfCell);
+        query_needles = means(t.needle_queries, t.needle_query_scales, 2 * blocks, decide::kNeedleRows, 1, 1);
+      }
+      for (int64_t b = 0; b < a.host.batch; ++b) {
+        const Sequence seq = sequence_of(a.host, b);
+        for (int64_t h = 0; h < s.heads_kv; ++h) {
+          const int64_t unit = b * s.heads_kv + h, first = unit * cuda::key_cells_of_unit(s);
+          const auto of_unit = [&](const std::vector<float>& mean, int64_t x) {
+            return static_cast<double>(mean[static_cast<size_t>(unit * kD + x)]);
+          };
+          const auto key = [&](int64_t j, int64_t x) {
+            return data.k.get(data.key_index(b, j, h, x)) - of_unit(k_mean, x);
+          };
+          expect(of_keys, first, s.key_tiles * kCells, seq.len_k, 1, key);
+          const int64_t there = (seq.len_k + decide::kCell - 1) / decide::kCell * decide::kNeedlesOfCell;
+          if (needles) expect(key_needles, first * decide::kNeedlesOfCell, there, seq.len_k, 1, key);
+          for (int64_t tile = 0; tile * kTileK < seq.len_k; ++tile) {
+            const int64_t begin = tile * kTileK, end = std::min(begin + kTileK, seq.len_k);
+            double within = 0, between = 0;
+            for (int64_t x = 0; x < kD; ++x) {
+              double sum = 0, square = 0;
+              for (int64_t j = begin; j < end; ++j) {
+                const double v = data.v.get(data.key_index(b, j, h, x));
+                sum += v;
+                square += v * v;
+              }
+              const auto rows = static_cast<double>(end - begin);
+              within += square - sum * sum / rows;
+              between += rows * std::pow(sum / rows - of_unit(v_mean, x), 2);
+            }
+            const cuda::TileEnergy& e = energy[static_cast<size_t>(unit * s.key_tiles + tile)];
+            EXPECT_NEAR(e.within, within, 1e-3 * within);
+            EXPECT_NEAR(e.between, between, 1e-3 * between + 1e-6 * within);
+            EXPECT_NE(e.finite, 0);
+          }
+        }
+        for (int64_t h = 0; h < s.heads_q; ++h) {
+          const int64_t first = (b * s.heads_q + h) * s.query_tiles * kCells;
+          const auto query = [&](int64_t i, int64_t x) { return data.q.get(data.query_index(b, i, h, x)); };
+          const auto factor = static_cast<double>(a.args.scale_log2);
+          expect(of_queries, first, s.query_tiles * kCells, seq.len_q, factor, query);
+          if (needles) expect(query_needles, 2 * first, s.query_tiles * 2 * kCells, seq.len_q, factor, query);
+        }
+      }
+    }
 }
 
 TEST_F(AdaptiveTables, CentroidsBeyondASequenceAreZero) {

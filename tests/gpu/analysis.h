@@ -25,16 +25,23 @@ using decide::kTileK;
 using decide::kTileQ;
 constexpr int64_t kCells = decide::kCellsOfTile;
 
+// Of the policy as the CPU has it but for the probe, without a far field and a projected V, and with needles besides.
+enum class Rules { kAll, kTiles, kNeedles };
+
 class Analysis {
  public:
   Analysis(AttentionData& data, adaattn_policy_t policy, int32_t wave_tiles = 0, bool probe = false,
-           bool needles = false)
+           Rules rules = Rules::kAll)
       : data_(data) {
     problem_ = problem_from(data.desc, Use::kAttention);
     problem_.adaptive = resolve_options(adaptive_desc(policy), problem_);
     if (!probe) problem_.adaptive.probe = decide::Probe::kOff;
+    if (rules != Rules::kAll) {
+      problem_.adaptive.far_field = false;
+      problem_.adaptive.rank_mode = decide::RankMode::kOff;
+    }
     args.shape = cuda::table_shape(problem_, wave_tiles);
-    args.shape.needles = needles;
+    args.shape.needles = rules == Rules::kNeedles;
     cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
     const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);

@@ -28,7 +28,8 @@ struct Axis {
   int box;
 };
 
-CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], int width, const char* name) {
+CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], int width, const char* name,
+                   int step = 1) {
   const int64_t element = dtype_size(operand.dtype);
   cuuint64_t sizes[4] = {static_cast<cuuint64_t>(dim)}, strides[3];
   cuuint32_t box[4] = {static_cast<cuuint32_t>(width / element)};
@@ -39,7 +40,7 @@ CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], i
     strides[i] = static_cast<cuuint64_t>(extent > 1 ? axes[i].stride * element : (dim * element + 15) / 16 * 16);
     box[i + 1] = static_cast<cuuint32_t>(axes[i].box);
   }
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(step), 1, 1};
   CUtensorMap map;
   const CUresult result =
       tensor_map_encoder()(&map,
@@ -60,6 +61,12 @@ CUtensorMap encode(const Operand& operand, int64_t dim, const Axis (&axes)[3], i
 CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name) {
   const Axis tokens{extents.tokens, operand.stride_s, box_rows}, heads{extents.heads, operand.stride_h, 1};
   return encode(operand, extents.dim, {tokens, heads, {extents.batch, operand.stride_b, 1}}, width, name);
+}
+
+CUtensorMap make_sampled_map(const Operand& operand, Extents extents, int width, int box_rows, int step,
+                             const char* name) {
+  const Axis tokens{extents.tokens, operand.stride_s, box_rows}, heads{extents.heads, operand.stride_h, 1};
+  return encode(operand, extents.dim, {tokens, heads, {extents.batch, operand.stride_b, 1}}, width, name, step);
 }
 
 CUtensorMap make_rows_map(const Operand& operand, Extents extents, int width, int box_rows, int heads,

@@ -18,7 +18,11 @@ struct Extents {
 // driver refuses it.
 CUtensorMap make_map(const Operand& operand, Extents extents, int width, int box_rows, const char* name);
 
-// The same as (dim, head, token, batch), in boxes of box_rows rows: `heads` adjacent heads at box_rows / heads
+// The same where a box brings every step-th of its box_rows tokens.
+CUtensorMap make_sampled_map(const Operand& operand, Extents extents, int width, int box_rows, int step,
+                             const char* name);
+
+// As make_map, as (dim, head, token, batch), in boxes of box_rows rows: `heads` adjacent heads at box_rows / heads
 // positions.
 CUtensorMap make_rows_map(const Operand& operand, Extents extents, int width, int box_rows, int heads,
                           const char* name);
