@@ -41,7 +41,6 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.key_scales = arena.take<float>(key_cells);
   t.query_cells = arena.take<int8_t>(query_cells * s.d_qk);
   t.query_scales = arena.take<float>(query_cells);
-  t.cell_rows = arena.take<decide::CellRow>(query_cells);
   if (s.needles) {
     t.needle_keys = arena.take<int8_t>(key_cells * decide::kNeedlesOfCell * s.d_qk);
     t.needle_key_scales = arena.take<float>(key_cells);
@@ -52,7 +51,8 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.energy = arena.take<TileEnergy>(units * s.key_tiles);
   t.units = arena.take<UnitStats>(units);
   t.levels = arena.take<decide::TileLevels>(heads * s.query_tiles);
-  if (s.wave_tiles == s.query_tiles && estimated_tiles(s) <= kMaxCodeBytes)
+  t.cell_rows = arena.take<decide::CellRow>(query_cells);
+  if (!s.by_shares && s.wave_tiles == s.query_tiles && estimated_tiles(s) <= kMaxCodeBytes)
     t.codes = arena.take<uint8_t>(heads * s.query_tiles * s.key_tiles);
   if (s.compensates) {
     t.shares = arena.take<uint16_t>(heads * s.wave_tiles * s.key_tiles);
@@ -115,7 +115,6 @@ void prepare_analyze() {
   prepare_stream();
   prepare_levels();
   prepare_masks();
-  prepare_needles();
   prepare_remainder();
 }
 

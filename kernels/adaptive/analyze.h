@@ -79,8 +79,9 @@ struct AnalyzeTables {
   TileEnergy* energy = nullptr;          // [units, key_tiles]
   UnitStats* units = nullptr;            // [units]
   decide::TileLevels* levels = nullptr;  // [batch, heads_q, query_tiles]
-  // The lowest level that keeps a tile, [batch, heads_q, query_tiles, key_tiles] from each query tile's first visible
-  // key tile on; null where they would take more than kMaxCodeBytes: then masks take the estimates again.
+  // For levels of mass, the lowest one that keeps a tile, [batch, heads_q, query_tiles, key_tiles] from each query
+  // tile's first visible key tile on; null where they would take more than kMaxCodeBytes: then masks take the estimates
+  // again.
   uint8_t* codes = nullptr;
   // The tiles' shares of their query tile's mass in units of 2^-16, [batch, heads_q, wave_tiles, key_tiles] laid out as
   // codes; null where nothing is compensated.

@@ -135,19 +135,21 @@ class Cells {
   bool exists_[kProducts][2];
 };
 
-// Shared memory of the kernels below: masses and peaks of the tiles, for the levels sums of the sorted masses, and for
-// levels that keep them the scores of the cells: each lane finds there what it left.
+// Shared memory of the kernels below: masses and peaks of the tiles; for levels sums of the sorted masses, for shares
+// bits of the key tiles with needles; and for those that keep them the scores of the cells: each lane finds there what
+// it left.
 template <int kTiles>
 struct Space {
   float4* scores;
-  uint32_t *mass, *peak, *sorted;
+  uint32_t *mass, *peak, *sorted, *found;
   int tiles, padded;
-  __device__ explicit Space(const TableShape& s, bool stored = false) : tiles(s.key_tiles), padded(padded_tiles(s)) {
+  __device__ explicit Space(const TableShape& s, bool stored = false, bool shares = false)
+      : tiles(s.key_tiles), padded(shares ? 0 : padded_tiles(s)) {
     extern __shared__ float4 dynamic[];
     scores = dynamic;
     mass = reinterpret_cast<uint32_t*>(dynamic + (stored ? score_slots(s) : 0));
     peak = mass + kTiles * tiles;
-    sorted = peak + kTiles * tiles;
+    sorted = found = peak + kTiles * tiles;
   }
   static ADAATTN_HD int padded_tiles(const TableShape& s) {
     int count = 128;  // as levels.cuh sorts them
@@ -155,9 +157,10 @@ struct Space {
     while (count < s.key_tiles) count *= 2;
     return count;
   }
-  static ADAATTN_HD int score_slots(const TableShape& s) { return (s.key_tiles / 2 + 1) * 32; }
-  static size_t bytes(const TableShape& s, bool stored) {
-    return sizeof(uint32_t) * size_t{kTiles} * static_cast<size_t>(2 * s.key_tiles + padded_tiles(s)) +
+  static ADAATTN_HD int score_slots(const TableShape& s) { return (s.key_tiles / 2 + 1) * ((kTiles + 3) / 4) * 32; }
+  static size_t bytes(const TableShape& s, bool stored, bool shares) {
+    return sizeof(uint32_t) * size_t{kTiles} *
+               static_cast<size_t>(2 * s.key_tiles + (shares ? 2 * s.mask_words : padded_tiles(s))) +
            (stored ? sizeof(float4) * static_cast<size_t>(score_slots(s)) : 0);
   }
 };
@@ -201,18 +204,21 @@ __device__ __forceinline__ void weigh_tiles(const Cells<kTiles, kDim>& cells, co
   });
 }
 
+// A head for which all tiles are kept. Of mass levels that shares leave only the first keeps less.
+__device__ __forceinline__ bool keeps_all(const decide::HeadChoice& choice) { return choice.dense || choice.level > 0; }
+
 // Causal tiles see more keys the later they are: those first.
 template <int kTiles>
 __device__ __forceinline__ int first_of(int query_tiles, int number) {
   return ((query_tiles + kTiles - 1) / kTiles - 1 - number) * kTiles;
 }
 
-// Query tiles of a CTA, head_dim, and whether the scores of cells stay in shared memory.
-template <int kTilesOfCta, int kHeadDim, bool kStoredScores>
+// Query tiles of a CTA, head_dim, whether the scores of cells stay in shared memory, and whether shares decide.
+template <int kTilesOfCta, int kHeadDim, bool kStoredScores, bool kByShares = false>
 struct CellsShape {
   static constexpr int kTiles = kTilesOfCta, kDim = kHeadDim;
-  static constexpr bool kStored = kStoredScores;
-  static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s, kStored); }
+  static constexpr bool kStored = kStoredScores, kShares = kByShares;
+  static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s, kStored, kShares); }
 };
 
 constexpr size_t kMaxLevelsBytes = size_t{200} << 10;  // of a Hopper SM
@@ -230,16 +236,25 @@ void prepare_shared(void (*kernel)(Params...), size_t bytes) {
        static_cast<long long>(s.key_rows()));
 }
 
-// Calls back with the first shape whose shared memory is within its limit.
+// Calls back with the first shape whose shared memory is within its limit. query_tiles: of a head.
 template <typename Take>
-void with_levels_shape(const TableShape& s, const Take& take) {
+void with_levels_shape(const AnalyzeArgs& args, int query_tiles, const Take& take) {
   constexpr size_t kHalf = size_t{110} << 10;  // two CTAs at a time
+  const TableShape& s = args.shape;
   const auto of_dim = [&](auto stored, auto eight, auto two) {
     if (stored.bytes(s) <= kHalf) return take(stored);
     if (eight.bytes(s) <= kMaxLevelsBytes) return take(eight);
     if (two.bytes(s) <= kMaxLevelsBytes) return take(two);
     refuse_cells(s);
   };
+  if (s.by_shares) {
+    // The more query tiles a CTA has, the less is read; but all multiprocessors should have some.
+    const int64_t ctas = args.p.batch * s.heads_q * ((query_tiles + 7) / 8);
+    using Eight = CellsShape<8, 128, true, true>;
+    if (ctas >= 2 * args.multiprocessors && Eight::bytes(s) <= kHalf) return take(Eight{});
+    return of_dim(CellsShape<4, 128, true, true>{}, CellsShape<8, 128, false, true>{},
+                  CellsShape<2, 128, false, true>{});
+  }
   if (s.d_qk == 64) return of_dim(CellsShape<4, 64, true>{}, CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
   of_dim(CellsShape<4, 128, true>{}, CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
 }

@@ -1,8 +1,11 @@
 // Mass levels of every query tile and a choice per head. Built without contraction: the same statistics give the same
 // bits as the host's code in src/decide.
+#include <algorithm>
+
 #include "adaptive/cells.cuh"
 #include "adaptive/choose.cuh"
 #include "adaptive/levels.cuh"
+#include "adaptive/needles.cuh"
 #include "adaptive/sample.h"
 #include "adaptive/stage_clock.cuh"
 #include "common/ptx.cuh"
@@ -55,33 +58,49 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
   return q;
 }
 
-// Levels of kTiles query tiles of a head; the last CTA of a unit chooses for it.
-template <int kTiles, int kDim, bool kStored>
-__global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args) {
+// Of the query tiles [first_tile, first_tile + tiles) of every head. chooses: they are all there are, and the last CTA
+// of a unit chooses for it; otherwise the masks of a wave are all that is asked for.
+struct Wave {
+  int32_t first_tile, tiles;
+  bool chooses;
+};
+
+// What kTiles query tiles of a head keep. kShares: by shares of cells and needles, with their masks where the schedule
+// has room for them; otherwise at every mass level.
+template <int kTiles, int kDim, bool kStored, bool kShares>
+__global__ __launch_bounds__(kThreads,
+                             kStored&& kTiles == 4 ? 3 : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                                               const Wave wave) {
   using Block = Cells<kTiles, kDim>;
-  static_assert(kTiles <= kWarps && (!kStored || Block::kProducts == 1));
-  __shared__ int2 range[kTiles];
+  static_assert(kTiles <= kWarps);
+  __shared__ int4 range[kTiles];  // of a query tile's key tiles: what it sees, and what all of its rows see whole
   __shared__ float tops[kWarps][Block::kProducts * 16];
   __shared__ unsigned long long sums[kWarps][Block::kProducts * 16];
+  __shared__ decide::CellRow cell_rows[Block::kProducts * 16];
   __shared__ int usable[kTiles], last_cta;
   launch_dependents();
   wait_for_previous_grid();
-  begin_stage(args.state, kDecideStage);
+  if (wave.chooses || wave.first_tile > 0) begin_stage(args.state, kDecideStage);
   const TableShape& s = args.shape;
-  const Space<kTiles> space(s, kStored);
-  const int head = blockIdx.x % s.heads_q, b = blockIdx.x / s.heads_q;
-  const int first = first_of<kTiles>(s.query_tiles, static_cast<int>(blockIdx.y));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = min(kTiles, s.query_tiles - first);
+  const Space<kTiles> space(s, kStored, kShares);
+  const int head = blockIdx.x % s.heads_q, b = blockIdx.x / s.heads_q, head_index = b * s.heads_q + head;
+  if (kShares && !wave.chooses && keeps_all(args.tables.choice[head_index])) return;
+  const int in_wave = first_of<kTiles>(wave.tiles, static_cast<int>(blockIdx.y)), first = wave.first_tile + in_wave;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = min(kTiles, wave.tiles - in_wave);
   const Sequence seq = sequence_of(args.p, b);
   QueryTile q;
   if (warp < count) q = query_tile(args.p, seq, first + warp);
   if (warp < kTiles && lane == 0) {
-    range[warp] = {q.row.begin, q.row.end};
+    range[warp] = {q.row.begin, q.row.end, max(q.row.begin, q.row.full_begin), min(q.row.end, q.row.full_end)};
     usable[warp] = 1;
   }
+  uint32_t* const found = kShares && s.needles ? space.found : nullptr;
+  if (found != nullptr)
+    for (int i = threadIdx.x; i < kTiles * 2 * s.mask_words; i += kThreads) found[i] = 0;
   __syncthreads();
   int begin = s.key_tiles, end = 0;
   int whole_begin = 0, whole_end = static_cast<int>(seq.len_k / decide::kTileK);  // that all query tiles see
+  int full_begin = s.key_tiles, full_end = 0;                                     // that some may leave out
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     whole_begin = max(whole_begin, range[r].x);
@@ -89,17 +108,23 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
     if (range[r].x >= range[r].y) continue;
     begin = min(begin, range[r].x);
     end = max(end, range[r].y);
+    if (range[r].z >= range[r].w) continue;
+    full_begin = min(full_begin, range[r].z);
+    full_end = max(full_end, range[r].w);
   }
-  const int64_t index = (int64_t{b} * s.heads_q + head) * s.query_tiles + first;
+  const int64_t index = int64_t{head_index} * s.query_tiles + first;
   if (begin < end) {
     const Block cells(args, b, head, first, count, seq);
     // A cell counts where its tile is one that the query tile sees.
     const auto counts = [&](int m, int r, int pair, int keys) {
-      const int2 seen = range[min(4 * m + 2 * r + lane / 16, kTiles - 1)];
+      const int4 seen = range[min(4 * m + 2 * r + lane / 16, kTiles - 1)];
       const int tile = 2 * pair + lane % 4 / 2;
       return keys > 0 && tile >= seen.x && tile < seen.y;
     };
-    float4* const own = space.scores + lane - begin / 2 * 32;
+    // Scores, then masses of a pair of key tiles, where a lane has left them.
+    const auto own = [&](int m, int pair) {
+      return space.scores + ((pair - begin / 2) * Block::kProducts + m) * 32 + lane;
+    };
     float top[Block::kProducts][2];
     bool finite[Block::kProducts][2];
 #pragma unroll
@@ -125,7 +150,7 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
           }
           top[m][r] = fmaxf(top[m][r], counted[r][i]);
         }
-      if constexpr (kStored) own[pair * 32] = {counted[0][0], counted[0][1], counted[1][0], counted[1][1]};
+      if constexpr (kStored) *own(m, pair) = {counted[0][0], counted[0][1], counted[1][0], counted[1][1]};
     });
 #pragma unroll
     for (int m = 0; m < Block::kProducts; ++m)
@@ -149,24 +174,28 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
         sum[m][r] = 0;
       }
     if constexpr (kStored) {
-      uint32_t own_sum[2] = {0, 0};  // of a few hundred masses of 2^22
-      const uint32_t there[2] = {cells.exists(0, 0) ? ~0u : 0u, cells.exists(0, 1) ? ~0u : 0u};
+      uint32_t own_sum[Block::kProducts][2] = {};  // of a few hundred masses of 2^22
 #pragma unroll 2
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
-        const float4 x = own[pair * 32];
-        const float scores[2][2] = {{x.x, x.y}, {x.z, x.w}};
-        uint32_t mass[2][2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
+        for (int m = 0; m < Block::kProducts; ++m) {
+          const float4 x = *own(m, pair);
+          const float scores[2][2] = {{x.x, x.y}, {x.z, x.w}};
+          uint32_t mass[2][2];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            mass[r][i] = decide::integer_mass(scores[r][i], rows[0][r].top) & there[r];
-            own_sum[r] += mass[r][i];
-          }
-        *reinterpret_cast<uint4*>(own + pair * 32) = {mass[0][0], mass[0][1], mass[1][0], mass[1][1]};
+          for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              mass[r][i] = cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
+              own_sum[m][r] += mass[r][i];
+            }
+          *reinterpret_cast<uint4*>(own(m, pair)) = {mass[0][0], mass[0][1], mass[1][0], mass[1][1]};
+        }
       }
-      sum[0][0] = own_sum[0];
-      sum[0][1] = own_sum[1];
+#pragma unroll
+      for (int m = 0; m < Block::kProducts; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[m][r] = own_sum[m][r];
     } else {
       cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
 #pragma unroll
@@ -194,36 +223,66 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
         unsigned long long x = 0;
         for (int w = 0; w < kWarps; ++w) x += sums[w][row];
         rows[m][r].inverse = x > 0 && cells.exists(m, r) ? 1.0f / static_cast<float>(x) : 0.0f;
-        if ((args.tables.codes == nullptr || s.needles) && warp == 0 && lane % 4 == 0 && row < count * kCells)
+        if (warp == 0 && lane % 4 == 0) cell_rows[row] = rows[m][r];
+        if (args.tables.codes == nullptr && warp == 0 && lane % 4 == 0 && row < count * kCells)
           args.tables.cell_rows[index * kCells + row] = rows[m][r];
       }
     if constexpr (kStored) {
 #pragma unroll 2
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
-        const uint4 x = *reinterpret_cast<const uint4*>(own + pair * 32);
-        const uint32_t mass[2][2] = {{x.x, x.y}, {x.z, x.w}};
-        weigh_pair(0, pair, mass, rows[0], space);
+#pragma unroll
+        for (int m = 0; m < Block::kProducts; ++m) {
+          const uint4 x = *reinterpret_cast<const uint4*>(own(m, pair));
+          const uint32_t mass[2][2] = {{x.x, x.y}, {x.z, x.w}};
+          weigh_pair(m, pair, mass, rows[m], space);
+        }
       }
     } else {
       weigh_tiles<kTiles, kDim>(cells, rows, begin, end, space);
     }
+    __syncthreads();
+    if (found != nullptr && full_begin < full_end) {
+      const NeedleSearch<kTiles, kDim> search(args, b, head, first, count, seq, cell_rows);
+      search.each(full_begin, full_end, [&](int of_query, int tile) {
+        const int4 seen = range[of_query];
+        if (tile >= seen.z && tile < seen.w) atomicOr(&found[of_query * 2 * s.mask_words + tile / 32], 1u << tile % 32);
+      });
+    }
   }
   __syncthreads();
-  const int head_index = b * s.heads_q + head, unit = b * s.heads_kv + head / s.group;
+  const int unit = b * s.heads_kv + head / s.group;
   UnitSums& unit_sums = args.tables.unit_sums[unit];
   if (warp < count) {
     const int64_t at = index + warp, in_space = int64_t{warp} * space.tiles + q.row.begin;
-    measure_levels(
-        space.mass + in_space, space.peak + in_space, args.keep_peak, space.sorted + warp * space.padded, q.visible,
-        q.row, usable[warp] != 0, args.tables.levels + at,
-        args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
-        args.tables.codes != nullptr && args.tables.shares != nullptr ? args.tables.shares + at * s.key_tiles : nullptr,
-        args.tables.head_sums + head_index);
-    if (lane == 0) {
+    const uint32_t* const mass = space.mass + in_space;
+    const uint32_t* const peak = space.peak + in_space;
+    if constexpr (kShares) {
+      const bool all = s.wave_tiles == s.query_tiles;
+      const int64_t item = int64_t{head_index} * s.wave_tiles + in_wave + warp;
+      ShareTargets to{};
+      if (wave.chooses) {
+        to.levels = args.tables.levels + at;
+        to.head = args.tables.head_sums + head_index;
+      }
+      if (all || !wave.chooses) {
+        to.mask = reinterpret_cast<uint32_t*>(args.tables.mask + item * s.mask_words);
+        to.kept = args.tables.kept + item;
+        to.shares = args.tables.shares != nullptr ? args.tables.shares + item * s.key_tiles : nullptr;
+      }
+      measure_shares(mass, peak, args.keep_peak, found != nullptr ? found + warp * 2 * s.mask_words : nullptr,
+                     q.visible, q.row, usable[warp] != 0, s.mask_words, to);
+    } else {
+      measure_levels(mass, peak, args.keep_peak, space.sorted + warp * space.padded, q.visible, q.row,
+                     usable[warp] != 0, args.tables.levels + at,
+                     args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
+                     args.tables.head_sums + head_index);
+    }
+    if (lane == 0 && wave.chooses) {
       args.tables.tile_range[at] = q.row;
       if (usable[warp] == 0) atomicAdd(&unit_sums.unusable, 1u);
     }
   }
+  if (!wave.chooses) return;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // of what the CTA has written: the barrier comes before it
@@ -239,21 +298,36 @@ __global__ __launch_bounds__(kThreads, kStored ? 3 : 2) void levels_kernel(const
 
 void prepare_levels() {
   const auto prepare = [](auto... shapes) {
-    (prepare_shared(&levels_kernel<shapes.kTiles, shapes.kDim, shapes.kStored>, kMaxLevelsBytes), ...);
+    (prepare_shared(&levels_kernel<shapes.kTiles, shapes.kDim, shapes.kStored, shapes.kShares>, kMaxLevelsBytes), ...);
   };
-  prepare(CellsShape<4, 64, true>{}, CellsShape<8, 64, false>{}, CellsShape<2, 64, false>{});
-  prepare(CellsShape<4, 128, true>{}, CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
+  prepare(CellsShape<4, 64, true, false>{}, CellsShape<8, 64, false, false>{}, CellsShape<2, 64, false, false>{});
+  prepare(CellsShape<4, 128, true, false>{}, CellsShape<8, 128, false, false>{}, CellsShape<2, 128, false, false>{});
+  prepare(CellsShape<4, 128, true, true>{}, CellsShape<8, 128, true, true>{}, CellsShape<8, 128, false, true>{},
+          CellsShape<2, 128, false, true>{});
 }
 
-void decide_heads(const AnalyzeArgs& args, cudaStream_t stream) {
+namespace {
+
+void launch_levels(const AnalyzeArgs& args, const Wave& wave, cudaStream_t stream) {
   const TableShape& s = args.shape;
-  with_levels_shape(s, [&](auto x) {
+  with_levels_shape(args, wave.tiles, [&](auto x) {
     const dim3 grid(static_cast<unsigned>(args.p.batch * s.heads_q),
-                    static_cast<unsigned>((s.query_tiles + x.kTiles - 1) / x.kTiles));
-    check(launch_grid_overlapped(levels_kernel<x.kTiles, x.kDim, x.kStored>, grid, kThreads, x.bytes(s), stream, true,
-                                 args),
+                    static_cast<unsigned>((wave.tiles + x.kTiles - 1) / x.kTiles));
+    check(launch_grid_overlapped(levels_kernel<x.kTiles, x.kDim, x.kStored, x.kShares>, grid, kThreads, x.bytes(s),
+                                 stream, true, args, wave),
           "decide");
   });
+}
+
+}  // namespace
+
+void decide_heads(const AnalyzeArgs& args, cudaStream_t stream) {
+  launch_levels(args, {0, args.shape.query_tiles, true}, stream);
+}
+
+void mask_shares(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream) {
+  launch_levels(args, {first_tile, std::min(args.shape.wave_tiles, args.shape.query_tiles - first_tile), false},
+                stream);
 }
 
 }  // namespace adaattn::cuda

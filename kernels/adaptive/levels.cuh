@@ -97,18 +97,117 @@ __device__ __forceinline__ uint16_t share_bits(float share) {
   return static_cast<uint16_t>(fminf(fmaf(share, 65536.0f, 0.5f), 65535.0f));
 }
 
+// Over the lanes: of the masses, the keys of a tile counted as equal, over that of `visible` equal keys.
+__device__ __forceinline__ float relative_entropy(float entropy, float visible) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) entropy += __shfl_xor_sync(kAll, entropy, step);
+  entropy += 7.0f;  // log2 of the keys of a tile
+  const float uniform = visible > 1.0f ? decide::fixed_log2(visible) : 0.0f;
+  return uniform > 0.0f ? (entropy < uniform ? fmaxf(entropy, 0.0f) / uniform : 1.0f) : 0.0f;
+}
+
+// A lane's level of a query tile; adds the query tile to its head.
+__device__ __forceinline__ void put_levels(const decide::TileRow& row, bool usable, float entropy, uint32_t threshold,
+                                           uint32_t kept, uint32_t dropped, decide::TileLevels* out, HeadSums* head) {
+  using namespace decide;
+  const int lane = static_cast<int>(threadIdx.x) % 32, tiles = row.end - row.begin;
+  if (lane < kLevels) {
+    out->threshold[lane] = threshold;
+    out->kept[lane] = kept;
+    out->dropped[lane] = dropped;
+  }
+  if (lane == 0) {
+    out->row = row;
+    out->usable = usable;
+    out->log2_max = 0;
+    out->entropy = entropy;
+  }
+  if (tiles <= 0) return;
+  if (lane < kLevels && kept > 0) {
+    atomicAdd(&head->kept[lane], kept);
+    atomicAdd(&head->dropped_sq[lane], static_cast<unsigned long long>(dropped) * dropped);
+  }
+  if (lane > 1) return;
+  atomicAdd(lane == 0 ? &head->tiles : &head->query_tiles, lane == 0 ? static_cast<unsigned long long>(tiles) : 1ull);
+  if (lane == 0)
+    atomicAdd(&head->entropy, static_cast<unsigned long long>(static_cast<double>(entropy) * kEntropyUnit));
+}
+
+// What a query tile keeps where shares decide: decide::measure_cells with the first mass level alone, by one warp.
+// mass, peak: of the tiles from row.begin on; found: bits of all key tiles, which keep them, or null. mask, kept: where
+// the schedule has them, or null; shares: of the tiles from row.begin on, or null. levels, head: as below, or null.
+struct ShareTargets {
+  decide::TileLevels* levels;
+  HeadSums* head;
+  uint32_t* mask;  // mask_words pairs of words
+  int32_t* kept;
+  uint16_t* shares;
+};
+__device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
+                                               const uint32_t* found, float visible, const decide::TileRow& row,
+                                               bool usable, int mask_words, const ShareTargets& to) {
+  using namespace decide;
+  const int lane = static_cast<int>(threadIdx.x) % 32, tiles = row.end - row.begin;
+  uint32_t threshold = 0, total = 0;
+  const bool measured = tiles > 0 && usable;
+  if (measured) {
+    for (int b = lane; b < tiles; b += 32) total += mass[b];
+    total = __reduce_add_sync(kAll, total);
+    const auto wanted = static_cast<uint32_t>((uint64_t{total} * level_mass(0) + 65535u) >> 16);
+    // The masses of a query tile add up to 4 * 2^20 and their roundings, which bounds each of them.
+    for (uint32_t bit = 1u << 22; bit > 0; bit >>= 1) {
+      uint32_t sum = 0;
+#pragma unroll 4
+      for (int b = lane; b < tiles; b += 32) sum += mass[b] >= (threshold | bit) ? mass[b] : 0;
+      if (__reduce_add_sync(kAll, sum) >= wanted) threshold |= bit;
+    }
+  }
+  uint32_t kept = 0, dropped = 0;
+  float entropy = 0;
+  const float inverse = measured ? 1.0f / static_cast<float>(total) : 0.0f;
+  for (int word = 0; word < 2 * mask_words; ++word) {
+    const int tile = 32 * word + lane, b = tile - row.begin;
+    bool keep = false;
+    if (measured && tile >= row.begin && tile < row.end) {
+      const uint32_t m = mass[b];
+      keep = m >= threshold || is_forced(row, tile) || (keep_peak != 0 && peak[b] >= keep_peak) ||
+             (found != nullptr && (found[word] >> lane & 1) != 0);
+      dropped += keep ? 0 : m;
+      const float share = static_cast<float>(m) * inverse;
+      entropy -= m == 0 ? 0.0f : share * __log2f(share);
+      if (to.shares != nullptr) to.shares[b] = share_bits(share);
+    }
+    const uint32_t bits = __ballot_sync(kAll, keep);
+    kept += __popc(bits);
+    if (to.mask != nullptr && lane == 0) to.mask[word] = bits;
+  }
+  if (to.kept != nullptr && lane == 0) *to.kept = static_cast<int32_t>(kept);
+  if (to.levels == nullptr) return;
+  if (measured) {
+    dropped = __reduce_add_sync(kAll, dropped);
+    dropped = static_cast<uint32_t>((uint64_t{dropped} << 16) / total);
+    entropy = relative_entropy(entropy, visible);
+  }
+  // From the second level on all is kept.
+  const bool first = lane == 0;
+  put_levels(row, usable, entropy, first ? threshold : 0,
+             !measured ? 0
+             : first   ? kept
+                       : static_cast<uint32_t>(tiles),
+             first ? dropped : 0, to.levels, to.head);
+}
+
 // A tile's code: the lowest mass level that keeps it.
 __device__ __forceinline__ bool code_keeps(uint8_t code, const decide::HeadChoice& choice) {
   return choice.dense || code <= choice.level;
 }
 
 // mass, peak: of the tiles from row.begin on. sums: room for 128, 512 or a larger power of two, as many as the tiles
-// need. codes, shares: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and
+// need. codes: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and
 // entropy in `levels`, the levels in *out.
 __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
                                                uint32_t* sums, float visible, const decide::TileRow& row, bool usable,
-                                               decide::TileLevels* out, uint8_t* codes, uint16_t* shares,
-                                               HeadSums* head) {
+                                               decide::TileLevels* out, uint8_t* codes, HeadSums* head) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tiles = row.end - row.begin;
@@ -154,7 +253,6 @@ __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint3
         code += keep ? 0 : 1;
       }
       if (codes != nullptr) codes[b] = code;
-      if (shares != nullptr) shares[b] = share_bits(share);
     }
     kept = tiles;
 #pragma unroll
@@ -166,32 +264,9 @@ __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint3
     }
     // The quotient differs from any integer above it by 2^-23 at least: the division's rounding does not reach that.
     dropped = static_cast<uint32_t>(static_cast<double>(dropped) * 65536.0 / static_cast<double>(total));
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) entropy += __shfl_xor_sync(~0u, entropy, step);
-    entropy += 7.0f;  // log2 of the keys of a tile
-    const float uniform = visible > 1.0f ? fixed_log2(visible) : 0.0f;
-    entropy = uniform > 0.0f ? (entropy < uniform ? fmaxf(entropy, 0.0f) / uniform : 1.0f) : 0.0f;
+    entropy = relative_entropy(entropy, visible);
   }
-  if (lane < kLevels) {
-    out->threshold[lane] = threshold;
-    out->kept[lane] = kept;
-    out->dropped[lane] = dropped;
-  }
-  if (lane == 0) {
-    out->row = row;
-    out->usable = usable;
-    out->log2_max = 0;
-    out->entropy = entropy;
-  }
-  if (tiles <= 0) return;
-  if (lane < kLevels && kept > 0) {
-    atomicAdd(&head->kept[lane], kept);
-    atomicAdd(&head->dropped_sq[lane], static_cast<unsigned long long>(dropped) * dropped);
-  }
-  if (lane > 1) return;
-  atomicAdd(lane == 0 ? &head->tiles : &head->query_tiles, lane == 0 ? static_cast<unsigned long long>(tiles) : 1ull);
-  if (lane == 0)
-    atomicAdd(&head->entropy, static_cast<unsigned long long>(static_cast<double>(entropy) * kEntropyUnit));
+  put_levels(row, usable, entropy, threshold, kept, dropped, out, head);
 }
 
 }  // namespace adaattn::cuda

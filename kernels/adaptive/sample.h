@@ -17,8 +17,8 @@ void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream);
 bool streams(const AnalyzeArgs& args);
 void stream_statistics(const AnalyzeArgs& args, cudaStream_t stream);
 
-// Adds the tiles with needles to the masks of a wave, where the shape has them.
-void add_needles(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
+// The masks of a wave where shares decide and decide_heads() had no room for all of them.
+void mask_shares(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
 
 // What the masks of a wave leave out, where there are shares.
 void add_remainder(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t stream);
@@ -28,7 +28,6 @@ void prepare_statistics();
 void prepare_stream();
 void prepare_levels();
 void prepare_masks();
-void prepare_needles();
 void prepare_remainder();
 
 }  // namespace adaattn::cuda

@@ -50,9 +50,14 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
               static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
   const auto place_of = [&](int head, int in_wave) {
     const decide::HeadChoice& choice = args.tables.choice[head];
-    const decide::TileLevels& levels = args.tables.levels[int64_t{head} * s.query_tiles + first_tile + in_wave];
-    const int all = levels.row.end - levels.row.begin, some = static_cast<int>(levels.kept[choice.level]);
-    return static_cast<uint16_t>(choice.rank_class * kWorkBuckets + bucket_of(choice.dense ? all : some, s.key_tiles));
+    const int64_t index = int64_t{head} * s.query_tiles + first_tile + in_wave;
+    const decide::TileRow row = args.tables.tile_range[index];
+    int kept = row.end - row.begin;
+    if (s.by_shares && !keeps_all(choice))
+      kept = args.tables.kept[int64_t{head} * s.wave_tiles + in_wave];
+    else if (!s.by_shares && !choice.dense)
+      kept = static_cast<int>(args.tables.levels[index].kept[choice.level]);
+    return static_cast<uint16_t>(choice.rank_class * kWorkBuckets + bucket_of(kept, s.key_tiles));
   };
   const int items = (last - first) * s.wave_tiles;
   const auto exists = [&](int i) {
@@ -147,6 +152,21 @@ __global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_co
   put_mask(args, index, row, [&](int tile) { return code_keeps(codes[tile], choice); });
 }
 
+// The lists where shares have decided, and full masks of the heads that keep all; a query tile in each warp.
+__global__ __launch_bounds__(kCodeThreads) void full_mask_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                                 int first_tile, int count, int units, int sections) {
+  launch_dependents();
+  wait_for_previous_grid();
+  if (order_lists<kCodeThreads>(args, first_tile, units, sections)) return;
+  const TableShape& s = args.shape;
+  const int64_t number = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
+  if (number >= args.p.batch * s.heads_q * count) return;
+  const int64_t head = number / count, in_wave = number % count;
+  if (!keeps_all(args.tables.choice[head])) return;
+  const decide::TileRow row = args.tables.tile_range[head * s.query_tiles + first_tile + in_wave];
+  put_mask(args, head * s.wave_tiles + in_wave, row, [](int) { return true; });
+}
+
 // Full masks and the list of the heads over the tolerance, in their order; a CTA per head.
 __global__ __launch_bounds__(kThreads) void exact_mask_kernel(const __grid_constant__ AnalyzeArgs args,
                                                               int first_tile) {
@@ -219,15 +239,6 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
     return choice.dense ||
            decide::keeps_tile(levels, choice.level, tile, space.mass[at], space.peak[at], args.keep_peak);
   });
-  if (args.tables.shares == nullptr || choice.dense) return;
-  uint16_t* const shares =
-      args.tables.shares + (int64_t{head_index} * s.wave_tiles + in_wave + warp) * s.key_tiles - levels.row.begin;
-  const uint32_t* const mass = space.mass + warp * space.tiles;
-  uint32_t total = 0;
-  for (int tile = levels.row.begin + lane; tile < levels.row.end; tile += 32) total += mass[tile];
-  const float inverse = 1.0f / static_cast<float>(__reduce_add_sync(kAll, total));
-  for (int tile = levels.row.begin + lane; tile < levels.row.end; tile += 32)
-    shares[tile] = share_bits(static_cast<float>(mass[tile]) * inverse);
 }
 
 }  // namespace
@@ -240,6 +251,7 @@ void prepare_masks() {
   prepare(CellsShape<8, 128, false>{}, CellsShape<2, 128, false>{});
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, code_mask_kernel), "adaptive kernels");
+  check(cudaFuncGetAttributes(&attributes, full_mask_kernel), "adaptive kernels");
   check(cudaFuncGetAttributes(&attributes, exact_mask_kernel), "adaptive kernels");
 }
 
@@ -259,8 +271,12 @@ void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t st
                                  args, extra...),
           "decide");
   };
-  if (args.tables.codes != nullptr) {
-    constexpr int kEach = kCodeThreads / 32;
+  constexpr int kEach = kCodeThreads / 32;
+  if (s.by_shares) {
+    if (s.wave_tiles < s.query_tiles) mask_shares(args, first_tile, stream);
+    launch(full_mask_kernel, kCodeThreads, (int64_t{heads} * count + kEach - 1) / kEach, 0, first_tile, count, units,
+           sections);
+  } else if (args.tables.codes != nullptr) {
     launch(code_mask_kernel, kCodeThreads, (int64_t{heads} * s.query_tiles + kEach - 1) / kEach, 0, units, sections);
   } else {
     with_mask_shape(s, [&](auto x) {
@@ -268,7 +284,6 @@ void write_schedule(const AnalyzeArgs& args, int32_t first_tile, cudaStream_t st
              first_tile, units, sections);
     });
   }
-  if (s.needles) add_needles(args, first_tile, stream);
   if (args.tables.shares != nullptr) add_remainder(args, first_tile, stream);
 }
 

@@ -24,7 +24,8 @@ struct TableShape {
   int32_t query_tiles = 0, key_tiles = 0;
   int32_t max_rank = 0;      // columns of v_low, group_v_low and basis: 32, 64 or 96; 0: V is not projected
   int32_t mask_words = 0;    // of one query tile: ceil(key_tiles / 64)
-  bool needles = false;      // finer cells keep tiles beside the others: decide/needles.h
+  bool by_shares = false;    // shares of cells keep tiles, and of mass levels there is but the first
+  bool needles = false;      // finer cells keep tiles beside them: decide/needles.h
   bool compensates = false;  // rows get the mean of what their tile leaves out: AdaptiveTables::remainder
   int32_t wave_tiles = 0;    // query tiles of a head whose masks exist at a time
   ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }

@@ -105,6 +105,7 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   TableShape& s = sizes.shape;
   s = table_shape(problem, 0);
   s.needles = needle_share(problem) > 0;
+  s.by_shares = s.needles || keep_peak(problem) > 0;
   s.compensates = compensation(problem) > 0 && estimated_tiles(s) <= kMaxCodeBytes;
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
   if (o.policy != decide::Policy::kCustom && !o.recompute) sizes.verify.every = kVerifyEvery;

@@ -15,17 +15,18 @@ constexpr int kNeedleRows = 16;  // rows of Q behind one mean
 constexpr int kNeedlesOfCell = kCell / kNeedleKeys;
 constexpr int kNeedleRowsOfTile = kTileQ / kNeedleRows;
 
-// log2 of a needle's weight, up to a constant of the row.
-ADAATTN_HD inline float needle_score(int32_t dot, float query_scale, float key_scale) {
-  return float_of_integer(dot) * (query_scale * key_scale);
+// A needle's score, log2 of its weight up to a constant of the row, is dot * query_scale * key_scale. In units of the
+// row's scale, the one from which on it holds 2^log2_share of the row's mass, which is taken for that of the row's block
+// of cells: a cell of a score s has the integer mass 2^(s - top + 22) there, cells.inverse is 1 / the sum of those, and
+// a needle of that score has a quarter of the cell's keys.
+ADAATTN_HD inline float needle_limit(const CellRow& cells, float query_scale, float log2_share) {
+  static_assert(kNeedlesOfCell == 4);
+  return (cells.top - 20.0f - fixed_log2(cells.inverse) + log2_share) / query_scale;
 }
 
-// The score from which on a needle holds 2^log2_share of its row's mass, which is taken for that of the row's block of
-// cells: a cell of a score s has the integer mass 2^(s - top + 22) there, cells.inverse is 1 / the sum of those, and a
-// needle of that score has a quarter of the cell's keys.
-ADAATTN_HD inline float needle_limit(const CellRow& cells, float log2_share) {
-  static_assert(kNeedlesOfCell == 4);
-  return cells.top - 20.0f - fixed_log2(cells.inverse) + log2_share;
+// dot: of 128 products of bytes.
+ADAATTN_HD inline bool is_needle(int32_t dot, float key_scale, float limit) {
+  return float_of_integer(dot) * key_scale >= limit;
 }
 
 }  // namespace adaattn::decide

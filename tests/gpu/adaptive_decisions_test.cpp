@@ -61,9 +61,11 @@ class Needles {
     for (int64_t r = 0; r < kRows; ++r) {
       if (tile * kTileQ + r * decide::kNeedleRows >= sequence_of(a_.host, b).len_q) break;
       const int64_t query = ((b * s.heads_q + h) * s.query_tiles + tile) * kRows + r;
-      const float limit = decide::needle_limit(cells[static_cast<size_t>(r * kCells / kRows)], a_.args.log2_needle);
-      for (int64_t n = row.begin * kNeedles; n < row.end * kNeedles; ++n)
-        if (score_of(b, h, query, n) >= limit) found[static_cast<size_t>(n / kNeedles - row.begin)] = true;
+      const float limit = decide::needle_limit(cells[static_cast<size_t>(r * kCells / kRows)],
+                                               query_scales_[static_cast<size_t>(query)], a_.args.log2_needle);
+      const int32_t first = std::max(row.begin, row.full_begin), last = std::min(row.end, row.full_end);
+      for (int64_t n = first * kNeedles; n < last * kNeedles; ++n)
+        if (is_needle(b, h, query, n, limit)) found[static_cast<size_t>(n / kNeedles - row.begin)] = true;
     }
     return found;
   }
@@ -71,15 +73,15 @@ class Needles {
  private:
   static constexpr int64_t kRows = decide::kNeedleRowsOfTile, kNeedles = kCells * decide::kNeedlesOfCell;
 
-  float score_of(int64_t b, int64_t h, int64_t query, int64_t needle) const {
+  bool is_needle(int64_t b, int64_t h, int64_t query, int64_t needle, float limit) const {
     const TableShape& s = a_.args.shape;
     const int64_t cells = cuda::key_cells_of_unit(s), unit = b * s.heads_kv + h / s.group;
     const int8_t* q = queries_.data() + query * s.d_qk;
     const int8_t* k = keys_.data() + (unit * cells * decide::kNeedlesOfCell + needle) * s.d_qk;
     int32_t dot = 0;
     for (int64_t x = 0; x < s.d_qk; ++x) dot += q[x] * k[x];
-    return decide::needle_score(dot, query_scales_[static_cast<size_t>(query)],
-                                key_scales_[static_cast<size_t>(unit * cells + needle / decide::kNeedlesOfCell)]);
+    const auto cell = static_cast<size_t>(unit * cells + needle / decide::kNeedlesOfCell);
+    return decide::is_needle(dot, key_scales_[cell], limit);
   }
 
   const Analysis& a_;
@@ -152,6 +154,15 @@ HostDecisions decide_on_host(const Analysis& a) {
     }
     return true;
   };
+  // A needle's tile gets a peak that nothing else has.
+  constexpr uint32_t kNeedle = UINT32_MAX;
+  const uint32_t keep_peak = a.args.keep_peak != 0 || !s.needles ? a.args.keep_peak : kNeedle;
+  const auto mark_needles = [&](int64_t b, int64_t h, int64_t tile, const decide::TileRow& row) {
+    if (!s.needles) return;
+    const std::vector<bool> found = needles.find(b, h, tile, row, cell_rows);
+    for (size_t i = 0; i < found.size(); ++i)
+      if (found[i]) peak[i] = kNeedle;
+  };
   for (int64_t b = 0; b < a.host.batch; ++b) {
     const Sequence seq = sequence_of(a.host, b);
     for (int64_t h = 0; h < s.heads_q; ++h)
@@ -161,7 +172,11 @@ HostDecisions decide_on_host(const Analysis& a) {
         levels.row = row_of(a.host, seq, tile, &visible);
         if (levels.row.begin < levels.row.end) {
           levels.usable = weigh(b, h, tile, levels.row);
-          if (levels.usable) decide::measure_cells(mass.data(), peak.data(), a.args.keep_peak, visible, &levels);
+          if (levels.usable) {
+            mark_needles(b, h, tile, levels.row);
+            decide::measure_cells(mass.data(), peak.data(), keep_peak, visible, &levels, 0,
+                                  s.by_shares ? 1 : decide::kDenseLevel);
+          }
         }
         decide::add_block(levels, &out.head_levels[static_cast<size_t>(b * s.heads_q + h)]);
       }
@@ -183,16 +198,13 @@ HostDecisions decide_on_host(const Analysis& a) {
         const decide::TileLevels& levels = out.levels[static_cast<size_t>(index)];
         const decide::HeadChoice& choice = out.choice[static_cast<size_t>(b * s.heads_q + h)];
         if (levels.row.begin >= levels.row.end) continue;
-        weigh(b, h, tile, levels.row);
-        const std::vector<bool> found =
-            s.needles && !choice.dense ? needles.find(b, h, tile, levels.row, cell_rows) : std::vector<bool>();
+        if (weigh(b, h, tile, levels.row)) mark_needles(b, h, tile, levels.row);
         for (int32_t t = levels.row.begin; t < levels.row.end; ++t) {
           const auto at = static_cast<size_t>(t - levels.row.begin);
-          bool keep = choice.dense || decide::keeps_tile(levels, choice.level, t, mass[at], peak[at], a.args.keep_peak);
-          if (!keep && !found.empty() && t >= levels.row.full_begin && t < levels.row.full_end && found[at]) {
-            keep = true;
+          const bool keep = choice.dense || decide::keeps_tile(levels, choice.level, t, mass[at], peak[at], keep_peak);
+          if (peak[at] == kNeedle && !choice.dense &&
+              !decide::keeps_tile(levels, choice.level, t, mass[at], 0, keep_peak))
             ++out.needles;
-          }
           if (keep)
             out.mask[static_cast<size_t>(index * s.mask_words + t / 64)] |= uint64_t{1} << t % 64;
           else
@@ -356,6 +368,39 @@ TEST_F(AdaptiveDecisions, AreThoseOfTheHostOnTheSameStatistics) {
   c.page_size = 16;
   c.used_k = {1500, 1037};
   check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
+}
+
+TEST_F(AdaptiveDecisions, BySharesAreThoseOfTheHostOnTheSameStatistics) {
+  uint64_t skipped = 0;
+  const auto check = [&](const AttentionCase& c, int32_t wave, double share, double topic) {
+    SCOPED_TRACE(describe(c) + " share " + std::to_string(share));
+    AttentionData data(c, kBf16All, run_seed());
+    make_structured(data, {.topic = topic}, run_seed());
+    Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, Rules::kTiles);
+    a.args.keep_peak = static_cast<uint32_t>(share * 0x1p24);
+    const uint64_t here = expect_same_decisions(a).skipped;
+    skipped += here;
+    return here;
+  };
+  AttentionCase c = base_case();
+  EXPECT_LT(check(c, 0, 0.005, 2.0), check(c, 0, 0.05, 2.0));
+  EXPECT_EQ(check(c, 0, 0.01, 0.0), 0u);  // dense
+  check(c, 5, 0.01, 2.0);
+  c.seqlen_q = c.seqlen_k = 5000;
+  c.batch = 1;
+  check(c, 0, 0.01, 2.0);
+  c = base_case();
+  c.window_left = 900;
+  c.window_right = 0;
+  c.mask = ADAATTN_MASK_NONE;
+  check(c, 3, 0.01, 2.0);
+  c = base_case();
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
+  c.batch = 3;
+  c.lens_q = {700, 0, 1290};
+  c.lens_k = {1100, 640, 1290};
+  check(c, 0, 0.01, 2.0);
+  EXPECT_GT(skipped, 100u);
 }
 
 TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {

@@ -39,9 +39,11 @@ class Analysis {
     if (rules != Rules::kAll) {
       problem_.adaptive.far_field = false;
       problem_.adaptive.rank_mode = decide::RankMode::kOff;
+      problem_.adaptive.min_level = 0;
     }
     args.shape = cuda::table_shape(problem_, wave_tiles);
     args.shape.needles = rules == Rules::kNeedles;
+    args.shape.by_shares = rules != Rules::kAll;
     cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
     const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);

@@ -1,0 +1,110 @@
+// The search for needles: decide/needles.h. Included by units that are built without contraction: the same tables give
+// the same bits as the host's code.
+#pragma once
+
+#include "adaptive/cells.cuh"
+#include "decide/needles.h"
+
+namespace adaattn::cuda {
+
+constexpr int kBlocksOfTile = 2;  // a product's 8 columns are half of a key tile
+constexpr int kCellsOfBlock = kCells / kBlocksOfTile;
+static_assert(2 * decide::kNeedleRowsOfTile == 16 && kCellsOfBlock * decide::kNeedlesOfCell == 8, "a product's shape");
+
+// Rows of kTiles query tiles against the needles of key tiles; all warps go over all blocks together. A product's 16
+// rows are two query tiles. Bytes as in Cells: a lane reads a quarter of a needle's.
+template <int kTiles, int kDim>
+class NeedleSearch {
+ public:
+  static constexpr int kProducts = (kTiles + 1) / 2, kWords = kDim / 16;
+
+  // cells: the rows of cells of the query tiles, in shared memory.
+  __device__ __forceinline__ NeedleSearch(const AnalyzeArgs& args, int b, int head, int first, int count,
+                                          const Sequence& seq, const decide::CellRow* cells) {
+    const TableShape& s = args.shape;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int64_t row0 = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * decide::kNeedleRowsOfTile;
+    const int64_t cell0 = (int64_t{b} * s.heads_kv + head / s.group) * key_cells_of_unit(s);
+    keys_ = reinterpret_cast<const uint4*>(args.tables.needle_keys +
+                                           (cell0 * decide::kNeedlesOfCell + lane / 4) * kDim + lane % 4 * (kDim / 4));
+    // Of columns 2 (lane % 4) and the next.
+    key_scales_ = args.tables.needle_key_scales + cell0 + lane % 4 * 2 / decide::kNeedlesOfCell;
+    const int64_t rows_there = seq.len_q - int64_t{first} * decide::kTileQ;
+#pragma unroll
+    for (int m = 0; m < kProducts; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = (2 * m + r) * decide::kNeedleRowsOfTile + lane / 4;
+        const bool there = 2 * m + r < count && int64_t{row} * decide::kNeedleRows < rows_there;
+        limit_[m][r] = there ? decide::needle_limit(cells[row * decide::kNeedleRows / decide::kCell],
+                                                    args.tables.needle_query_scales[row0 + row], args.log2_needle)
+                             : INFINITY;
+        const auto* from =
+            reinterpret_cast<const uint4*>(args.tables.needle_queries + (row0 + row) * kDim + lane % 4 * (kDim / 4));
+#pragma unroll
+        for (int i = 0; i < kWords / 4; ++i) {
+          const uint4 x = there ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+          a_[m][2 * i][r] = x.x;
+          a_[m][2 * i][2 + r] = x.y;
+          a_[m][2 * i + 1][r] = x.z;
+          a_[m][2 * i + 1][2 + r] = x.w;
+        }
+      }
+    }
+  }
+
+  // found(q, tile): a key tile of [begin, end) with a needle that some row of query tile q has.
+  template <typename Found>
+  __device__ __forceinline__ void each(int begin, int end, const Found& found) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, last = end * kBlocksOfTile;
+    // Two blocks are on their way beside the one at hand.
+    uint4 ahead[2][kWords / 4];
+    float scale_ahead[2];
+    const auto fetch = [&](int block, uint4(&words)[kWords / 4], float& scale) {
+      if (block >= last) return;
+      const uint4* const from = keys_ + int64_t{block} * (8 * kDim / 16);
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) words[i] = __ldg(from + i);
+      scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
+    };
+    int block = begin * kBlocksOfTile + static_cast<int>(threadIdx.x) / 32;
+    fetch(block, ahead[0], scale_ahead[0]);
+    fetch(block + kDecideWarps, ahead[1], scale_ahead[1]);
+    while (block < last) {
+#pragma unroll
+      for (int turn = 0; turn < 2; ++turn) {
+        if (block >= last) break;
+        uint4 words[kWords / 4];
+#pragma unroll
+        for (int i = 0; i < kWords / 4; ++i) words[i] = ahead[turn][i];
+        const float scale = scale_ahead[turn];
+        fetch(block + 2 * kDecideWarps, ahead[turn], scale_ahead[turn]);
+        uint32_t hits = 0;
+#pragma unroll
+        for (int m = 0; m < kProducts; ++m) {
+          int c[4] = {};
+#pragma unroll
+          for (int i = 0; i < kWords / 4; ++i) {
+            mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
+            mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
+          }
+          // A lane's two needles are of one cell: the larger product has the larger score.
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            if (decide::is_needle(max(c[2 * r], c[2 * r + 1]), scale, limit_[m][r])) hits |= 1u << (2 * m + r);
+        }
+        hits = __reduce_or_sync(kAll, hits);
+        if (lane < kTiles && (hits >> lane & 1) != 0) found(lane, block / kBlocksOfTile);
+        block += kDecideWarps;
+      }
+    }
+  }
+
+ private:
+  const uint4* keys_;
+  const float* key_scales_;
+  uint32_t a_[kProducts][kWords / 2][4];
+  float limit_[kProducts][2];
+};
+
+}  // namespace adaattn::cuda
