@@ -233,13 +233,15 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
                                                          const float* far_share, TallyTargets targets,
                                                          VerifyShape verify, const VerifyPart* parts, bool ends) {
   __shared__ bool last;
-  wait_for_previous_grid();
   const int head = static_cast<int>(blockIdx.x);
   const bool verified = ends && parts != nullptr;
-  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0)
-    end_attend(args, first_tile, verified, targets.totals);
+  // The schedule is there since before the grids that walk it let this one start.
+  if (far_share != nullptr) wait_for_previous_grid();
   if (targets.map != nullptr) copy_map(args, first_tile, head, targets);
   HeadTally tally = tally_head(args, first_tile, head, far_share, targets);
+  wait_for_previous_grid();
+  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0)
+    end_attend(args, first_tile, verified, targets.totals);
   if (verified) judge_head(args, verify, parts, head, &tally);
   if (threadIdx.x == 0) {
     targets.heads[head] = tally;

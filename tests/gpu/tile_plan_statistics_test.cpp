@@ -153,7 +153,7 @@ TEST_F(TilePlans, StagesAreTimed) {
 // between.
 TEST_F(TilePlans, DenseHeadsAreLookedAtAgainInTheEighthCall) {
   const Context context(kCuda);
-  const AttentionCase c = causal_case(1024);
+  const AttentionCase c = causal_case(2048);
   AttentionData random(c, kBf16All, run_seed(), ADAATTN_OUTPUT_LSE), changed = structured(c);
   AttentionData exact_random = with_own_outputs(random), exact_changed = with_own_outputs(changed);
   run(context, exact_random);
@@ -181,7 +181,7 @@ TEST_F(TilePlans, DenseHeadsAreLookedAtAgainInTheEighthCall) {
 // Replays never take the short cut that calls take for dense heads: the results are the same.
 TEST_F(TilePlans, ReplaysLookAtDenseHeadsWhenCallsDo) {
   const Context context(kCuda);
-  const AttentionCase c = causal_case(1024);
+  const AttentionCase c = causal_case(2048);
   AttentionData data(c, kBf16All, run_seed(), ADAATTN_OUTPUT_LSE), changed = structured(c);
   const adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
   const AdaptivePlan captured(context, data.desc, adaptive), eager(context, data.desc, adaptive);
