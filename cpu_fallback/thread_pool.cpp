@@ -22,6 +22,18 @@ int32_t available_threads() {
   return static_cast<int32_t>(std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L));
 }
 
+// Threads that wait look this often before they sleep: calls come in stages a few microseconds apart, and waking a
+// thread takes tens of them.
+constexpr int kLooks = 512;
+
+inline void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 // One for_each call. It lives on the caller's stack; workers reach it only between claiming a lane and finishing it.
 struct ThreadPool::Job {
   ItemFn item;
@@ -34,7 +46,7 @@ struct ThreadPool::Job {
   // Guarded by Workers::mutex_.
   int64_t lanes = 0;
   int64_t claimed = 0;
-  int64_t finished = 0;
+  std::atomic<int64_t> finished{0};
   Job* next_job = nullptr;
 
   // Items are handed out one by one, so an uneven load (a causal mask) balances itself.
@@ -74,6 +86,7 @@ class ThreadPool::Workers {
     start_threads(job.lanes - 1);
     job.next_job = jobs_;
     jobs_ = &job;
+    posted_.fetch_add(1, std::memory_order_release);
     if (job.lanes == 2) {
       wake_.notify_one();
     } else {
@@ -81,7 +94,13 @@ class ThreadPool::Workers {
     }
     // The caller works too and waits only for lanes that a worker is already running: nested calls cannot deadlock.
     while (job.claimed < job.lanes) run_claimed_lane(job, lock);
-    done_.wait(lock, [&] { return job.finished == job.lanes; });
+    const auto finished = [&] { return job.finished.load(std::memory_order_acquire) == job.lanes; };
+    if (!finished()) {
+      lock.unlock();
+      for (int i = 0; i < kLooks && !finished(); ++i) pause_thread();
+      lock.lock();
+    }
+    done_.wait(lock, finished);
   }
 
  private:
@@ -118,6 +137,12 @@ class ThreadPool::Workers {
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      if (jobs_ == nullptr && !stopping_) {
+        const uint64_t seen = posted_.load(std::memory_order_relaxed);
+        lock.unlock();
+        for (int i = 0; i < kLooks && posted_.load(std::memory_order_acquire) == seen; ++i) pause_thread();
+        lock.lock();
+      }
       wake_.wait(lock, [this] { return stopping_ || jobs_ != nullptr; });
       if (stopping_) return;
       run_claimed_lane(*jobs_, lock);
@@ -128,7 +153,8 @@ class ThreadPool::Workers {
   const int32_t count_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  Job* jobs_ = nullptr;  // those with unclaimed lanes
+  std::atomic<uint64_t> posted_{0};  // jobs
+  Job* jobs_ = nullptr;              // those with unclaimed lanes
   bool stopping_ = false, exhausted_ = false;
   std::vector<std::thread> threads_;
 };
