@@ -3,14 +3,14 @@
 
 #include "cpu_fallback/adaptive/call.h"
 #include "decide/cells.h"
+#include "decide/needles.h"
 
 namespace adaattn::cpu {
 namespace {
 
 constexpr float kHalfLn2 = 0.34657359027997264f;
+constexpr float kLog2Cell = 5;  // log2 of a group's keys
 constexpr int64_t kGroupsPerTile = decide::kTileK / decide::kGroupK;
-// Of the rows of a query tile, those whose mean and variance stand for all of them: every fourth.
-constexpr int64_t kQueryStep = 4;
 
 int64_t tile_rows(const Unit& unit, int64_t tile) {
   return std::min<int64_t>(decide::kTileK, unit.seq.len_k - tile * decide::kTileK);
@@ -38,11 +38,19 @@ TileRows rows_of_tile(const UnitShape& s, const Unit& unit, int64_t tile, Arena&
   return rows;
 }
 
+// Of a cell, from those of its needles.
+void mean_of_needles(const float* needles, int64_t d, float* mean) {
+  static_assert(decide::kNeedlesOfCell == 4);
+  for (int64_t c = 0; c < d; ++c)
+    mean[c] = ((needles[c] + needles[d + c]) + (needles[2 * d + c] + needles[3 * d + c])) * 0.25f;
+}
+
 }  // namespace
 
 size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
   Arena tile;
   tile.take<float>((decide::kTileQ + 2 * decide::kCellsOfTile) * std::max(s.d_qk, padded_rank(s.probe_rank)));
+  tile.take<char>(decide::kNeedleRowsOfTile * s.needle_row_bytes);
   take_masses(tile, s);
   tile.take<int32_t>(2 * decide::kTileQ);
   tile.take<double>(kGroupsPerTile * (s.d_qk + s.d_v));
@@ -53,11 +61,46 @@ size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
   return std::max(basis_scratch(s, kernels), tile.used() + Arena::kAlignment);
 }
 
+namespace {
+
+// Of `direct` shapes.
+void load_whole_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, const KeyOperand& k, const KeyOperand& v,
+                     char* scratch) {
+  const UnitShape& s = call.shape;
+  const int64_t group = tile * kGroupsPerTile, d = s.d_qk;
+  Arena arena(scratch);
+  PackArgs args;
+  args.k = k;
+  args.v = v;
+  args.first = tile * decide::kTileK;
+  args.d_qk = d;
+  args.d_v = s.d_v;
+  args.packed_k = unit.packed_k + tile * packed_elements(d);
+  args.packed_v = unit.packed_v + tile * packed_elements(s.d_v) / 2;
+  args.key_means = s.needles ? unit.needle_means + tile * kNeedleLanes * d : arena.take<float>(kNeedleLanes * d);
+  args.value_means = unit.group_v + group * s.v_stride;
+  args.value_stride = s.v_stride;
+  unit.tile_finite[tile] = call.kernels.pack_tile(args);
+  unit.within[tile] = args.within;
+  for (int64_t g = 0; g < kGroupsPerTile; ++g) {
+    const float* of_needles = args.key_means + g * decide::kNeedlesOfCell * d;
+    float* mean = unit.group_k + (group + g) * s.group_k_stride;
+    mean_of_needles(of_needles, d, mean);
+    mean[d] = kLog2Cell;
+  }
+}
+
+}  // namespace
+
 void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch) {
   const UnitShape& s = call.shape;
   const int64_t first = tile * decide::kTileK, n = tile_rows(unit, tile), group = tile * kGroupsPerTile;
   const KeyOperand k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
   const KeyOperand v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  if (s.direct && n == decide::kTileK) {
+    load_whole_tile(call, unit, tile, k, v, scratch);
+    return;
+  }
   Arena arena(scratch);
   const TileRows rows = rows_of_tile(s, unit, tile, arena);
   const bool k_finite = call.kernels.load_keys(k, first, n, s.d_qk, rows.k, s.k_stride);
@@ -69,6 +112,11 @@ void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scr
     call.kernels.pack_values(rows.v, n, s.d_v, s.v_stride, unit.packed_v + tile * packed_elements(s.d_v) / 2);
   }
 
+  if (s.needles && n == decide::kTileK) {
+    const Operand wide = {rows.k, 0, s.k_stride, 0, Dtype::kF32};
+    call.kernels.row_means(wide, 1, 0, n, s.d_qk, decide::kNeedleKeys,
+                           unit.needle_means + tile * kNeedleLanes * s.d_qk);
+  }
   float* mean = unit.group_k + group * s.group_k_stride;
   call.kernels.group_stats(rows.k, n, s.d_qk, s.k_stride, mean, s.group_k_stride, mean + s.d_qk + 1, s.group_k_stride);
   float* variance = arena.take<float>(kGroupsPerTile * s.d_v);
@@ -93,6 +141,8 @@ void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch) {
   const double n = static_cast<double>(unit.seq.len_k);
   Arena arena(scratch);
   double* sum = arena.take<double>(std::max(d, s.d_v));
+  double* squares_of = arena.take<double>(s.d_v);
+  std::fill(squares_of, squares_of + s.d_v, 0.0);
 
   const auto mean_of_groups = [&](const float* group, int64_t stride, int64_t width, float* mean) {
     std::fill(sum, sum + width, 0.0);
@@ -114,25 +164,24 @@ void measure_keys(const AdaptiveCall& call, Unit& unit, char* scratch) {
     const float inverse = 1.0f / static_cast<float>(tile_rows(unit, t));
     for (int64_t g = first; g < last; ++g) {
       float* variance = unit.group_k + g * s.group_k_stride + d + 1;
-      for (int64_t c = 0; c < d; ++c) variance[c] *= kHalfLn2;
+      for (int64_t c = 0; c < d && !s.direct; ++c) variance[c] *= kHalfLn2;
     }
     within += unit.within[t];
     std::fill(sum, sum + s.d_v, 0.0);
     for (int64_t g = first; g < last; ++g) {
       const float* group = unit.group_v + g * s.v_stride;
       const auto rows = static_cast<double>(group_rows(unit, g));
-      double squares = 0;
       for (int64_t c = 0; c < s.d_v; ++c) {
         const double shift = static_cast<double>(group[c]) - unit.v_mean[c];
-        squares += shift * shift;
+        squares_of[c] += rows * shift * shift;
         sum[c] += rows * inverse * shift;
       }
-      between_groups += rows * squares;
     }
     double squares = 0;
     for (int64_t c = 0; c < s.d_v; ++c) squares += sum[c] * sum[c];
     between_tiles += static_cast<double>(tile_rows(unit, t)) * squares;
   }
+  for (int64_t c = 0; c < s.d_v; ++c) between_groups += squares_of[c];
   const double total = within + between_groups;
   unit.v_spread = static_cast<float>(std::sqrt(total / n));
   unit.errors = {};
@@ -145,6 +194,10 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
   const UnitShape& s = call.shape;
   const int64_t first = tile * decide::kTileK, n = tile_rows(unit, tile);
   const int64_t group = tile * kGroupsPerTile, groups = (n + decide::kGroupK - 1) / decide::kGroupK;
+  if (s.needles && n == decide::kTileK)
+    call.kernels.quantize_needles(unit.needle_means + tile * kNeedleLanes * s.d_qk, s.d_qk, s.d_qk, unit.k_mean,
+                                  unit.needle_blocks + tile * s.needle_block_bytes,
+                                  unit.needle_scales + tile * decide::kCellsOfTile);
   Arena arena(scratch);
   const TileRows rows = rows_of_tile(s, unit, tile, arena);
   char* const work =
@@ -157,7 +210,7 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
     call.kernels.load_keys(keys, first, n, d, wide, stride);
     return call.kernels.project_tile(wide, n, d, stride, mean, basis, columns, y, y_stride, work);
   };
-  if (s.packs)
+  if (s.packs && call.problem.adaptive.far_field)
     call.kernels.pack_groups(unit.group_k + group * s.group_k_stride, groups, s.d_qk, s.group_k_stride, unit.k_mean,
                              unit.packed_groups + group * 2 * packed_width(s.d_qk));
   unit.captured[tile] = 0;
@@ -176,96 +229,6 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
     project(call.params.k, rows.k, s.d_qk, s.k_stride, unit.k_mean, unit.probe_key_basis, columns, y, columns);
     call.kernels.pack_probe(y, columns, n, s.probe_rank, unit.probe_tiles + tile * s.probe_tile_bytes);
   }
-}
-
-TileMasses take_masses(Arena& arena, const UnitShape& s) {
-  TileMasses x;
-  x.scores = arena.take<float>(decide::kCellsOfTile * cell_pitch(s.key_tiles));
-  x.mass = arena.take<uint32_t>(s.key_tiles);
-  x.peak = arena.take<uint32_t>(s.key_tiles);
-  return x;
-}
-
-CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
-  const UnitShape& s = call.shape;
-  const int64_t index = member * s.query_tiles + tile;
-  const decide::TileRow& row = unit.tile_levels[index].row;
-  const int64_t rows = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - tile * decide::kTileQ);
-  const int64_t last_cell = unit.seq.len_k % decide::kCell;
-  CellArgs args;
-  args.query_cells = unit.query_cells + index * decide::kCellsOfTile * s.d_qk;
-  args.query_scales = unit.query_scales + index * decide::kCellsOfTile;
-  args.blocks = (rows + decide::kCell - 1) / decide::kCell;
-  args.key_cells = unit.key_cells;
-  args.key_scales = unit.key_scales;
-  args.d = s.d_qk;
-  args.len = unit.seq.len_k;
-  args.last_log2 = last_cell == 0 ? 0.0f : decide::fixed_log2(static_cast<float>(last_cell) * (1.0f / decide::kCell));
-  args.tile_begin = row.begin;
-  args.tile_end = row.end;
-  args.scores = x.scores;
-  args.mass = x.mass;
-  args.peak = x.peak;
-  return args;
-}
-
-bool weigh_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
-  return call.kernels.weigh_cells(cell_args(call, unit, member, tile, x));
-}
-
-void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
-  const UnitShape& s = call.shape;
-  const int64_t d = s.d_qk, first = tile * decide::kTileQ;
-  const int64_t n = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first);
-  Arena arena(scratch);
-  float* rows = arena.take<float>(decide::kTileQ * d);
-  float* means = arena.take<float>(decide::kCellsOfTile * d);
-  float* variances = arena.take<float>(decide::kCellsOfTile * d);
-  const TileMasses x = take_masses(arena, s);
-  int32_t* begin = arena.take<int32_t>(2 * decide::kTileQ);
-  int32_t* end = begin + decide::kTileQ;
-
-  Operand q = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1).q;
-  q.data = static_cast<char*>(q.data) + first * q.stride_s * dtype_size(q.dtype);
-  q.stride_s *= kQueryStep;
-  const int64_t samples = (n + kQueryStep - 1) / kQueryStep;
-  call.kernels.load_rows(q, 1, 0, samples, d, 1.0f, rows);
-  constexpr int64_t kSamples = decide::kCell / kQueryStep;
-  const int64_t blocks = (samples + kSamples - 1) / kSamples, index = member * s.query_tiles + tile;
-  for (int64_t b = 0; b < blocks; ++b)
-    call.kernels.group_stats(rows + b * kSamples * d, std::min(kSamples, samples - b * kSamples), d, d, means + b * d,
-                             d, variances + b * d, d);
-  call.kernels.quantize_cells(means, blocks, d, d, nullptr, query_factor(call), 1,
-                              unit.query_cells + index * decide::kCellsOfTile * d,
-                              unit.query_scales + index * decide::kCellsOfTile);
-
-  decide::TileLevels& levels = unit.tile_levels[index];
-  levels = {};
-  fill_ranges(call.params, unit.seq, 1, first, n, begin, end);
-  decide::TileRow& row = levels.row;
-  int64_t lowest = unit.seq.len_k, highest = 0, begin_max = 0, end_min = unit.seq.len_k, seen = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    begin_max = std::max<int64_t>(begin_max, begin[i]);
-    end_min = std::min<int64_t>(end_min, end[i]);
-    if (begin[i] >= end[i]) continue;
-    lowest = std::min<int64_t>(lowest, begin[i]);
-    highest = std::max<int64_t>(highest, end[i]);
-    seen += end[i] - begin[i];
-  }
-  if (lowest >= highest) return;
-  row.begin = static_cast<int32_t>(lowest / decide::kTileK);
-  row.end = static_cast<int32_t>((highest + decide::kTileK - 1) / decide::kTileK);
-  row.full_begin = static_cast<int32_t>((begin_max + decide::kTileK - 1) / decide::kTileK);
-  row.full_end = static_cast<int32_t>(end_min / decide::kTileK);
-
-  levels.usable = weigh_tiles(call, unit, member, tile, x);
-  if (!levels.usable) return;
-  const decide::Options& o = call.problem.adaptive;
-  const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
-  // Where peaks decide, levels above the lowest are hardly ever taken: they are not worth their search.
-  const int end_level = o.keep_peak != 0 ? first_level + 1 : decide::kDenseLevel;
-  decide::measure_cells(x.mass, x.peak, o.keep_peak, static_cast<float>(seen) / static_cast<float>(n), &levels,
-                        first_level, end_level);
 }
 
 }  // namespace adaattn::cpu

@@ -11,7 +11,6 @@ struct AttendScratch {
   int32_t *begin, *end;
   uint64_t* mask;
   TileMasses masses;
-  float* dropped;
   char* kernel;
 };
 
@@ -20,11 +19,11 @@ AttendScratch lay_out_attend(Arena& arena, const UnitShape& s, const KernelTable
   AttendScratch x;
   x.begin = arena.take<int32_t>(s.exact_tiles * kTileRows);
   x.end = arena.take<int32_t>(s.exact_tiles * kTileRows);
-  x.mask = arena.take<uint64_t>(mask_words(s));
+  x.mask = arena.take<uint64_t>(s.heads * s.mask_words);
   x.masses = take_masses(arena, s);
-  x.dropped = arena.take<float>(decide::kCellsOfTile * dropped_stride(s.d_v));
-  x.kernel = arena.take<char>(static_cast<int64_t>(std::max(exact.prefill_scratch(s.d_qk, s.d_v, s.exact_tiles),
-                                                            kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank))));
+  x.kernel =
+      arena.take<char>(static_cast<int64_t>(std::max(exact.prefill_scratch(s.d_qk, s.d_v, s.exact_tiles),
+                                                     kernels.tile_scratch(s.d_qk, s.d_v, s.probe_rank, s.heads))));
   return x;
 }
 
@@ -59,45 +58,60 @@ void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendI
   call.exact.prefill(args);
 }
 
-void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
+void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const Unit* next_unit,
+                       const AttendItem* next, char* scratch) {
   const UnitShape& s = call.shape;
   const decide::Options& o = call.problem.adaptive;
-  const decide::TileLevels& levels = unit.tile_levels[member * s.query_tiles + tile];
-  const decide::HeadChoice& choice = unit.heads[member].choice;
+  const int64_t tile = item.row_begin / decide::kTileQ, words = s.mask_words;
   Arena arena(scratch);
   const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
-  AdaptiveTileArgs args;
-  args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1);
-  args.row_begin = tile * decide::kTileQ;
-  args.row_count = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - args.row_begin);
-  fill_ranges(call.params, unit.seq, 1, args.row_begin, args.row_count, x.begin, x.end);
-  args.key_begin = x.begin;
-  args.key_end = x.end;
-  args.keys = unit.keys;
-  args.keys.rank = decide::rank_of_class(choice.rank_class);
-  tile_mask(call, unit, member, tile, x.masses, x.mask);
-  args.mask = x.mask;
-  args.tile_begin = levels.row.begin;
-  args.tile_end = levels.row.end;
-  args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
-  args.log2_needle = std::log2(o.needle_share);
-  args.far_field = o.far_field;
-  if (o.compensate) {
-    call.kernels.weigh_dropped({.cells = cell_args(call, unit, member, tile, x.masses),
-                                .mask = x.mask,
-                                .group_v = unit.group_v,
-                                .v_stride = s.v_stride,
-                                .d_v = s.d_v,
-                                .k_mean = unit.k_mean,
-                                .dropped = x.dropped});
-    args.dropped = x.dropped;
-    for (int64_t t = args.tile_begin; t < args.tile_end; ++t)
-      args.dropped_keys += tile_bit(x.mask, t) ? 0 : decide::kTileK;
+  AdaptiveTileArgs heads[kMostHeads];
+  AdaptiveTileResult results[kMostHeads];
+  int64_t members[kMostHeads], count = 0;
+  fill_ranges(call.params, unit.seq, 1, item.row_begin, item.row_count, x.begin, x.end);
+  for (int64_t member = item.member; member < item.member + item.members; ++member) {
+    const decide::HeadChoice& choice = unit.heads[member].choice;
+    if (choice.dense) continue;
+    const decide::TileLevels& levels = unit.tile_levels[member * s.query_tiles + tile];
+    AdaptiveTileArgs& args = heads[count];
+    args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1);
+    args.row_begin = item.row_begin;
+    args.row_count = item.row_count;
+    args.key_begin = x.begin;
+    args.key_end = x.end;
+    args.keys = unit.keys;
+    args.keys.rank = decide::rank_of_class(choice.rank_class);
+    args.mask = x.mask + count * words;
+    tile_mask(call, unit, member, tile, x.masses, args.mask);
+    args.tile_begin = levels.row.begin;
+    args.tile_end = levels.row.end;
+    args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
+    args.log2_needle = std::log2(o.needle_share);
+    args.far_field = o.far_field;
+    if (s.masked && s.dropped_floats > 0 && choice.level == o.min_level) {
+      args.dropped = unit.dropped + (member * s.query_tiles + tile) * s.dropped_floats;
+      args.log2_remainder = std::log2(o.remainder);
+      for (int64_t t = args.tile_begin; t < args.tile_end; ++t)
+        args.dropped_keys += tile_bit(args.mask, t) ? 0 : decide::kTileK;
+    }
+    args.scratch = x.kernel;
+    if (next != nullptr && count < next->members) {
+      const Operand q = row_operands(call.params, next_unit->b, next_unit->seq,
+                                     next_unit->kv_head * s.group + next->member + count, 1)
+                            .q;
+      const int64_t stride = q.stride_s * static_cast<int64_t>(dtype_size(q.dtype));
+      args.next_q = {static_cast<const char*>(q.data) + next->row_begin * stride, stride, next->row_count,
+                     s.d_qk * static_cast<int64_t>(dtype_size(q.dtype))};
+    }
+    members[count++] = member;
   }
-  args.scratch = x.kernel;
-  const int64_t index = member * s.query_tiles + tile;
-  unit.results[index] = call.kernels.tile(args);
-  if (unit.map != nullptr) std::copy_n(x.mask, mask_words(s), unit.map + index * mask_words(s));
+  if (count == 0) return;
+  call.kernels.tiles(heads, count, results);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = members[i] * s.query_tiles + tile;
+    unit.results[index] = results[i];
+    if (unit.map != nullptr) std::copy_n(heads[i].mask, words, unit.map + index * words);
+  }
 }
 
 SpreadRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
@@ -121,7 +135,7 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   // Every tile, from the keys as analyze left them.
   args.keys = unit.keys;
   args.keys.rank = 0;
-  std::fill(x.mask, x.mask + mask_words(s), ~uint64_t{0});
+  std::fill(x.mask, x.mask + s.mask_words, ~uint64_t{0});
   args.mask = x.mask;
   args.tile_end = unit.keys.tiles;
   args.key_begin = x.begin;
@@ -132,7 +146,8 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
     for (int64_t r = 0; r < args.row_count; ++r)
       fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / s.group * sample.step, 1, x.begin + r,
                   x.end + r);
-    call.kernels.tile(args);
+    AdaptiveTileResult unused;
+    call.kernels.tiles(&args, 1, &unused);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "cpu_fallback/adaptive/unit.h"
 #include "cpu_fallback/attend/operands.h"
 #include "cpu_fallback/tools/linalg.h"
+#include "decide/cells.h"
 
 namespace adaattn::cpu {
 
@@ -47,12 +48,14 @@ void make_value_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
 void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, char* scratch);
 // V and K of one key tile in the bases.
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
-// Statistics of one query tile and what each mass level would keep of its key tiles.
+// Statistics of one query tile and what each mass level would keep of its key tiles. Where shape.masked, what the
+// lowest level keeps too.
 void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch);
 // Estimates of the key tiles that a query tile sees, from the first of them on.
 struct TileMasses {
   float* scores = nullptr;  // scratch of the kernel
   uint32_t *mass = nullptr, *peak = nullptr;
+  decide::CellRow* rows = nullptr;  // of the blocks
 };
 TileMasses take_masses(Arena& arena, const UnitShape& shape);
 // False where they are not finite.
@@ -63,15 +66,19 @@ CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, i
 // feedback: multipliers of the unit's heads; frozen: their earlier choices, null to choose anew.
 void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
                  const decide::HeadChoice* frozen);
+// Bits of the tiles that a level keeps, from their masses.
+void mask_of_level(const decide::TileLevels& levels, int level, const TileMasses& x, uint32_t keep_peak, int64_t words,
+                   uint64_t* mask);
 // Bits of the key tiles that a query tile computes exactly at its head's level. x: scratch.
 void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x,
                uint64_t* mask);
-int64_t mask_words(const UnitShape& shape);
 
 // ---- attend
 size_t attend_scratch(const UnitShape& shape, const decide::Options& options, const KernelTable& exact,
                       const AdaptiveKernels& kernels);
-void attend_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch);
+// The heads of an item that are not dense. next: the item that the same thread will probably take then, or null.
+void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const Unit* next_unit,
+                       const AttendItem* next, char* scratch);
 void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendItem& item, char* scratch);
 
 // ---- verify

@@ -21,8 +21,6 @@ decide::CostTable cost_table(const UnitShape& s, const decide::Options& o) {
 
 }  // namespace
 
-int64_t mask_words(const UnitShape& s) { return (s.key_tiles + 63) / 64; }
-
 void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
                  const decide::HeadChoice* frozen) {
   const UnitShape& s = call.shape;
@@ -37,16 +35,21 @@ void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedbac
     head = {};
     double entropy = 0;
     int64_t blocks = 0;
+    decide::HeadLevels covered;
     for (int64_t t = 0; t < tiles_q; ++t) {
       const decide::TileLevels& tile = unit.tile_levels[g * s.query_tiles + t];
       usable = usable && tile.usable;
       decide::add_block(tile, &head.levels);
+      if (s.masked && tile.row.begin < tile.row.end) covered.kept[o.min_level] += unit.covered[g * s.query_tiles + t];
       if (tile.row.begin >= tile.row.end) continue;
       entropy += tile.entropy;
       ++blocks;
     }
     head.entropy = blocks > 0 ? entropy / static_cast<double>(blocks) : 0;
     head.tiles = static_cast<int64_t>(head.levels.tiles);
+    covered.tiles = head.levels.tiles;
+    // All masses alike: peaks and needles would follow noise.
+    if (s.masked && !decide::is_selective(covered, o.min_level)) head.levels.kept[o.min_level] = head.levels.tiles;
   }
 
   if (usable && unit.rank_class > 0) {
@@ -77,17 +80,30 @@ void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedbac
   }
 }
 
-void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x,
-               uint64_t* mask) {
-  const decide::TileLevels& levels = unit.tile_levels[member * call.shape.query_tiles + tile];
-  const int level = unit.heads[member].choice.level;
-  const uint32_t keep_peak = call.problem.adaptive.keep_peak;
-  std::fill(mask, mask + mask_words(call.shape), uint64_t{0});
-  if (levels.row.begin >= levels.row.end) return;
-  weigh_tiles(call, unit, member, tile, x);
+void mask_of_level(const decide::TileLevels& levels, int level, const TileMasses& x, uint32_t keep_peak, int64_t words,
+                   uint64_t* mask) {
+  std::fill(mask, mask + words, uint64_t{0});
   for (int32_t t = levels.row.begin; t < levels.row.end; ++t) {
     const int32_t i = t - levels.row.begin;
     if (decide::keeps_tile(levels, level, t, x.mass[i], x.peak[i], keep_peak)) mask[t / 64] |= uint64_t{1} << t % 64;
+  }
+}
+
+void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x,
+               uint64_t* mask) {
+  const UnitShape& s = call.shape;
+  const decide::Options& o = call.problem.adaptive;
+  const int64_t index = member * s.query_tiles + tile;
+  const decide::TileLevels& levels = unit.tile_levels[index];
+  const int level = unit.heads[member].choice.level;
+  if (levels.row.begin >= levels.row.end) {
+    std::fill(mask, mask + s.mask_words, uint64_t{0});
+  } else if (s.masked && level == o.min_level) {
+    std::copy_n(unit.masks + index * s.mask_words, s.mask_words, mask);
+  } else {
+    // Levels without a search keep everything.
+    if (!s.masked) weigh_tiles(call, unit, member, tile, x);
+    mask_of_level(levels, level, x, o.keep_peak, s.mask_words, mask);
   }
 }
 

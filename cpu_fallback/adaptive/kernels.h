@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu_fallback/attend/kernels.h"
-#include "decide/tile_mass.h"
+#include "decide/cells.h"
 
 namespace adaattn::cpu {
 
@@ -43,7 +43,18 @@ struct KeyTables {
   const float* probe_basis = nullptr;  // [probe_rank + 1][d_qk]
 };
 
+// Rows of a matrix, distances in bytes.
+struct RowBytes {
+  const char* first = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+};
+
+// Query heads of one KV head that go over its keys together.
+inline constexpr int64_t kMostHeads = 4;
+
+// One head's rows of a query tile.
 struct AdaptiveTileArgs {
+  RowBytes next_q;                       // queries that the same thread will probably want next; may be empty
   RowOperands rows;                      // one head: group 1, no softcap, ALiBi or bias
   int64_t row_begin = 0, row_count = 0;  // at most kTileRows
   const int32_t* key_begin = nullptr;    // as in PrefillArgs
@@ -59,11 +70,12 @@ struct AdaptiveTileArgs {
   // Not null: per block of 32 rows what stands for the tiles that are not in the mask, as weigh_dropped() leaves it.
   const float* dropped = nullptr;
   int64_t dropped_keys = 0;
+  float log2_remainder = 0;  // of what their weight is multiplied by
   char* scratch = nullptr;
 };
 
 // Per block of rows: the share of its mass that is dropped, log2 of its weight, and from kDroppedHead on the mean of V
-// that goes with it. The weight is that of the block's mean query; no row takes more than the share.
+// that goes with it. The weight is that of the block's mean query.
 inline constexpr int64_t kDroppedHead = 16;
 inline constexpr int64_t dropped_stride(int64_t d_v) { return kDroppedHead + (d_v + 15) / 16 * 16; }
 
@@ -90,6 +102,7 @@ struct CellArgs {
   int64_t tile_begin = 0, tile_end = 0;
   float* scores = nullptr;                    // scratch: 4 cell_pitch(tiles)
   uint32_t *mass = nullptr, *peak = nullptr;  // out, of the tiles
+  decide::CellRow* rows = nullptr;            // out, of the blocks; null: not wanted
 };
 
 // Tiles outside the mask, after weigh_cells().
@@ -102,12 +115,42 @@ struct DroppedArgs {
   float* dropped = nullptr;  // [blocks][dropped_stride(d_v)]
 };
 
+// Means of neighbouring keys that stand together, those of a key tile.
+inline constexpr int64_t kNeedleLanes = 16;
+
+// One query tile's needles (decide/needles.h).
+struct NeedleArgs {
+  const char* query_rows = nullptr;   // 8 rows, as quantize_needle_rows() leaves them
+  const float* limits = nullptr;      // [8], as decide::needle_limit() has them
+  const char* key_blocks = nullptr;   // of all tiles, as quantize_needles() leaves them
+  const float* key_scales = nullptr;  // [tiles][4]
+  int64_t d = 0, tile_begin = 0, tile_end = 0;
+  uint64_t* mask = nullptr;  // tiles that hold a needle are added
+};
+
+// Keys and values of a tile of the problem's own bf16, for bf16 products.
+struct PackArgs {
+  KeyOperand k, v;
+  int64_t first = 0;  // key
+  int64_t d_qk = 0, d_v = 0;
+  uint16_t* packed_k = nullptr;
+  uint32_t* packed_v = nullptr;
+  float* key_means = nullptr;    // out: [16][d_qk], of 8 keys each
+  float* value_means = nullptr;  // out: [4], of 32 keys each
+  int64_t value_stride = 0;
+  double within = 0;  // out: sum of ||v - mean of its 32||^2
+};
+
 struct AdaptiveKernels {
   // Rows [first, first + n) of K or V widened; false if some element is NaN or infinite.
   bool (*load_keys)(const KeyOperand& operand, int64_t first, int64_t n, int64_t d, float* out, int64_t stride);
   // Rows [first, first + n) of width d, widened and multiplied by `factor`, to out [n][d]; rows as in RowOperands.
   void (*load_rows)(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float factor,
                     float* out);
+  // Mean of each `count` neighbours of rows [first, first + n), the last short where n is no multiple of it, to
+  // means [][d]; rows as in RowOperands.
+  void (*row_means)(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, int64_t count,
+                    float* means);
   // Mean and population variance of each group of 32 rows; the last may be short.
   void (*group_stats)(const float* rows, int64_t n, int64_t d, int64_t stride, float* mean, int64_t mean_stride,
                       float* variance, int64_t variance_stride);
@@ -125,17 +168,29 @@ struct AdaptiveKernels {
                          int64_t block, float* cells, float* scales);
   // Masses and peaks of the tiles as decide/cells.h defines them; false if some score is not finite.
   bool (*weigh_cells)(const CellArgs& args);
+  // Needles: a tile's 16 means of keys less `shift`, and n <= 8 means of queries times `factor`.
+  size_t (*needle_block_bytes)(int64_t d);
+  size_t (*needle_row_bytes)(int64_t d);
+  void (*quantize_needles)(const float* rows, int64_t d, int64_t stride, const float* shift, char* block,
+                           float* scales);
+  void (*quantize_needle_rows)(const float* rows, int64_t n, int64_t d, int64_t stride, float factor, char* to,
+                               float* scales);
+  void (*find_needles)(const NeedleArgs& args);
   // What stands for the dropped tiles.
   void (*weigh_dropped)(const DroppedArgs& args);
   // One tile of projected keys, y [n][y_stride], n <= 128, in the form that the rank probe reads; y holds zeros from
   // rank to the next multiple of 16.
   size_t (*probe_tile_bytes)(int64_t rank);
   void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);
-  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
-  AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
+  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads);
+  void (*tiles)(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileResult* results);
+  int64_t heads_together = 1;  // that one call may hold without changing their results
   // With bf16 products only, else null: n <= 128 rows of K, or of V or V', as one tile of packed_elements(d) elements.
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) = nullptr;
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) = nullptr;
+  // All of a whole tile at once, widths being multiples of 32: its keys packed, and what analyze takes from them. False
+  // if some element is NaN or infinite.
+  bool (*pack_tile)(PackArgs& args) = nullptr;
   // project() with bf16 products.
   size_t (*project_scratch)(int64_t d) = nullptr;
   double (*project_tile)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
@@ -149,10 +204,12 @@ inline constexpr int64_t packed_elements(int64_t d) { return decide::kTileK * pa
 
 // What a unit with bf16 products puts in the place of the f32 kernels of its instruction set.
 struct Bf16Tiles {
-  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank);
-  AdaptiveTileResult (*tile)(const AdaptiveTileArgs& args);
+  size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads);
+  void (*tiles)(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileResult* results);
+  int64_t heads_together;
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out);
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out);
+  bool (*pack_tile)(PackArgs& args);
   void (*pack_groups)(const float* groups, int64_t n, int64_t d, int64_t stride, const float* k_mean, uint16_t* out);
   size_t (*probe_tile_bytes)(int64_t rank);
   void (*pack_probe)(const float* y, int64_t y_stride, int64_t n, int64_t rank, char* tile);

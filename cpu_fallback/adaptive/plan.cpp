@@ -232,8 +232,8 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
     pool_.for_each(
         count * s.key_tiles,
         [&](int64_t lane, int64_t item) {
-          Unit& unit = units_[static_cast<size_t>(item / s.key_tiles)];
-          const int64_t tile = item % s.key_tiles;
+          Unit& unit = units_[static_cast<size_t>(item % count)];
+          const int64_t tile = item / count;
           if (unit.analyzed && tile < unit.keys.tiles) body(unit, tile, lane_memory(lanes, lane));
         },
         lanes_);
@@ -246,27 +246,34 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
         if (unit.analyzed) measure_keys(call, unit, lane_memory(lanes, lane));
       },
       lanes_);
+  const bool bases = s.probe_rank > 0 || s.max_rank > 0;
+  if (bases) {
+    pool_.for_each(
+        2 * count,
+        [&](int64_t lane, int64_t item) {
+          Unit& unit = units_[static_cast<size_t>(item / 2)];
+          if (!unit.analyzed || !unit.finite || !(unit.v_spread > 0)) return;
+          UnitMemory& memory = memory_of(unit);
+          char* scratch = lane_memory(lanes, lane);
+          if (item % 2 == 0 && s.probe_rank > 0) make_probe_basis(call, unit, memory.probe_basis, scratch);
+          if (item % 2 == 1 && s.max_rank > 0) make_value_basis(call, unit, memory.value_basis, scratch);
+        },
+        lanes_);
+  }
+  if (bases || s.needles || (s.packs && problem_.adaptive.far_field)) {
+    for_key_tiles([&](Unit& unit, int64_t tile, char* scratch) {
+      if (unit.finite) project_key_tile(call, unit, tile, scratch);
+    });
+  }
+  // Heads of a unit lie side by side, and so do units: rows are read where the last ones ended.
+  const int64_t members = count * s.query_tiles < 4 * lanes_ ? 1 : s.group, pieces = s.group / members * count;
   pool_.for_each(
-      2 * count,
+      s.query_tiles * pieces,
       [&](int64_t lane, int64_t item) {
-        Unit& unit = units_[static_cast<size_t>(item / 2)];
-        if (!unit.analyzed || !unit.finite || !(unit.v_spread > 0)) return;
-        UnitMemory& memory = memory_of(unit);
-        char* scratch = lane_memory(lanes, lane);
-        if (item % 2 == 0 && s.probe_rank > 0) make_probe_basis(call, unit, memory.probe_basis, scratch);
-        if (item % 2 == 1 && s.max_rank > 0) make_value_basis(call, unit, memory.value_basis, scratch);
-      },
-      lanes_);
-  for_key_tiles([&](Unit& unit, int64_t tile, char* scratch) {
-    if (unit.finite) project_key_tile(call, unit, tile, scratch);
-  });
-  const int64_t per_unit = s.group * s.query_tiles;
-  pool_.for_each(
-      count * per_unit,
-      [&](int64_t lane, int64_t item) {
-        Unit& unit = units_[static_cast<size_t>(item / per_unit)];
-        const int64_t member = item % per_unit / s.query_tiles, tile = item % s.query_tiles;
-        if (unit.analyzed && unit.finite && tile * decide::kTileQ < unit.seq.len_q)
+        const int64_t tile = item / pieces, first = item % pieces * members;
+        Unit& unit = units_[static_cast<size_t>(first / s.group)];
+        if (!unit.analyzed || !unit.finite || tile * decide::kTileQ >= unit.seq.len_q) return;
+        for (int64_t member = first % s.group; member < first % s.group + members; ++member)
           analyze_query_tile(call, unit, member, tile, lane_memory(lanes, lane));
       },
       lanes_);
@@ -298,7 +305,7 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
           ceil_div(unit.seq.len_q, decide::kTileQ),
           [&](int64_t lane, int64_t tile) {
             const int64_t begin = tile * decide::kTileQ, end = std::min(begin + decide::kTileQ, unit.seq.len_q);
-            attend_exact_rows(call, unit, {0, static_cast<int32_t>(g), true, begin, end - begin},
+            attend_exact_rows(call, unit, {0, static_cast<int32_t>(g), 1, true, begin, end - begin},
                               lane_memory(lanes, lane));
           },
           lanes_);
@@ -328,7 +335,10 @@ void AdaptivePlan::attend(const AdaptiveCall& call, int64_t count, char* lanes) 
         if (item.exact) {
           attend_exact_rows(call, unit, item, scratch);
         } else {
-          attend_query_tile(call, unit, item.member, item.row_begin / decide::kTileQ, scratch);
+          const size_t after = static_cast<size_t>(i - checks + lanes_);
+          const AttendItem* next = after < items.size() && !items[after].exact ? &items[after] : nullptr;
+          const Unit* next_unit = next == nullptr ? nullptr : &units_[static_cast<size_t>(next->unit)];
+          attend_query_tile(call, unit, item, next_unit, next, scratch);
         }
       },
       lanes_);

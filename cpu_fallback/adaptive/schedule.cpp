@@ -32,20 +32,26 @@ const std::vector<AttendItem>& AttendSchedule::build(const std::vector<Unit>& un
   while (tiles > 1 && lanes > 1 && exact_rows < 4 * lanes * tiles * kTileRows) tiles = (tiles + 1) / 2;
   const int64_t chunk = tiles * kTileRows;
 
+  // Heads that share keys go together unless that leaves lanes without work; results do not depend on it.
+  const bool few = count * s.query_tiles * ((s.group + s.heads - 1) / s.heads) < 4 * lanes;
+  const auto heads = static_cast<int32_t>(few ? 1 : s.heads);
+
   for (int64_t tile = s.query_tiles - 1; tile >= 0; --tile) {
     const int64_t first = tile * decide::kTileQ;
     for (Rows& rows : exact_) {
       while (rows.left > 0 && (rows.left - 1) / rows.group >= first) {
         const int64_t begin = (rows.left - 1) / chunk * chunk;
-        items_.push_back({rows.unit, rows.member, true, begin, rows.left - begin});
+        items_.push_back({rows.unit, rows.member, 1, true, begin, rows.left - begin});
         rows.left = begin;
       }
     }
-    for (int32_t g = 0; g < s.group; ++g) {
+    for (int32_t g = 0; g < s.group; g += heads) {
       for (int32_t u = 0; u < count; ++u) {
         const Unit& unit = units[static_cast<size_t>(u)];
-        if (unit.heads[g].choice.dense || first >= unit.seq.len_q) continue;
-        items_.push_back({u, g, false, first, std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first)});
+        const auto members = static_cast<int32_t>(std::min<int64_t>(heads, s.group - g));
+        const auto dense = [](const HeadState& head) { return head.choice.dense; };
+        if (first >= unit.seq.len_q || std::all_of(unit.heads + g, unit.heads + g + members, dense)) continue;
+        items_.push_back({u, g, members, false, first, std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first)});
       }
     }
   }

@@ -13,7 +13,8 @@ constexpr int32_t kAllHeads = -1;
 
 struct AttendItem {
   int32_t unit = 0;
-  int32_t member = 0;  // kAllHeads: exact rows of all heads of the unit, row r is query r / group of head r % group
+  int32_t member = 0;   // kAllHeads: exact rows of all heads of the unit, row r is query r / group of head r % group
+  int32_t members = 1;  // heads from `member` on, the dense ones among them left out
   bool exact = false;
   int64_t row_begin = 0, row_count = 0;
 };

@@ -27,7 +27,7 @@ TileRange visible_tiles(const AttnParams& params, const Sequence& seq, int64_t q
 }
 
 TileMaps::TileMaps(const Problem& problem, const UnitShape& shape)
-    : heads_q_(problem.heads_q), group_(shape.group), query_tiles_(shape.query_tiles), words_(mask_words(shape)) {
+    : heads_q_(problem.heads_q), group_(shape.group), query_tiles_(shape.query_tiles), words_(shape.mask_words) {
   // In floating point: the product of maxima that a descriptor may name need not fit an integer.
   const double bytes = 8.0 * static_cast<double>(problem.max_batch) * static_cast<double>(heads_q_) *
                        static_cast<double>(query_tiles_) * static_cast<double>(words_);

@@ -18,14 +18,24 @@ UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int
   const decide::Options& o = problem.adaptive;
   UnitShape s;
   s.packs = kernels.pack_keys != nullptr;
+  s.masked = o.tiles && o.keep_peak != 0;
+  s.needles = s.masked && o.needle_mass > 0;
   s.d_qk = problem.d_qk;
   s.d_v = problem.d_v;
   s.exact_tiles = exact_tiles;
   s.group = problem.heads_q / problem.heads_kv;
+  s.heads = std::min(s.group, kernels.heads_together);
   s.len_k = problem.max_seqlen_k;
   s.key_tiles = divide_up(s.len_k, decide::kTileK);
   s.key_groups = divide_up(s.len_k, decide::kGroupK);
   s.query_tiles = divide_up(problem.max_seqlen_q, decide::kTileQ);
+  s.direct = s.packs && s.masked && !o.far_field && s.d_qk % 32 == 0 && s.d_v % 32 == 0;
+  s.mask_words = divide_up(s.key_tiles, 64);
+  s.dropped_floats = o.remainder > 0 ? decide::kCellsOfTile * dropped_stride(s.d_v) : 0;
+  if (s.needles) {
+    s.needle_block_bytes = static_cast<int64_t>(kernels.needle_block_bytes(s.d_qk));
+    s.needle_row_bytes = static_cast<int64_t>(kernels.needle_row_bytes(s.d_qk));
+  }
   s.k_stride = padded(s.d_qk);
   s.v_stride = padded(s.d_v);
   s.group_k_stride = padded(2 * s.d_qk + 1);
@@ -65,6 +75,12 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.key_scales = arena.take<float>(key_cells);
   u.query_cells = arena.take<float>(query_cells * s.d_qk);
   u.query_scales = arena.take<float>(query_cells);
+  u.needle_means = arena.take<float>(s.needles ? s.key_tiles * kNeedleLanes * s.d_qk : 0);
+  u.needle_blocks = arena.take<char>(s.key_tiles * s.needle_block_bytes);
+  u.needle_scales = arena.take<float>(s.needles ? s.key_tiles * decide::kCellsOfTile : 0);
+  u.masks = arena.take<uint64_t>(s.masked ? s.group * s.query_tiles * s.mask_words : 0);
+  u.covered = arena.take<uint32_t>(s.masked ? s.group * s.query_tiles : 0);
+  u.dropped = arena.take<float>(s.masked ? s.group * s.query_tiles * s.dropped_floats : 0);
   u.within = arena.take<double>(s.key_tiles);
   u.captured = arena.take<double>(s.key_tiles);
   u.tile_finite = arena.take<uint8_t>(s.key_tiles);

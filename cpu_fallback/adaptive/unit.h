@@ -18,8 +18,13 @@ struct UnitShape {
   int64_t k_stride = 0, v_stride = 0, low_stride = 0, group_k_stride = 0, probe_tile_bytes = 0;
   int64_t max_rank = 0;     // 0: V is not projected
   int64_t probe_rank = 0;   // 0: no rank probe
+  int64_t heads = 1;        // that go over the keys together
   int64_t exact_tiles = 1;  // of kTileRows rows that an item of exact attention may have
-  bool packs = false;       // K and V are kept for bf16 products, and not in f32
+  bool needles = false;     // tiles are kept for them
+  bool masked = false;      // analyze leaves the masks of the lowest level
+  bool direct = false;      // whole tiles are packed from K and V themselves
+  int64_t needle_block_bytes = 0, needle_row_bytes = 0, mask_words = 0, dropped_floats = 0;
+  bool packs = false;  // K and V are kept for bf16 products, and not in f32
 };
 
 // Columns that projections write: whole vectors of every instruction set.
@@ -59,14 +64,21 @@ struct Unit {
   // Block means of 32 rows in 8 bits, see AdaptiveKernels::quantize_cells.
   float *key_cells = nullptr, *key_scales = nullptr;      // [key_tiles * 4]
   float *query_cells = nullptr, *query_scales = nullptr;  // [group][query_tiles][4]
-  double* within = nullptr;                               // [key_tiles]: sum of ||v - mean of its 32||^2
-  double* captured = nullptr;                             // [key_tiles]: sum of ||V'||^2
-  uint8_t* tile_finite = nullptr;                         // [key_tiles]
-  decide::TileLevels* tile_levels = nullptr;              // [group][query_tiles]
-  AdaptiveTileResult* results = nullptr;                  // [group][query_tiles]
-  HeadState* heads = nullptr;                             // [group]
-  float* exact_rows = nullptr;                            // [verify rows][group][d_v]
-  uint64_t* map = nullptr;  // [group][query_tiles][mask words], of the plan; null: not wanted
+  // Means of 8 keys, and the same in 8 bits, see AdaptiveKernels::quantize_needles.
+  float* needle_means = nullptr;              // [key_tiles][16][d_qk]
+  char* needle_blocks = nullptr;              // [key_tiles]
+  float* needle_scales = nullptr;             // [key_tiles][4]
+  uint64_t* masks = nullptr;                  // [group][query_tiles][mask words]: what the lowest level keeps
+  uint32_t* covered = nullptr;                // [group][query_tiles]: tiles that hold the mass of the lowest level
+  float* dropped = nullptr;                   // [group][query_tiles][4 dropped_stride()]: what stands for the rest
+  double* within = nullptr;                   // [key_tiles]: sum of ||v - mean of its 32||^2
+  double* captured = nullptr;                 // [key_tiles]: sum of ||V'||^2
+  uint8_t* tile_finite = nullptr;             // [key_tiles]
+  decide::TileLevels* tile_levels = nullptr;  // [group][query_tiles]
+  AdaptiveTileResult* results = nullptr;      // [group][query_tiles]
+  HeadState* heads = nullptr;                 // [group]
+  float* exact_rows = nullptr;                // [verify rows][group][d_v]
+  uint64_t* map = nullptr;                    // [group][query_tiles][mask words], of the plan; null: not wanted
 };
 
 // Takes one unit's arrays from the arena.

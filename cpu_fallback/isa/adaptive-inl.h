@@ -3,120 +3,21 @@
 #pragma once
 
 #include "cpu_fallback/isa/far_field-inl.h"
+#if defined(ADAATTN_UNIT_BF16)
+#include "cpu_fallback/isa/kept_tiles_bf16-inl.h"
+#endif
 #include "decide/cells.h"
 
 namespace adaattn::cpu {
 namespace {
 
-#if defined(ADAATTN_UNIT_BF16)
-// Tiles of [at, end) in the mask, in order; mask null: all.
-struct KeptTiles {
-  const uint64_t* mask;
-  int64_t at, end;
-
-  HWY_INLINE void find() {
-    while (at < end && mask != nullptr && !tile_bit(mask, at)) ++at;
-  }
-};
-
-// The visible keys of every panel, one run of neighbouring kept tiles after another. Runs are short, so that their keys
-// are still in second-level cache for the last panel.
-struct KeptRuns {
-  static constexpr int64_t kMostTiles = 4;
-  PanelRuns panels;
-  KeptTiles tiles;
-  int64_t len;  // keys
-  int64_t kept = 0;
-
-  HWY_INLINE bool next(KeyRun& run) {
-    while (!panels.next(run)) {
-      tiles.find();
-      if (tiles.at >= tiles.end) return false;
-      const int64_t first = tiles.at;
-      do {
-        ++tiles.at;
-        ++kept;
-      } while (tiles.at < tiles.end && tiles.at < first + kMostTiles &&
-               (tiles.mask == nullptr || tile_bit(tiles.mask, tiles.at)));
-      panels.start(first * kTileKeys, tiles.at * kTileKeys < len ? tiles.at * kTileKeys : len);
-    }
-    return true;
-  }
-};
-
-// Brings kept tiles into second-level cache, a part with each group of keys, so that one comes while the one before is
-// walked: skipped tiles lie between them, over which the processor does not look ahead.
-struct TilePrefetch : NothingElse {
-  const char *k, *v;
-  int64_t k_bytes, v_bytes;  // of a tile
-  KeptTiles tiles;
-  int64_t part = 0;
-
-  HWY_INLINE TilePrefetch(const uint16_t* keys, int64_t key_bytes, const uint32_t* values, int64_t value_bytes,
-                          const KeptTiles& kept)
-      : k(reinterpret_cast<const char*>(keys)),
-        v(reinterpret_cast<const char*>(values)),
-        k_bytes(key_bytes),
-        v_bytes(value_bytes),
-        tiles(kept) {
-    tiles.find();
-    ++tiles.at;
-    tiles.find();
-  }
-
-  HWY_INLINE void touch(const char* all, int64_t bytes, int64_t parts) const {
-    const char* from = all + tiles.at * bytes + part * (bytes / parts);
-    for (int64_t at = 0; at < bytes / parts; at += 64) _mm_prefetch(from + at, _MM_HINT_T1);
-  }
-
-  HWY_INLINE void before_group() {
-    constexpr int64_t kParts = kTileRows / kPanel * (kTileKeys > kScoreKeys ? kTileKeys / kScoreKeys : 1);
-    if (tiles.at >= tiles.end) return;
-    touch(k, k_bytes, kParts);
-    touch(v, v_bytes, kParts);
-    if (++part < kParts) return;
-    part = 0;
-    ++tiles.at;
-    tiles.find();
-  }
-};
-
-// The tiles of [first, last) that are in the mask; returns their number.
-HWY_INLINE int64_t exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                               const uint64_t* mask, int64_t first, int64_t last) {
-  const int64_t width = round_up(values.width, 32);
-  const KeptTiles tiles{mask, first, last};
-  TilePrefetch prefetch(args.keys.packed_k, packed_elements(args.rows.d_qk) * 2, values.packed, kTileKeys * width * 2,
-                        tiles);
-  KeptRuns runs{PanelRuns(x.panels, panels), tiles, args.keys.len};
-  walk_keys(KeyWalk<TilePrefetch, KeptRuns>{.k = args.keys.packed_k,
-                                            .vt = values.packed,
-                                            .origin = 0,
-                                            .d_qk = round_up(args.rows.d_qk, 32),
-                                            .d_v = width,
-                                            .s = x.s,
-                                            .block_max = x.block_max,
-                                            .factor = score_rule(args.rows).query_factor,
-                                            .extra = prefetch,
-                                            .runs = runs},
-            args.rows.entropy.data != nullptr);
-  return runs.kept;
-}
-
-// The largest score of each query over a tile's 128 keys.
-HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
-  const int64_t d = round_up(args.rows.d_qk, 32);
-  multiply_scores(args.keys.packed_k + tile * kTileKeys * d, d, kTileKeys, x.words[panel], d, x.s);
-  scale_scores(x.s, kTileKeys, score_rule(args.rows).query_factor);
-  block_maximum(x.s, kTileKeys, x.block_max);
-}
-#else
-HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                           int64_t tile) {
+#if !defined(ADAATTN_UNIT_BF16)
+HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, Panel* first_panel,
+                           int64_t panels, int64_t tile) {
   const int64_t first = tile * kTileKeys;
   const int64_t last = first + kTileKeys < args.keys.len ? first + kTileKeys : args.keys.len;
   for (int64_t i = 0; i < panels; ++i) {
-    Panel& p = x.panels[i];
+    Panel& p = first_panel[i];
     const int64_t begin = p.first > first ? p.first : first, end = p.last < last ? p.last : last;
     if (begin >= end) continue;
     clear_max(x.block_max);
@@ -127,15 +28,18 @@ HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const V
   }
 }
 
-HWY_INLINE int64_t exact_tiles(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t panels,
-                               const uint64_t* mask, int64_t first, int64_t last) {
-  int64_t kept = 0;
-  for (int64_t t = first; t < last; ++t) {
-    if (mask != nullptr && !tile_bit(mask, t)) continue;
-    exact_tile(args, x, values, panels, t);
-    ++kept;
+// The tiles of [first, last) that are in each head's mask (null: all), for panels_of_head panels of each; adds their
+// number to `kept`.
+HWY_INLINE void exact_tiles(const AdaptiveTileArgs* each, TileScratch& x, const Values& values, int64_t heads,
+                            int64_t panels_of_head, const uint64_t* const* masks, int64_t first, int64_t last,
+                            int64_t* kept) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t t = first; t < last; ++t) {
+      if (masks[h] != nullptr && !tile_bit(masks[h], t)) continue;
+      exact_tile(each[h], x, values, x.panels + h * panels_of_head, panels_of_head, t);
+      ++kept[h];
+    }
   }
-  return kept;
 }
 
 HWY_INLINE void tile_maximum(const AdaptiveTileArgs& args, TileScratch& x, int64_t panel, int64_t tile) {
@@ -279,88 +183,116 @@ HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& 
   }
 }
 
-// The keys of dropped tiles as one of their mean value: O += w v and sum += w, w being their share of the row's mass.
+// The keys of dropped tiles as one more key of each row, of their mean value: O += w v and sum += w, where w is the
+// weight that the row's block gives them by its mean query, times 2^log2_remainder, and at most that of all others.
 HWY_INLINE float add_dropped_mean(const AdaptiveTileArgs& args, Panel& p) {
   const int64_t d_v = args.rows.d_v;
   float mass = 0;
   for (int64_t lane = 0; lane < kPanel && lane < p.rows; lane += kLanes) {
     const float* block = args.dropped + (p.row + lane) / decide::kCell * dropped_stride(d_v);
-    const float share = block[0];
-    if (!(share > 0 && share < 1)) continue;
-    const int64_t rows = p.rows - lane < kLanes ? p.rows - lane : kLanes;
-    mass += share * static_cast<float>(rows);
-    const F32 sum = hn::Load(kF32, p.sum + lane), most = hn::Mul(sum, hn::Set(kF32, share / (1 - share)));
-    const F32 weight = hn::Min(
-        exp2(hn::Min(hn::Sub(hn::Set(kF32, block[1]), hn::Load(kF32, p.max + lane)), hn::Set(kF32, 100.0f))), most);
+    if (!(block[0] > 0)) continue;
+    const F32 sum = hn::Load(kF32, p.sum + lane), most = hn::Set(kF32, 100.0f);
+    const F32 log2_weight = hn::Sub(hn::Set(kF32, block[1] + args.log2_remainder), hn::Load(kF32, p.max + lane));
+    const F32 weight = hn::Min(exp2(hn::Min(log2_weight, most)), sum);
+    HWY_ALIGN float weights[kLanes];
+    hn::Store(weight, kF32, weights);
     hn::Store(hn::Add(sum, weight), kF32, p.sum + lane);
     for (int64_t c = 0; c < d_v; ++c) {
       float* o = p.ot + c * kPanel + lane;
       hn::Store(hn::MulAdd(weight, hn::Set(kF32, block[kDroppedHead + c]), hn::Load(kF32, o)), kF32, o);
     }
-    if (args.rows.entropy.data == nullptr) continue;
-    // As if the weight were spread evenly over the dropped keys.
-    for (int64_t i = lane; i < lane + rows; ++i) {
-      const float w = p.sum[i] * share;
-      if (w > 0) p.entropy_sum[i] += w * ::log2f(w / static_cast<float>(args.dropped_keys));
+    for (int64_t i = 0; i < kLanes && lane + i < p.rows; ++i) {
+      const float w = weights[i];
+      if (!(w > 0)) continue;
+      mass += w / p.sum[lane + i];
+      // As if the weight were spread evenly over the dropped keys.
+      if (args.rows.entropy.data != nullptr)
+        p.entropy_sum[lane + i] += w * ::log2f(w / static_cast<float>(args.dropped_keys));
     }
   }
   return mass;
 }
 
-AdaptiveTileResult adaptive_tile(const AdaptiveTileArgs& args) {
+// What follows the kept tiles, for the panels of one head.
+HWY_INLINE void finish_head(const AdaptiveTileArgs& args, const PrefillArgs& prefill, TileScratch& x,
+                            const Values& values, int64_t panels, AdaptiveTileResult& result) {
   const KeyTables& keys = args.keys;
-  Arena arena{args.scratch};
-  TileScratch x;
-  lay_out(arena, x, args.rows.d_qk, args.rows.d_v, keys.probe_rank);
-
-  PrefillArgs prefill;
-  prefill.rows = args.rows;
-  prefill.row_begin = args.row_begin;
-  prefill.row_count = args.row_count;
-  prefill.key_begin = args.key_begin;
-  prefill.key_end = args.key_end;
-  PrefillScratch finish;
-  finish.row = x.row;
-  finish.s = x.s;
-#if defined(ADAATTN_UNIT_BF16)
-  [[maybe_unused]] const TileScope scope;
-#endif
-  const int64_t panels = (args.row_count + kPanel - 1) / kPanel;
-  for (int64_t i = 0; i < panels; ++i) {
-    start_panel(prefill, x.panels[i], i * kPanel);
-#if defined(ADAATTN_UNIT_BF16)
-    fill_query_words(prefill, finish, x.panels[i], round_up(args.rows.d_qk, 32), x.words[i]);
-#else
-    fill_queries(prefill, score_rule(args.rows), finish, x.panels[i]);
-#endif
-  }
-
-  const bool low_rank = keys.rank > 0;
-  const Values values = low_rank ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank, keys.packed_v_low}
-                                 : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v, keys.packed_v};
-  AdaptiveTileResult result;
-  result.kept = exact_tiles(args, x, values, panels, args.mask, args.tile_begin, args.tile_end);
   const int64_t skipped = args.tile_end - args.tile_begin - result.kept;
-  if (skipped > 0) project_queries(args, x, panels, args.probe && keys.probe_tiles != nullptr);
+  if (skipped > 0 && (args.far_field || args.probe))
+    project_queries(args, x, panels, args.probe && keys.probe_tiles != nullptr);
   if (args.probe && skipped > 0) {
     set_thresholds(args, x, panels);
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
-      exact_tiles(args, x, values, panels, nullptr, t, t + 1);
+      const uint64_t* all = nullptr;
+      exact_tiles(&args, x, values, 1, panels, &all, t, t + 1, &result.probed_in);
       args.mask[t / 64] |= uint64_t{1} << t % 64;
       set_thresholds(args, x, panels);
-      ++result.probed_in;
     }
     result.kept += result.probed_in;
   }
   if (args.far_field && result.probed_in < skipped) result.far_mass = far_field(args, x, values, panels);
+  const bool low_rank = keys.rank > 0;
   if (low_rank) prepare_up(keys, x);
+  PrefillScratch finish;
+  finish.row = x.row;
+  finish.s = x.s;
   for (int64_t i = 0; i < panels; ++i) {
     if (low_rank) project_up(args, x, x.panels[i]);
     if (args.dropped != nullptr && skipped > 0) result.far_mass += add_dropped_mean(args, x.panels[i]);
     finish_panel(prefill, finish, x.panels[i]);
   }
-  return result;
+}
+
+// `count` heads of one query tile, at most kMostHeads, which share everything but their rows, masks and what stands for
+// the dropped tiles.
+void adaptive_tiles(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileResult* results) {
+  const AdaptiveTileArgs& first = heads[0];
+  const KeyTables& keys = first.keys;
+  Arena arena{first.scratch};
+  TileScratch x;
+  lay_out(arena, x, first.rows.d_qk, first.rows.d_v, keys.probe_rank, count);
+  PrefillScratch fill;
+  fill.row = x.row;
+  fill.s = x.s;
+#if defined(ADAATTN_UNIT_BF16)
+  [[maybe_unused]] const TileScope scope;
+#endif
+  const int64_t panels = (first.row_count + kPanel - 1) / kPanel;
+  PrefillArgs prefill[kMostHeads];
+  const uint64_t* masks[kMostHeads];
+  int64_t kept[kMostHeads] = {};
+  for (int64_t h = 0; h < count; ++h) {
+    prefill[h].rows = heads[h].rows;
+    prefill[h].row_begin = first.row_begin;
+    prefill[h].row_count = first.row_count;
+    prefill[h].key_begin = first.key_begin;
+    prefill[h].key_end = first.key_end;
+    masks[h] = heads[h].mask;
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t at = h * panels + i;
+      start_panel(prefill[h], x.panels[at], i * kPanel);
+#if defined(ADAATTN_UNIT_BF16)
+      fill_query_words(prefill[h], fill, x.panels[at], round_up(first.rows.d_qk, 32), x.words[at]);
+#else
+      fill_queries(prefill[h], score_rule(first.rows), fill, x.panels[at]);
+#endif
+    }
+  }
+  const Values values = keys.rank > 0
+                            ? Values{keys.v_low, keys.group_v_low, keys.v_low_stride, keys.rank, keys.packed_v_low}
+                            : Values{keys.v, keys.group_v, keys.v_stride, keys.d_v, keys.packed_v};
+  exact_tiles(heads, x, values, count, panels, masks, first.tile_begin, first.tile_end, kept);
+  for (int64_t h = 0; h < count; ++h) {
+    results[h] = {};
+    results[h].kept = kept[h];
+    TileScratch of_head = x;
+    of_head.panels = x.panels + h * panels;
+#if defined(ADAATTN_UNIT_BF16)
+    of_head.words = x.words + h * panels;
+#endif
+    finish_head(heads[h], prefill[h], of_head, values, panels, results[h]);
+  }
 }
 
 }  // namespace

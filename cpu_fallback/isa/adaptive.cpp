@@ -2,6 +2,7 @@
 #include "cpu_fallback/isa/adaptive-inl.h"
 #if !defined(ADAATTN_UNIT_BF16)
 #include "cpu_fallback/isa/cells-inl.h"
+#include "cpu_fallback/isa/needles-inl.h"
 #endif
 
 namespace adaattn::cpu {
@@ -15,9 +16,11 @@ namespace adaattn::cpu {
 
 const Bf16Tiles ADAATTN_TILES = {
     .tile_scratch = tile_scratch,
-    .tile = adaptive_tile,
+    .tiles = adaptive_tiles,
+    .heads_together = kHeadsTogether,
     .pack_keys = pack_keys,
     .pack_values = pack_values,
+    .pack_tile = pack_tile,
     .pack_groups = pack_groups,
     .probe_tile_bytes = probe_tile_bytes,
     .pack_probe = pack_probe,
@@ -43,17 +46,23 @@ const Bf16Tiles ADAATTN_TILES = {
 const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
     .load_keys = load_keys,
     .load_rows = load_rows,
+    .row_means = row_means,
     .group_stats = group_stats,
     .gram_scratch = gram_scratch,
     .gram = gram,
     .project = project,
     .quantize_cells = quantize_cells,
     .weigh_cells = weigh_cells,
+    .needle_block_bytes = needle_block_bytes,
+    .needle_row_bytes = needle_row_bytes,
+    .quantize_needles = quantize_needles,
+    .quantize_needle_rows = quantize_needle_rows,
+    .find_needles = find_needles,
     .weigh_dropped = weigh_dropped,
     .probe_tile_bytes = probe_tile_bytes,
     .pack_probe = pack_probe,
     .tile_scratch = tile_scratch,
-    .tile = adaptive_tile,
+    .tiles = adaptive_tiles,
 };
 #endif
 

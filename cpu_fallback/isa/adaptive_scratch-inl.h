@@ -41,7 +41,8 @@ struct TileScratch {
   Int8Queries* int8_q;  // per panel
 #endif
 #if defined(ADAATTN_UNIT_BF16)
-  // Per panel: queries as fill_query_words() leaves them, projected for the rank probe, and squared.
+  // Queries as fill_query_words() leaves them, per panel of every head; projected for the rank probe, and squared, per
+  // panel of one.
   uint32_t **words, **probe_words, **squares;
   float** base;           // per panel: products with the mean of K
   uint16_t* query_rows;   // the mean of K as two rows that add up to it, 30 zeros, and the basis of the rank probe
@@ -55,8 +56,9 @@ struct TileScratch {
 
 constexpr int64_t kPanelsPerTile = kTileRows / kPanel;
 
-HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v, int64_t probe_rank) {
-  x.panels = arena.take<Panel>(kPanelsPerTile);
+HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads) {
+  const int64_t panels = heads * kPanelsPerTile;
+  x.panels = arena.take<Panel>(panels);
   x.far_q = arena.take<float*>(kPanelsPerTile);
   x.probe_q = arena.take<float*>(kPanelsPerTile);
 #if defined(ADAATTN_PROBE_INT8)
@@ -77,7 +79,7 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.up = arena.take<float>(round_up(d_v, 32) * kPanel);
   x.before = arena.take<float>(kPanelsPerTile * 2 * kPanel);
 #if defined(ADAATTN_UNIT_BF16)
-  x.words = arena.take<uint32_t*>(kPanelsPerTile);
+  x.words = arena.take<uint32_t*>(panels);
   x.probe_words = arena.take<uint32_t*>(kPanelsPerTile);
   x.squares = arena.take<uint32_t*>(kPanelsPerTile);
   x.base = arena.take<float*>(kPanelsPerTile);
@@ -99,25 +101,26 @@ HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v,
   x.far_values = arena.take<uint32_t>(packed_elements(d_v) / 2);
 #endif
   for (int64_t i = 0; i < kPanelsPerTile; ++i) {
+    float* far_q = arena.take<float>((2 * d_qk + 1) * kPanel);
+    float* probe_q = arena.take<float>((probe_rank + 1) * kPanel);
+    if (x.far_q == nullptr) continue;
+    x.far_q[i] = far_q;
+    x.probe_q[i] = probe_q;
+  }
+  for (int64_t i = 0; i < panels; ++i) {
     Panel unused;
     Panel& p = x.panels == nullptr ? unused : x.panels[i];
     lay_out(arena, p, d_qk, d_v);
-    float* far_q = arena.take<float>((2 * d_qk + 1) * kPanel);
-    float* probe_q = arena.take<float>((probe_rank + 1) * kPanel);
-    if (x.far_q != nullptr) {
 #if defined(ADAATTN_UNIT_BF16)
-      x.words[i] = reinterpret_cast<uint32_t*>(p.qt);
+    if (x.words != nullptr) x.words[i] = reinterpret_cast<uint32_t*>(p.qt);
 #endif
-      x.far_q[i] = far_q;
-      x.probe_q[i] = probe_q;
-    }
   }
 }
 
-size_t tile_scratch(int64_t d_qk, int64_t d_v, int64_t probe_rank) {
+size_t tile_scratch(int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads) {
   Arena arena{nullptr};
   TileScratch unused;
-  lay_out(arena, unused, d_qk, d_v, probe_rank);
+  lay_out(arena, unused, d_qk, d_v, probe_rank, heads);
   return arena.used;
 }
 

@@ -32,6 +32,43 @@ void load_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, 
     widen_row(row_address(operand, group, first + i), operand.dtype, out + i * d, d, factor);
 }
 
+template <typename T>
+HWY_INLINE void mean_of_rows(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, float* mean) {
+  const float inverse = 1.0f / static_cast<float>(n);
+  const auto row = [&](int64_t i) { return reinterpret_cast<const T*>(row_address(operand, group, first + i)); };
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= d; c += 4 * kLanes) {
+    F32 sum[4];
+    ADAATTN_UNROLL for (int v = 0; v < 4; ++v) sum[v] = hn::Zero(kF32);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* from = row(i) + c;
+      ADAATTN_UNROLL for (int v = 0; v < 4; ++v) sum[v] = hn::Add(sum[v], load(from + v * kLanes));
+    }
+    ADAATTN_UNROLL for (int v = 0; v < 4; ++v)
+        hn::StoreU(hn::Mul(sum[v], hn::Set(kF32, inverse)), kF32, mean + c + v * kLanes);
+  }
+  for (; c < d; ++c) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += to_float(load_scalar<T>(row(i) + c));
+    mean[c] = sum * inverse;
+  }
+}
+
+void row_means(const Operand& operand, int64_t group, int64_t first, int64_t n, int64_t d, int64_t count,
+               float* means) {
+  for (int64_t i = 0; i < n; i += count, means += d) {
+    const int64_t there = n - i < count ? n - i : count;
+    // Rows of one head lie apart, where the processor does not look ahead.
+    for (int64_t j = i + count; j < i + 2 * count && j < n; ++j) {
+      const char* row = row_address(operand, group, first + j);
+      for (int64_t at = 0; at < d * element_bytes(operand.dtype); at += 64) __builtin_prefetch(row + at);
+    }
+    if (operand.dtype == Dtype::kF32) mean_of_rows<float>(operand, group, first + i, there, d, means);
+    if (operand.dtype == Dtype::kBF16) mean_of_rows<Brain>(operand, group, first + i, there, d, means);
+    if (operand.dtype == Dtype::kF16) mean_of_rows<Half>(operand, group, first + i, there, d, means);
+  }
+}
+
 // Mean and variance of `count` rows, in kVectors vectors of columns.
 template <int kVectors>
 HWY_INLINE void column_stats(const float* HWY_RESTRICT rows, int64_t count, int64_t stride, float inverse,

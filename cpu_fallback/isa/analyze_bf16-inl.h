@@ -102,7 +102,8 @@ HWY_INLINE void lay_out(Arena& arena, GramTiles& x, int64_t n, int64_t d) {
   for (int64_t first = 0; first < d; first += kPanel) {
     const int64_t count = d - first < kPanel ? d - first : kPanel;
     memset(x.out, 0, static_cast<size_t>(columns * kPanel) * sizeof(float));
-    multiply_values(x.transposed, 0, columns, x.words + first / kPanel * (padded / 2 * kPanel), padded, x.out);
+    const ValueRun all = {0, padded};
+    multiply_values(x.transposed, &all, 1, columns, x.words + first / kPanel * (padded / 2 * kPanel), x.out);
     for (int64_t i = 0; i < d; ++i)
       memcpy(gram + i * d + first, x.out + i * kPanel, static_cast<size_t>(count) * sizeof(float));
   }

@@ -20,19 +20,22 @@ void quantize_cells(const float* rows, int64_t n, int64_t d, int64_t stride, con
                     int64_t block, float* cells, float* scales) {
   for (int64_t j = 0; j < n; ++j, rows += stride) {
     float* to = cells + j / block * d * block + j % block;
-    float top = 0;
-    bool finite = true;
-    for (int64_t c = 0; c < d; ++c) {
-      const float x = shift == nullptr ? rows[c] : rows[c] - shift[c];
-      const float size = ::fabsf(x);
-      finite = finite && size <= FLT_MAX;
-      top = size > top ? size : top;
+    F32 most = hn::Zero(kF32), wrong = hn::Zero(kF32);
+    HWY_ALIGN float x[512 + kLanes];
+    memset(x + d / kLanes * kLanes, 0, kLanes * sizeof(float));
+    for (int64_t c = 0; c < d; ++c) x[c] = shift == nullptr ? rows[c] : rows[c] - shift[c];
+    for (int64_t c = 0; c < d; c += kLanes) {
+      const F32 v = hn::Load(kF32, x + c);
+      most = hn::Max(most, hn::Abs(v));
+      wrong = hn::Add(wrong, hn::Sub(v, v));
     }
+    const float top = hn::GetLane(hn::MaxOfLanes(kF32, most));
+    const bool finite = hn::AllTrue(kF32, hn::Eq(wrong, hn::Zero(kF32)));
     const float inverse = finite && top > 0 ? 127.0f / top : 0.0f;
-    for (int64_t c = 0; c < d; ++c) {
-      const float x = shift == nullptr ? rows[c] : rows[c] - shift[c];
-      to[c * block] = inverse > 0 ? ::rintf(x * inverse) : 0.0f;
-    }
+    for (int64_t c = 0; c < d; c += kLanes)
+      hn::Store(inverse > 0 ? hn::Round(hn::Mul(hn::Load(kF32, x + c), hn::Set(kF32, inverse))) : hn::Zero(kF32), kF32,
+                x + c);
+    for (int64_t c = 0; c < d; ++c) to[c * block] = x[c];
     scales[j] = finite ? factor * top * (1.0f / 127.0f) : NAN;
   }
 }
@@ -138,6 +141,7 @@ __attribute__((flatten)) bool weigh_cells(const CellArgs& args) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += masses[i];
     const float inverse = 1.0f / static_cast<float>(sum);
+    if (args.rows != nullptr) args.rows[b] = {top, inverse};
     for (int64_t t = 0; t < tiles; ++t, masses += kCells) {
       uint32_t of_tile = 0, largest = 0;
       for (int64_t i = 0; i < kCells; ++i) {

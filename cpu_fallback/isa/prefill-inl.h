@@ -309,7 +309,50 @@ HWY_INLINE void finish_lane(const PrefillArgs& args, PrefillScratch& x, const Pa
   store_statistics(rows, r, result);
 }
 
+#if defined(ADAATTN_UNIT_BF16)
+// Columns of O^T go in pairs through the transposition, as words that are neighbours in a row of O. Rows of whole pairs
+// of vectors.
+HWY_NOINLINE void finish_panel_bf16(const PrefillArgs& args, const Panel& p) {
+  const RowOperands& rows = args.rows;
+  const bool wanted = rows.lse.data != nullptr || rows.entropy.data != nullptr;
+  for (int64_t lane = 0; lane < p.rows; lane += 16) {
+    const int64_t count = p.rows - lane < 16 ? p.rows - lane : 16;
+    HWY_ALIGN float factor[16] = {};
+    char* to[16];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = lane + i, r = row_of(args, p.row + at);
+      to[i] = row_address(rows.o, rows.group, r);
+      if (!wanted && rows.sinks == nullptr && p.sum[at] > 0) {
+        factor[i] = 1.0f / p.sum[at];
+        continue;
+      }
+      const float* sink = rows.sinks == nullptr ? nullptr : rows.sinks + r % rows.group * rows.sinks_stride;
+      const RowResult result = finish_row(p.max[at], p.sum[at], p.entropy_sum[at], sink);
+      factor[i] = result.factor;
+      store_statistics(rows, r, result);
+    }
+    const __m512 f = _mm512_load_ps(factor);
+    for (int64_t c = 0; c < rows.d_v; c += 32) {
+      __m512i words[16];
+      ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
+        const float* pair = p.ot + (c + 2 * w) * kPanel + lane;
+        const __m256i low = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(pair), f)));
+        const __m256i high =
+            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(pair + kPanel), f)));
+        words[w] = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+      }
+      transpose16(words);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to[i] + c * 2, words[i]);
+    }
+  }
+}
+#endif
+
 HWY_INLINE void finish_panel(const PrefillArgs& args, PrefillScratch& x, const Panel& p) {
+#if defined(ADAATTN_UNIT_BF16)
+  if (args.rows.o.dtype == Dtype::kBF16 && args.row_entropy == nullptr && args.rows.d_v % 32 == 0)
+    return finish_panel_bf16(args, p);
+#endif
 #if defined(ADAATTN_UNIT_AVX512)
   const int64_t d = round_up(args.rows.d_v, 16);
   for (int64_t lane = 0; lane < p.rows; lane += 16) {

@@ -15,25 +15,6 @@ HWY_INLINE bool takes_bf16(const PrefillArgs& args) {
   return narrow(args.rows.q.dtype) && narrow(args.k.dtype) && narrow(args.v.dtype);
 }
 
-// Pairs of rows of V, 16 columns of them, as one tile; kCheck: returns which columns hold NaN or infinity.
-template <bool kCheck, class RowAt>
-HWY_INLINE __mmask16 pack_value_tile(const RowAt& row_at, uint32_t* tile) {
-  const __m512i exponent = _mm512_set1_epi32(0x7f80), high_exponent = _mm512_set1_epi32(0x7f800000);
-  __mmask16 special = 0;
-  __m512i pair[16];
-  ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w))));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w + 1))));
-    pair[w] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-    if (kCheck) {
-      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(low, exponent), exponent);
-      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(pair[w], high_exponent), high_exponent);
-    }
-  }
-  store_value_tile(pair, tile);
-  return special;
-}
-
 // 32 keys of bf16 whose rows need no padding, from `key` on; false if some value is NaN or infinite.
 HWY_INLINE bool pack_whole_tile(const PrefillArgs& args, int64_t key, uint16_t* k, uint32_t* vt, int64_t tile) {
   const int64_t d_qk = args.rows.d_qk, d_v = args.rows.d_v;

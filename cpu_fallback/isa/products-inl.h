@@ -19,6 +19,11 @@ HWY_INLINE Word* value_tile(Word* vt, int64_t d_v, int64_t row, int64_t key) {
   return vt + (key * (d_v / kTileValues) + row) * kTileWords;
 }
 
+// Neighbouring keys of V^T, from the tiles of key 32 `tile` on; a multiple of 32 of them.
+struct ValueRun {
+  int64_t tile, keys;
+};
+
 #if defined(ADAATTN_UNIT_AMX)
 
 // Scores exist for so many keys at a time; O^T passes through the tiles once for kValueKeys of them.
@@ -98,20 +103,25 @@ HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t k
   finish_stores();
 }
 
-HWY_NOINLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
-                                  float* ot) {
+// The weights of the runs stand one after another.
+HWY_NOINLINE void multiply_values(const uint32_t* vt, const ValueRun* runs, int64_t count, int64_t d_v,
+                                  const uint32_t* p, float* ot) {
   constexpr int64_t kBytes = kPanel * 4, kTileBytes = kTileWords * 4;
   finish_stores();
   for (int64_t row = 0; row < d_v; row += 32) {
-    const uint32_t* tile = value_tile(const_cast<uint32_t*>(vt), d_v, row / kTileValues, first_tile);
     for (int64_t column = 0; column < kPanel; column += 32) {
       float* c = ot + row * kPanel + column;
       _tile_loadd(0, c, kBytes);
       _tile_loadd(1, c + 16, kBytes);
       _tile_loadd(2, c + 16 * kPanel, kBytes);
       _tile_loadd(3, c + 16 * kPanel + 16, kBytes);
-      multiply_tiles(reinterpret_cast<const char*>(tile), 64, kTileBytes, d_v / kTileValues * kTileBytes,
-                     reinterpret_cast<const char*>(p + column), keys / 32);
+      const uint32_t* weights = p + column;
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t* tile = value_tile(vt, d_v, row / kTileValues, runs[i].tile);
+        multiply_tiles(reinterpret_cast<const char*>(tile), 64, kTileBytes, d_v / kTileValues * kTileBytes,
+                       reinterpret_cast<const char*>(weights), runs[i].keys / 32);
+        weights += runs[i].keys / 2 * kPanel;
+      }
       store_tiles(c);
     }
   }
@@ -184,12 +194,15 @@ HWY_INLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t key
   }
 }
 
-HWY_INLINE void multiply_values(const uint32_t* vt, int64_t first_tile, int64_t d_v, const uint32_t* p, int64_t keys,
+HWY_INLINE void multiply_values(const uint32_t* vt, const ValueRun* runs, int64_t count, int64_t d_v, const uint32_t* p,
                                 float* ot) {
-  for (int64_t row = 0; row < d_v; row += kTileValues) {
-    value_pairs<6>(vt, row, first_tile, d_v, p, keys, ot);
-    value_pairs<6>(vt, row + 6, first_tile, d_v, p, keys, ot);
-    value_pairs<4>(vt, row + 12, first_tile, d_v, p, keys, ot);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t row = 0; row < d_v; row += kTileValues) {
+      value_pairs<6>(vt, row, runs[i].tile, d_v, p, runs[i].keys, ot);
+      value_pairs<6>(vt, row + 6, runs[i].tile, d_v, p, runs[i].keys, ot);
+      value_pairs<4>(vt, row + 12, runs[i].tile, d_v, p, runs[i].keys, ot);
+    }
+    p += runs[i].keys / 2 * kPanel;
   }
 }
 

@@ -30,9 +30,11 @@ const AdaptiveKernels* avx512_adaptive() {
 AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   AdaptiveKernels kernels = kAvx512VnniAdaptive;
   kernels.tile_scratch = tiles.tile_scratch;
-  kernels.tile = tiles.tile;
+  kernels.tiles = tiles.tiles;
+  kernels.heads_together = tiles.heads_together;
   kernels.pack_keys = tiles.pack_keys;
   kernels.pack_values = tiles.pack_values;
+  kernels.pack_tile = tiles.pack_tile;
   kernels.pack_groups = tiles.pack_groups;
   kernels.probe_tile_bytes = tiles.probe_tile_bytes;
   kernels.pack_probe = tiles.pack_probe;

@@ -22,10 +22,30 @@ HWY_INLINE bool narrow_row(const void* from, Dtype dtype, uint16_t* to, int64_t 
   return special == 0;
 }
 
+// Rows of bf16 that need no padding.
+HWY_NOINLINE void fill_whole_words(const PrefillArgs& args, const Panel& p, int64_t d, uint32_t* words) {
+  for (int64_t lane = 0; lane < kPanel; lane += 16) {
+    const char* rows[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const bool there = lane + i < p.rows;
+      rows[i] = there ? row_address(args.rows.q, args.rows.group, row_of(args, p.row + lane + i)) : nullptr;
+    }
+    for (int64_t c = 0; c < d; c += 32) {
+      __m512i r[16];
+      ADAATTN_UNROLL for (int i = 0; i < 16; ++i) {
+        r[i] = rows[i] == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(rows[i] + c * 2);
+      }
+      transpose16(r);
+      ADAATTN_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(words + (c / 2 + i) * kPanel + lane, r[i]);
+    }
+  }
+}
+
 // Q^T as words [d / 2][kPanel].
 HWY_INLINE void fill_query_words(const PrefillArgs& args, PrefillScratch& x, const Panel& p, int64_t d,
                                  uint32_t* words) {
   const RowOperands& rows = args.rows;
+  if (rows.q.dtype == Dtype::kBF16 && rows.d_qk == d) return fill_whole_words(args, p, d, words);
   uint16_t* staging = reinterpret_cast<uint16_t*>(x.s);
   for (int64_t lane = 0; lane < kPanel; lane += 16) {
     for (int64_t i = 0; i < 16; ++i) {
@@ -51,6 +71,25 @@ HWY_INLINE void fill_query_words(const PrefillArgs& args, PrefillScratch& x, con
 HWY_INLINE void store_value_tile(__m512i* pairs, uint32_t* tile) {
   transpose16(pairs);
   ADAATTN_UNROLL for (int r = 0; r < 16; ++r) _mm512_storeu_si512(tile + r * 16, pairs[r]);
+}
+
+// Pairs of rows of V, 16 columns of them, as one tile; kCheck: returns which columns hold NaN or infinity.
+template <bool kCheck, class RowAt>
+HWY_INLINE __mmask16 pack_value_tile(const RowAt& row_at, uint32_t* tile) {
+  const __m512i exponent = _mm512_set1_epi32(0x7f80), high_exponent = _mm512_set1_epi32(0x7f800000);
+  __mmask16 special = 0;
+  __m512i pair[16];
+  ADAATTN_UNROLL for (int w = 0; w < 16; ++w) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w))));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * w + 1))));
+    pair[w] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    if (kCheck) {
+      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(low, exponent), exponent);
+      special |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(pair[w], high_exponent), high_exponent);
+    }
+  }
+  store_value_tile(pair, tile);
+  return special;
 }
 
 // What a walk does beside the products and the softmax: nothing here.
@@ -109,8 +148,10 @@ struct KeyWalk {
   float factor;               // of the products, to units of log2
   Extra& extra;
   Runs& runs;
-  int64_t batch = 0;    // first key of the weights that wait for the product with V
-  int64_t waiting = 0;  // their number
+  // Weights that wait for the product with V: of neighbouring keys, one run after another.
+  ValueRun batch[kValueKeys / kStepKeys] = {};
+  int64_t batches = 0;
+  int64_t waiting = 0;  // keys
 
   HWY_INLINE uint32_t* weights() {
     uint32_t* base = reinterpret_cast<uint32_t*>(kScoresStay ? s + kScoreKeys * kPanel : s);
@@ -119,11 +160,25 @@ struct KeyWalk {
 
   HWY_INLINE void add_values(Panel& p) {
     if (waiting == 0) return;
-    const int64_t keys = waiting;
     waiting = 0;
-    extra.add_values(p, weights(), batch, keys);
-    multiply_values(vt, (batch - origin) / kStepKeys, d_v, weights(), keys, p.ot);
-    batch += keys;
+    const uint32_t* w = weights();
+    for (int64_t i = 0; i < batches; ++i) {
+      extra.add_values(p, w, origin + batch[i].tile * kStepKeys, batch[i].keys);
+      w += batch[i].keys / 2 * kPanel;
+    }
+    multiply_values(vt, batch, batches, d_v, weights(), p.ot);
+    batches = 0;
+  }
+
+  // Weights of `keys` keys from `key` on have been taken.
+  HWY_INLINE void wait(int64_t key, int64_t keys) {
+    const int64_t tile = (key - origin) / kStepKeys;
+    if (batches > 0 && batch[batches - 1].tile * kStepKeys + batch[batches - 1].keys == key - origin) {
+      batch[batches - 1].keys += keys;
+    } else {
+      batch[batches++] = {tile, keys};
+    }
+    waiting += keys;
   }
 
   // Before weights are taken: references that the maxima in block_max have left behind.
@@ -140,7 +195,6 @@ struct KeyWalk {
     const float f = plain ? factor : 1.0f;
     const uint32_t* q = reinterpret_cast<const uint32_t*>(p.qt);
     const int64_t packed = round_up(run.end, kStepKeys);
-    batch = run.begin;
     for (int64_t key = run.begin; key < run.end;) {
       // Scores are taken in groups anchored at key 0: references do not depend on where a panel begins.
       const int64_t group = (key / kScoreKeys + 1) * kScoreKeys;
@@ -163,16 +217,22 @@ struct KeyWalk {
         settle(p, f);
         weigh_pairs<kEntropy>(p, s, keys, f, infinity(), weights());
       }
-      waiting += keys;
+      wait(key, keys);
       if (waiting > kValueKeys - kScoreKeys || !kScoresStay) add_values(p);
       key = next;
     }
-    add_values(p);
   }
 
+  // Weights wait as long as the runs are of one panel, so that its O^T passes through the tiles once for many keys.
   template <bool kEntropy>
   HWY_INLINE void run() {
-    for (KeyRun run; runs.next(run);) run_panel<kEntropy>(run);
+    Panel* current = nullptr;
+    for (KeyRun run; runs.next(run);) {
+      if (current != nullptr && run.p != current) add_values(*current);
+      current = run.p;
+      run_panel<kEntropy>(run);
+    }
+    if (current != nullptr) add_values(*current);
   }
 };
 

@@ -20,9 +20,13 @@ struct Options {
   bool tiles = false;   // key tiles may be skipped
   // Share of a block's mass in a cell, in units of 2^-24, from which on its tile is kept at every level; 0: none.
   uint32_t keep_peak = 0;
+  // Share of a row's mass in a needle (needles.h) from which on its tile is kept beside the cells'; 0: none. Only where
+  // keep_peak is set.
+  float needle_mass = 0;
   bool far_field = false;
-  // Dropped tiles as one mean of V per block of rows, with the share that the cells estimate; not beside the far field.
-  bool compensate = false;
+  // Dropped tiles as one mean of V per block of rows, with so many times the weight that the cells estimate; 0: nothing
+  // stands for them. Not beside the far field.
+  float remainder = 0;
   Probe probe = Probe::kOff;
   int probe_rank = 32;
   float needle_share = 0.05f;

@@ -131,18 +131,27 @@ TEST_P(Bf16Tiles, AreUsedWhereTheExactPlanUsesThem) {
   EXPECT_EQ(has_bf16(plan.info().kernel), exact_plan_has_bf16(context, data)) << plan.info().kernel;
 }
 
+// Few threads take the heads of a group together, many one by one.
 TEST_P(Bf16Tiles, DoNotDependOnTheNumberOfThreads) {
-  AttentionData data(problem("Causal", 64, 64, ADAATTN_MASK_CAUSAL), kBf16, run_seed());
-  make_structured(data, {}, run_seed() + 1);
-  std::vector<std::byte> first;
-  for (const int threads : {1, 2, 5}) {
-    const Context context(GetParam(), threads);
-    const AdaptivePlan plan(context, data.desc, adaptive_desc(ADAATTN_POLICY_BALANCED));
-    data.poison_outputs();
-    ASSERT_TRUE(succeeded(plan.execute(data)));
-    std::vector<std::byte> bytes = data.o.bytes();
-    if (first.empty()) first = bytes;
-    EXPECT_EQ(bytes, first) << threads << " threads";
+  AttentionCase of_six = problem("SixHeadsOfOneKeyHead", 64, 64, ADAATTN_MASK_CAUSAL);
+  of_six.heads_q = 6;
+  of_six.heads_kv = 1;
+  for (const AttentionCase& c : {problem("Causal", 64, 64, ADAATTN_MASK_CAUSAL), of_six}) {
+    for (const adaattn_policy_t policy : {ADAATTN_POLICY_QUALITY, ADAATTN_POLICY_BALANCED}) {
+      SCOPED_TRACE(std::string(c.name) + ", policy " + std::to_string(policy));
+      AttentionData data(c, kBf16, run_seed());
+      make_structured(data, {}, run_seed() + 1);
+      std::vector<std::byte> first;
+      for (const int threads : {1, 2, 5, 16}) {
+        const Context context(GetParam(), threads);
+        const AdaptivePlan plan(context, data.desc, adaptive_desc(policy));
+        data.poison_outputs();
+        ASSERT_TRUE(succeeded(plan.execute(data)));
+        std::vector<std::byte> bytes = data.o.bytes();
+        if (first.empty()) first = bytes;
+        EXPECT_EQ(bytes, first) << threads << " threads";
+      }
+    }
   }
 }
 

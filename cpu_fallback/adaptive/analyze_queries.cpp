@@ -1,0 +1,190 @@
+// What analyze finds out about a tile of queries: estimates of its key tiles, and which of them are worth computing.
+#include <algorithm>
+#include <limits>
+
+#include "cpu_fallback/adaptive/call.h"
+#include "decide/cells.h"
+#include "decide/needles.h"
+
+namespace adaattn::cpu {
+namespace {
+
+// Of the rows of a query tile, those whose mean stands for all of them where no needles are looked for: every fourth.
+constexpr int64_t kQueryStep = 4;
+// A threshold that no mass reaches.
+constexpr uint32_t kNoMass = (1u << 23) - 1;
+
+}  // namespace
+
+TileMasses take_masses(Arena& arena, const UnitShape& s) {
+  TileMasses x;
+  x.scores = arena.take<float>(decide::kCellsOfTile * cell_pitch(s.key_tiles));
+  x.mass = arena.take<uint32_t>(s.key_tiles);
+  x.peak = arena.take<uint32_t>(s.key_tiles);
+  x.rows = arena.take<decide::CellRow>(decide::kCellsOfTile);
+  return x;
+}
+
+CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
+  const UnitShape& s = call.shape;
+  const int64_t index = member * s.query_tiles + tile;
+  const decide::TileRow& row = unit.tile_levels[index].row;
+  const int64_t rows = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - tile * decide::kTileQ);
+  const int64_t last_cell = unit.seq.len_k % decide::kCell;
+  CellArgs args;
+  args.query_cells = unit.query_cells + index * decide::kCellsOfTile * s.d_qk;
+  args.query_scales = unit.query_scales + index * decide::kCellsOfTile;
+  args.blocks = (rows + decide::kCell - 1) / decide::kCell;
+  args.key_cells = unit.key_cells;
+  args.key_scales = unit.key_scales;
+  args.d = s.d_qk;
+  args.len = unit.seq.len_k;
+  args.last_log2 = last_cell == 0 ? 0.0f : decide::fixed_log2(static_cast<float>(last_cell) * (1.0f / decide::kCell));
+  args.tile_begin = row.begin;
+  args.tile_end = row.end;
+  args.scores = x.scores;
+  args.mass = x.mass;
+  args.peak = x.peak;
+  args.rows = x.rows;
+  return args;
+}
+
+bool weigh_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x) {
+  return call.kernels.weigh_cells(cell_args(call, unit, member, tile, x));
+}
+
+namespace {
+
+// What a level keeps and drops, as its mask has it.
+void count_kept(const CellArgs& cells, const uint64_t* mask, int level, decide::TileLevels* levels) {
+  const decide::TileRow& row = levels->row;
+  uint64_t total = 0, dropped = 0;
+  levels->kept[level] = 0;
+  for (int32_t t = row.begin; t < row.end; ++t) {
+    const uint32_t mass = cells.mass[t - row.begin];
+    total += mass;
+    dropped += tile_bit(mask, t) ? 0 : mass;
+    levels->kept[level] += tile_bit(mask, t) ? 1 : 0;
+  }
+  levels->dropped[level] = static_cast<uint32_t>((dropped << 16) / total);
+}
+
+// Tiles that hold a needle come to a mask.
+void add_needles(const AdaptiveCall& call, const Unit& unit, const decide::TileRow& row, const CellArgs& cells,
+                 const char* rows, const float* scales, int64_t n, uint64_t* mask) {
+  const float log2_share = decide::fixed_log2(call.problem.adaptive.needle_mass);
+  float limits[decide::kNeedleRowsOfTile];
+  for (int64_t r = 0; r < decide::kNeedleRowsOfTile; ++r) {
+    const int64_t query = r * decide::kNeedleRows;
+    // Queries that are 0 weigh all keys alike.
+    limits[r] = query < n && scales[r] > 0
+                    ? decide::needle_limit(cells.rows[query / decide::kCell], scales[r], log2_share)
+                    : std::numeric_limits<float>::infinity();
+  }
+  NeedleArgs args;
+  args.query_rows = rows;
+  args.limits = limits;
+  args.key_blocks = unit.needle_blocks;
+  args.key_scales = unit.needle_scales;
+  args.d = call.shape.d_qk;
+  // Only tiles that every row sees whole can have been left out.
+  args.tile_begin = std::max(row.begin, row.full_begin);
+  args.tile_end = std::min(row.end, row.full_end);
+  args.mask = mask;
+  call.kernels.find_needles(args);
+}
+
+}  // namespace
+
+void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
+  const UnitShape& s = call.shape;
+  const int64_t d = s.d_qk, first = tile * decide::kTileQ;
+  const int64_t n = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first);
+  Arena arena(scratch);
+  float* rows = arena.take<float>(decide::kTileQ * d);
+  float* means = arena.take<float>(decide::kCellsOfTile * d);
+  const TileMasses x = take_masses(arena, s);
+  int32_t* begin = arena.take<int32_t>(2 * decide::kTileQ);
+  int32_t* end = begin + decide::kTileQ;
+
+  char* needle_rows = arena.take<char>(decide::kNeedleRowsOfTile * s.needle_row_bytes);
+  float needle_scales[decide::kNeedleRowsOfTile];
+  const Operand q = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1).q;
+  const int64_t index = member * s.query_tiles + tile;
+  int64_t blocks = (n + decide::kCell - 1) / decide::kCell;
+  if (s.needles) {
+    call.kernels.row_means(q, 1, first, n, d, decide::kNeedleRows, rows);
+    const int64_t needles = (n + decide::kNeedleRows - 1) / decide::kNeedleRows;
+    call.kernels.quantize_needle_rows(rows, needles, d, d, query_factor(call), needle_rows, needle_scales);
+    static_assert(decide::kCell == 2 * decide::kNeedleRows);
+    for (int64_t b = 0; b < blocks; ++b) {
+      // The second half of the last block may be short, or not there.
+      const int64_t there = std::min<int64_t>(decide::kCell, n - b * decide::kCell);
+      const float of_second =
+          static_cast<float>(std::max<int64_t>(there - decide::kNeedleRows, 0)) / static_cast<float>(there);
+      const float *x = rows + 2 * b * d, *y = of_second > 0 ? x + d : x;
+      for (int64_t c = 0; c < d; ++c) means[b * d + c] = x[c] + of_second * (y[c] - x[c]);
+    }
+  } else {
+    Operand sampled = q;
+    sampled.data = static_cast<char*>(q.data) + first * q.stride_s * dtype_size(q.dtype);
+    sampled.stride_s *= kQueryStep;
+    constexpr int64_t kSamples = decide::kCell / kQueryStep;
+    const int64_t samples = (n + kQueryStep - 1) / kQueryStep;
+    call.kernels.row_means(sampled, 1, 0, samples, d, kSamples, means);
+    blocks = (samples + kSamples - 1) / kSamples;
+  }
+  call.kernels.quantize_cells(means, blocks, d, d, nullptr, query_factor(call), 1,
+                              unit.query_cells + index * decide::kCellsOfTile * d,
+                              unit.query_scales + index * decide::kCellsOfTile);
+
+  decide::TileLevels& levels = unit.tile_levels[index];
+  levels = {};
+  if (s.masked) unit.covered[index] = 0;
+  fill_ranges(call.params, unit.seq, 1, first, n, begin, end);
+  decide::TileRow& row = levels.row;
+  int64_t lowest = unit.seq.len_k, highest = 0, begin_max = 0, end_min = unit.seq.len_k, seen = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    begin_max = std::max<int64_t>(begin_max, begin[i]);
+    end_min = std::min<int64_t>(end_min, end[i]);
+    if (begin[i] >= end[i]) continue;
+    lowest = std::min<int64_t>(lowest, begin[i]);
+    highest = std::max<int64_t>(highest, end[i]);
+    seen += end[i] - begin[i];
+  }
+  if (lowest >= highest) return;
+  row.begin = static_cast<int32_t>(lowest / decide::kTileK);
+  row.end = static_cast<int32_t>((highest + decide::kTileK - 1) / decide::kTileK);
+  row.full_begin = static_cast<int32_t>((begin_max + decide::kTileK - 1) / decide::kTileK);
+  row.full_end = static_cast<int32_t>(end_min / decide::kTileK);
+
+  const CellArgs cells = cell_args(call, unit, member, tile, x);
+  levels.usable = call.kernels.weigh_cells(cells);
+  if (!levels.usable) return;
+  const decide::Options& o = call.problem.adaptive;
+  const int first_level = o.tiles ? o.min_level : decide::kDenseLevel;
+  // Where peaks decide, levels above the lowest are hardly ever taken: they are not worth their search.
+  const int end_level = o.keep_peak != 0 ? first_level + 1 : decide::kDenseLevel;
+  decide::measure_cells(x.mass, x.peak, s.masked ? 0 : o.keep_peak, static_cast<float>(seen) / static_cast<float>(n),
+                        &levels, first_level, end_level);
+  if (s.masked) {
+    // What the level's mass keeps tells whether the estimates are worth going by; then the heaviest cells and needles
+    // say which tiles, and the rest of that mass need not be computed.
+    unit.covered[index] = levels.kept[first_level];
+    levels.threshold[first_level] = kNoMass;
+    uint64_t* mask = unit.masks + index * s.mask_words;
+    mask_of_level(levels, first_level, x, o.keep_peak, s.mask_words, mask);
+    if (s.needles) add_needles(call, unit, row, cells, needle_rows, needle_scales, n, mask);
+    count_kept(cells, mask, first_level, &levels);
+    if (s.dropped_floats > 0)
+      call.kernels.weigh_dropped({.cells = cells,
+                                  .mask = mask,
+                                  .group_v = unit.group_v,
+                                  .v_stride = s.v_stride,
+                                  .d_v = s.d_v,
+                                  .k_mean = unit.k_mean,
+                                  .dropped = unit.dropped + index * s.dropped_floats});
+  }
+}
+
+}  // namespace adaattn::cpu
