@@ -1,6 +1,7 @@
 // Mass levels of every query tile and a choice per head. Built without contraction: the same statistics give the same
 // bits as the host's code in src/decide.
 #include <algorithm>
+#include <type_traits>
 
 #include "adaptive/cells.cuh"
 #include "adaptive/choose.cuh"
@@ -58,6 +59,13 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
   return q;
 }
 
+// Integers in the order of floats, for a maximum of several warps.
+__device__ __forceinline__ int ordered_bits(float x) {
+  const int bits = __float_as_int(x);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+__device__ __forceinline__ float float_of_ordered(int x) { return __int_as_float(x < 0 ? x ^ 0x7fffffff : x); }
+
 // Of the query tiles [first_tile, first_tile + tiles) of every head. chooses: they are all there are, and the last CTA
 // of a unit chooses for it; otherwise the masks of a wave are all that is asked for.
 struct Wave {
@@ -74,17 +82,17 @@ __global__ __launch_bounds__(kThreads,
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps);
   __shared__ int4 range[kTiles];  // of a query tile's key tiles: what it sees, and what all of its rows see whole
-  __shared__ float tops[kWarps][Block::kProducts * 16];
-  __shared__ unsigned long long sums[kWarps][Block::kProducts * 16];
+  // Of a few hundred masses of 2^22 where they are stored.
+  using Sum = std::conditional_t<kStored, uint32_t, unsigned long long>;
+  __shared__ int tops[Block::kProducts * 16];  // ordered as the floats they stand for
+  __shared__ Sum sums[Block::kProducts * 16];
+  __shared__ float limits[kTiles * decide::kNeedleRowsOfTile];
   __shared__ decide::CellRow cell_rows[Block::kProducts * 16];
   __shared__ int usable[kTiles], last_cta;
   launch_dependents();
-  wait_for_previous_grid();
-  if (wave.chooses || wave.first_tile > 0) begin_stage(args.state, kDecideStage);
   const TableShape& s = args.shape;
   const Space<kTiles> space(s, kStored, kShares);
   const int head = blockIdx.x % s.heads_q, b = blockIdx.x / s.heads_q, head_index = b * s.heads_q + head;
-  if (kShares && !wave.chooses && keeps_all(args.tables.choice[head_index])) return;
   const int in_wave = first_of<kTiles>(wave.tiles, static_cast<int>(blockIdx.y)), first = wave.first_tile + in_wave;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = min(kTiles, wave.tiles - in_wave);
   const Sequence seq = sequence_of(args.p, b);
@@ -94,10 +102,17 @@ __global__ __launch_bounds__(kThreads,
     range[warp] = {q.row.begin, q.row.end, max(q.row.begin, q.row.full_begin), min(q.row.end, q.row.full_end)};
     usable[warp] = 1;
   }
+  if (threadIdx.x < Block::kProducts * 16) {
+    tops[threadIdx.x] = ordered_bits(-INFINITY);
+    sums[threadIdx.x] = 0;
+  }
   uint32_t* const found = kShares && s.needles ? space.found : nullptr;
   if (found != nullptr)
     for (int i = threadIdx.x; i < kTiles * 2 * s.mask_words; i += kThreads) found[i] = 0;
   __syncthreads();
+  wait_for_previous_grid();
+  if (wave.chooses || wave.first_tile > 0) begin_stage(args.state, kDecideStage);
+  if (kShares && !wave.chooses && keeps_all(args.tables.choice[head_index])) return;
   int begin = s.key_tiles, end = 0;
   int whole_begin = 0, whole_end = static_cast<int>(seq.len_k / decide::kTileK);  // that all query tiles see
   int full_begin = s.key_tiles, full_end = 0;                                     // that some may leave out
@@ -157,24 +172,26 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float x = quad_max(top[m][r]);
-        if (lane % 4 == 0) tops[warp][16 * m + lane / 4 + 8 * r] = x;
+        if (lane % 4 == 0) atomicMax(&tops[16 * m + lane / 4 + 8 * r], ordered_bits(x));
         const int query = 4 * m + 2 * r + lane / 16;
         if (!finite[m][r] && query < kTiles) usable[query] = 0;
       }
     __syncthreads();
     decide::CellRow rows[Block::kProducts][2];
-    unsigned long long sum[Block::kProducts][2];
+    Sum sum[Block::kProducts][2];
 #pragma unroll
     for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float x = -INFINITY;
-        for (int w = 0; w < kWarps; ++w) x = fmaxf(x, tops[w][16 * m + lane / 4 + 8 * r]);
-        rows[m][r].top = x;
+        rows[m][r].top = float_of_ordered(tops[16 * m + lane / 4 + 8 * r]);
         sum[m][r] = 0;
       }
     if constexpr (kStored) {
-      uint32_t own_sum[Block::kProducts][2] = {};  // of a few hundred masses of 2^22
+      uint32_t there[Block::kProducts][2];
+#pragma unroll
+      for (int m = 0; m < Block::kProducts; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) there[m][r] = cells.exists(m, r) ? ~0u : 0u;
 #pragma unroll 2
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
 #pragma unroll
@@ -186,16 +203,12 @@ __global__ __launch_bounds__(kThreads,
           for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              mass[r][i] = cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
-              own_sum[m][r] += mass[r][i];
+              mass[r][i] = decide::integer_mass(scores[r][i], rows[m][r].top) & there[m][r];
+              sum[m][r] += mass[r][i];
             }
           *reinterpret_cast<uint4*>(own(m, pair)) = {mass[0][0], mass[0][1], mass[1][0], mass[1][1]};
         }
       }
-#pragma unroll
-      for (int m = 0; m < Block::kProducts; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) sum[m][r] = own_sum[m][r];
     } else {
       cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
 #pragma unroll
@@ -209,10 +222,10 @@ __global__ __launch_bounds__(kThreads,
     for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        unsigned long long x = sum[m][r];
+        Sum x = sum[m][r];
         x += __shfl_xor_sync(kAll, x, 1);
         x += __shfl_xor_sync(kAll, x, 2);
-        if (lane % 4 == 0) sums[warp][16 * m + lane / 4 + 8 * r] = x;
+        if (lane % 4 == 0) atomicAdd(&sums[16 * m + lane / 4 + 8 * r], x);
       }
     __syncthreads();
 #pragma unroll
@@ -220,8 +233,7 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = 16 * m + lane / 4 + 8 * r;
-        unsigned long long x = 0;
-        for (int w = 0; w < kWarps; ++w) x += sums[w][row];
+        const Sum x = sums[row];
         rows[m][r].inverse = x > 0 && cells.exists(m, r) ? 1.0f / static_cast<float>(x) : 0.0f;
         if (warp == 0 && lane % 4 == 0) cell_rows[row] = rows[m][r];
         if (args.tables.codes == nullptr && warp == 0 && lane % 4 == 0 && row < count * kCells)
@@ -242,7 +254,9 @@ __global__ __launch_bounds__(kThreads,
     }
     __syncthreads();
     if (found != nullptr && full_begin < full_end) {
-      const NeedleSearch<kTiles, kDim> search(args, b, head, first, count, seq, cell_rows);
+      needle_limits<kTiles>(args, b, head, first, count, seq, cell_rows, limits);
+      __syncthreads();
+      const NeedleSearch<kTiles, kDim> search(args, b, head, first, limits);
       search.each(full_begin, full_end, [&](int of_query, int tile) {
         const int4 seen = range[of_query];
         if (tile >= seen.z && tile < seen.w) atomicOr(&found[of_query * 2 * s.mask_words + tile / 32], 1u << tile % 32);

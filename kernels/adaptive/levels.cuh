@@ -151,15 +151,25 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
   uint32_t threshold = 0, total = 0;
   const bool measured = tiles > 0 && usable;
   if (measured) {
-    for (int b = lane; b < tiles; b += 32) total += mass[b];
+    constexpr int kEach = 4;
+    uint32_t first[kEach];  // as many in registers, the others are read every time
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      first[i] = lane + 32 * i < tiles ? mass[lane + 32 * i] : 0;
+      total += first[i];
+    }
+    for (int b = lane + 32 * kEach; b < tiles; b += 32) total += mass[b];
     total = __reduce_add_sync(kAll, total);
     const auto wanted = static_cast<uint32_t>((uint64_t{total} * level_mass(0) + 65535u) >> 16);
     // The masses of a query tile add up to 4 * 2^20 and their roundings, which bounds each of them.
     for (uint32_t bit = 1u << 22; bit > 0; bit >>= 1) {
+      const uint32_t x = threshold | bit;
       uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += first[i] >= x ? first[i] : 0;
 #pragma unroll 4
-      for (int b = lane; b < tiles; b += 32) sum += mass[b] >= (threshold | bit) ? mass[b] : 0;
-      if (__reduce_add_sync(kAll, sum) >= wanted) threshold |= bit;
+      for (int b = lane + 32 * kEach; b < tiles; b += 32) sum += mass[b] >= x ? mass[b] : 0;
+      if (__reduce_add_sync(kAll, sum) >= wanted) threshold = x;
     }
   }
   uint32_t kept = 0, dropped = 0;

@@ -11,6 +11,21 @@ constexpr int kBlocksOfTile = 2;  // a product's 8 columns are half of a key til
 constexpr int kCellsOfBlock = kCells / kBlocksOfTile;
 static_assert(2 * decide::kNeedleRowsOfTile == 16 && kCellsOfBlock * decide::kNeedlesOfCell == 8, "a product's shape");
 
+// limits[row]: of the needle rows of the CTA's query tiles, of which `count` exist; infinite where there is no query.
+template <int kTiles>
+__device__ __forceinline__ void needle_limits(const AnalyzeArgs& args, int b, int head, int first, int count,
+                                              const Sequence& seq, const decide::CellRow* cells, float* limits) {
+  const TableShape& s = args.shape;
+  const int row = static_cast<int>(threadIdx.x);
+  if (row >= kTiles * decide::kNeedleRowsOfTile) return;
+  const int64_t row0 = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * decide::kNeedleRowsOfTile;
+  const bool there = row < count * decide::kNeedleRowsOfTile &&
+                     int64_t{row} * decide::kNeedleRows < seq.len_q - int64_t{first} * decide::kTileQ;
+  limits[row] = there ? decide::needle_limit(cells[row * decide::kNeedleRows / decide::kCell],
+                                             args.tables.needle_query_scales[row0 + row], args.log2_needle)
+                      : INFINITY;
+}
+
 // Rows of kTiles query tiles against the needles of key tiles; all warps go over all blocks together. A product's 16
 // rows are two query tiles. Bytes as in Cells: a lane reads a quarter of a needle's.
 template <int kTiles, int kDim>
@@ -18,9 +33,8 @@ class NeedleSearch {
  public:
   static constexpr int kProducts = (kTiles + 1) / 2, kWords = kDim / 16;
 
-  // cells: the rows of cells of the query tiles, in shared memory.
-  __device__ __forceinline__ NeedleSearch(const AnalyzeArgs& args, int b, int head, int first, int count,
-                                          const Sequence& seq, const decide::CellRow* cells) {
+  // limits: of the rows, needle_limits().
+  __device__ __forceinline__ NeedleSearch(const AnalyzeArgs& args, int b, int head, int first, const float* limits) {
     const TableShape& s = args.shape;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row0 = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * decide::kNeedleRowsOfTile;
@@ -29,16 +43,14 @@ class NeedleSearch {
                                            (cell0 * decide::kNeedlesOfCell + lane / 4) * kDim + lane % 4 * (kDim / 4));
     // Of columns 2 (lane % 4) and the next.
     key_scales_ = args.tables.needle_key_scales + cell0 + lane % 4 * 2 / decide::kNeedlesOfCell;
-    const int64_t rows_there = seq.len_q - int64_t{first} * decide::kTileQ;
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = (2 * m + r) * decide::kNeedleRowsOfTile + lane / 4;
-        const bool there = 2 * m + r < count && int64_t{row} * decide::kNeedleRows < rows_there;
-        limit_[m][r] = there ? decide::needle_limit(cells[row * decide::kNeedleRows / decide::kCell],
-                                                    args.tables.needle_query_scales[row0 + row], args.log2_needle)
-                             : INFINITY;
+        limit_[m][r] = limits[row];
+        // Rows without a limit need no bytes either: those beyond the last tile.
+        const bool there = limit_[m][r] != INFINITY;
         const auto* from =
             reinterpret_cast<const uint4*>(args.tables.needle_queries + (row0 + row) * kDim + lane % 4 * (kDim / 4));
 #pragma unroll
@@ -79,22 +91,26 @@ class NeedleSearch {
         for (int i = 0; i < kWords / 4; ++i) words[i] = ahead[turn][i];
         const float scale = scale_ahead[turn];
         fetch(block + 2 * kDecideWarps, ahead[turn], scale_ahead[turn]);
-        uint32_t hits = 0;
+        uint32_t misses = 0;  // the first query tile's bit is the highest
 #pragma unroll
         for (int m = 0; m < kProducts; ++m) {
-          int c[4] = {};
+          int c[4];
+          mma_s8(c, a_[m][0], words[0].x, words[0].y, decide::kIntegerBias);
+          mma_s8(c, a_[m][1], words[0].z, words[0].w);
 #pragma unroll
-          for (int i = 0; i < kWords / 4; ++i) {
+          for (int i = 1; i < kWords / 4; ++i) {
             mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
             mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
           }
           // A lane's two needles are of one cell: the larger product has the larger score.
 #pragma unroll
-          for (int r = 0; r < 2; ++r)
-            if (decide::is_needle(max(c[2 * r], c[2 * r + 1]), scale, limit_[m][r])) hits |= 1u << (2 * m + r);
+          for (int r = 0; r < 2; ++r) {
+            const float dot = decide::float_of_biased(max(c[2 * r], c[2 * r + 1]));
+            misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, scale, limit_[m][r])), misses, 1);
+          }
         }
-        hits = __reduce_or_sync(kAll, hits);
-        if (lane < kTiles && (hits >> lane & 1) != 0) found(lane, block / kBlocksOfTile);
+        const uint32_t hits = __reduce_or_sync(kAll, ~misses);
+        if (lane < kTiles && (hits >> (2 * kProducts - 1 - lane) & 1) != 0) found(lane, block / kBlocksOfTile);
         block += kDecideWarps;
       }
     }
