@@ -22,15 +22,6 @@ __device__ __forceinline__ void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same from a sum that is not the product's own register.
-__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int from) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, "
-      "%10};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(from));
-}
-
 // Scores of the cells of kTiles query tiles of a head against pairs of key tiles, by the tensor cores; all warps go
 // over all pairs together. A product's 16 rows are the blocks of four query tiles, its 8 columns the cells of two key
 // tiles. A lane reads a quarter of a block's bytes, wherever they stand in the inner dimension: sums of integers have

@@ -94,18 +94,16 @@ class NeedleSearch {
         uint32_t misses = 0;  // the first query tile's bit is the highest
 #pragma unroll
         for (int m = 0; m < kProducts; ++m) {
-          int c[4];
-          mma_s8(c, a_[m][0], words[0].x, words[0].y, decide::kIntegerBias);
-          mma_s8(c, a_[m][1], words[0].z, words[0].w);
+          int c[4] = {};
 #pragma unroll
-          for (int i = 1; i < kWords / 4; ++i) {
+          for (int i = 0; i < kWords / 4; ++i) {
             mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
             mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
           }
           // A lane's two needles are of one cell: the larger product has the larger score.
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const float dot = decide::float_of_biased(max(c[2 * r], c[2 * r + 1]));
+            const float dot = decide::float_of_integer(max(c[2 * r], c[2 * r + 1]));
             misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, scale, limit_[m][r])), misses, 1);
           }
         }
