@@ -145,20 +145,27 @@ __device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const O
   for (int t = 0; t < kColumnTiles; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[t][i] = 0;
+      // A short body: warps go their own ways here, and code that each runs but once is fetched at a tenth of the rate.
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    uint32_t a[4], mask[2];
+    ones(group, a);
+    if constexpr (!kWhole) {
+      mask[0] = pair_mask(16 * group + row, rows);
+      mask[1] = pair_mask(16 * group + 8 + row, rows);
+    }
 #pragma unroll
-  for (int pair = 0; pair < kColumnTiles / 2; ++pair)
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      uint32_t x[4], a[4];
+    for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+      uint32_t x[4];
       ldmatrix_x4_trans(x, place(pair, group));
       if constexpr (!kWhole) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] &= pair_mask(16 * group + i % 2 * 8 + row, rows);
+        for (int i = 0; i < 4; ++i) x[i] &= mask[i % 2];
       }
-      ones(group, a);
       mma_m16n8k16<__nv_bfloat16>(sums[2 * pair], a, x[0], x[1]);
       mma_m16n8k16<__nv_bfloat16>(sums[2 * pair + 1], a, x[2], x[3]);
     }
+  }
 }
 template <typename Ones>
 __device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const Ones& ones, Sums& sums) {
@@ -186,6 +193,11 @@ __device__ __forceinline__ void blocks_of_8(int group, uint32_t (&a)[4]) {
 __device__ __forceinline__ float of_rows(int rows, int first, int each) {
   const int count = min(max(rows - first, 0), each);
   return count > 0 ? 1.0f / static_cast<float>(count) : 0.0f;
+}
+
+// Column c of the lane's in row lane / 4, or 8 rows on.
+__device__ __forceinline__ float half_of(const Sums& sums, int half, int c) {
+  return half == 0 ? sums[c / 2][c % 2] : sums[c / 2][2 + c % 2];
 }
 
 // Columns 8 t + 2 (lane % 4) and the next of one row, in units of a scale, as the lane's 32 bytes of it:
@@ -240,7 +252,7 @@ __device__ __forceinline__ void take_queries(const AnalyzeArgs& args, const Item
   if (lane == 0) mbarrier_arrive(empty);
   const int64_t tile = (int64_t{x.b} * s.heads_q + x.head) * s.query_tiles + x.tile;
   const int64_t cells_left = int64_t{s.query_tiles - x.tile} * kCells;
-#pragma unroll
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const bool needles = kNeedles && half == 0;
     const int each = needles || !kNeedles ? (kNeedles ? decide::kNeedleRows : decide::kNeedleKeys) : decide::kCell;
@@ -248,7 +260,7 @@ __device__ __forceinline__ void take_queries(const AnalyzeArgs& args, const Item
     const float inverse = of_rows(x.rows, block * each, each);
     float mean[2 * kColumnTiles];
 #pragma unroll
-    for (int c = 0; c < 2 * kColumnTiles; ++c) mean[c] = sums[c / 2][2 * half + c % 2] * inverse;
+    for (int c = 0; c < 2 * kColumnTiles; ++c) mean[c] = half_of(sums, half, c) * inverse;
     const int64_t at = (needles ? tile * decide::kNeedleRowsOfTile : tile * kCells) + block;
     const bool there = needles || (kNeedles ? block < kCells : block < cells_left);
     int8_t* const bytes = (needles ? args.tables.needle_queries : args.tables.query_cells) + at * kDim;
@@ -279,14 +291,14 @@ __device__ __forceinline__ void take_keys(const AnalyzeArgs& args, const Item& x
     shift[2 * t] = pair.x;
     shift[2 * t + 1] = pair.y;
   }
-#pragma unroll
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const int cell = 2 * half + row / 4, block = 8 * half + row;
     const float of_cell = of_rows(x.rows, cell * decide::kCell, decide::kCell);
     float mean[2 * kColumnTiles];
 #pragma unroll
     for (int c = 0; c < 2 * kColumnTiles; ++c) {
-      float sum = sums[c / 2][2 * half + c % 2];
+      float sum = half_of(sums, half, c);
       sum += __shfl_xor_sync(0xffffffffu, sum, 4);
       sum += __shfl_xor_sync(0xffffffffu, sum, 8);
       mean[c] = of_cell > 0 ? fmaf(sum, of_cell, -shift[c]) : 0.0f;
@@ -298,7 +310,7 @@ __device__ __forceinline__ void take_keys(const AnalyzeArgs& args, const Item& x
     const float of_block = of_rows(x.rows, block * decide::kNeedleKeys, decide::kNeedleKeys);
 #pragma unroll
     for (int c = 0; c < 2 * kColumnTiles; ++c)
-      mean[c] = of_block > 0 ? fmaf(sums[c / 2][2 * half + c % 2], of_block, -shift[c]) : 0.0f;
+      mean[c] = of_block > 0 ? fmaf(half_of(sums, half, c), of_block, -shift[c]) : 0.0f;
     float top = top_of(mean);
     top = top >= 0 ? top : INFINITY;
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 4));
@@ -320,26 +332,28 @@ __device__ __forceinline__ void take_values(const AnalyzeArgs& args, const Item&
   add_rows(
       stage, x.rows, [](int, uint32_t(&a)[4]) { a[0] = a[1] = a[2] = a[3] = ones_if(true); }, sums);
   // Squares: the diagonals of the products of 8 rows with themselves, where fragments of both operands are alike.
-  float low[4] = {}, high[4] = {};
+  float low[2][4] = {}, high[2][4] = {};
   const Place place(stage);
-#pragma unroll 2
-  for (int pair = 0; pair < kColumnTiles / 2; ++pair)
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    const bool there[2] = {16 * group + row < x.rows, 16 * group + 8 + row < x.rows};
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
       uint32_t a[4];
       ldmatrix_x4(a, place(pair, group));
-      if (x.rows < kRows) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (16 * group + i % 2 * 8 + row >= x.rows) a[i] = 0;
-      }
-      mma_m16n8k16<__nv_bfloat16>(low, a, a[0], a[2]);
-      mma_m16n8k16<__nv_bfloat16>(high, a, a[1], a[3]);
+      for (int i = 0; i < 4; ++i) a[i] = there[i % 2] ? a[i] : 0;
+      mma_m16n8k16<__nv_bfloat16>(low[pair % 2], a, a[0], a[2]);
+      mma_m16n8k16<__nv_bfloat16>(high[pair % 2], a, a[1], a[3]);
     }
+  }
   __syncwarp();
   if (lane == 0) mbarrier_arrive(empty);
   const int column = lane % 4 * 2;
-  float square = row == column ? low[0] + high[2] : row == column + 1 ? low[1] + high[3] : 0.0f;
+  float square = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (row == column + i) square = low[0][i] + low[1][i] + high[0][2 + i] + high[1][2 + i];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
   const int unit = x.b * s.heads_kv + x.head;
@@ -379,8 +393,9 @@ __device__ __forceinline__ void clear_sums(const AnalyzeArgs& args) {
   for (int i = first; i < units; i += step) args.tables.unit_sums[i] = {0, 0};
 }
 
+// Bounds that leave registers for a CTA of means beside one of these.
 template <bool kNeedles>
-__global__ __launch_bounds__(kThreads, 1) void stream_kernel(const __grid_constant__ StreamArgs args) {
+__global__ __launch_bounds__(kThreads + 160, 1) void stream_kernel(const __grid_constant__ StreamArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
   __shared__ Shared shared;
   uint8_t* const stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
