@@ -32,7 +32,7 @@ __device__ __forceinline__ QueryTile query_tile(const AttnParams& p, const Seque
   // Lengths are under 2^30.
   int lowest = static_cast<int>(s.len_k), highest = 0, begin_max = 0, end_min = lowest;
   uint64_t seen = 0;
-#pragma unroll
+#pragma unroll 1
   for (int i = lane; i < decide::kTileQ; i += 32) {
     if (i >= n) continue;
     const KeyRange range = visible_keys(p, s, first + i);
@@ -116,7 +116,7 @@ __global__ __launch_bounds__(kThreads,
   int begin = s.key_tiles, end = 0;
   int whole_begin = 0, whole_end = static_cast<int>(seq.len_k / decide::kTileK);  // that all query tiles see
   int full_begin = s.key_tiles, full_end = 0;                                     // that some may leave out
-#pragma unroll
+#pragma unroll 1
   for (int r = 0; r < kTiles; ++r) {
     whole_begin = max(whole_begin, range[r].x);
     whole_end = min(whole_end, range[r].y);
@@ -192,7 +192,7 @@ __global__ __launch_bounds__(kThreads,
       for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
         for (int r = 0; r < 2; ++r) there[m][r] = cells.exists(m, r) ? ~0u : 0u;
-#pragma unroll 2
+#pragma unroll 1
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
 #pragma unroll
         for (int m = 0; m < Block::kProducts; ++m) {
@@ -240,7 +240,7 @@ __global__ __launch_bounds__(kThreads,
           args.tables.cell_rows[index * kCells + row] = rows[m][r];
       }
     if constexpr (kStored) {
-#pragma unroll 2
+#pragma unroll 1
       for (int pair = begin / 2 + warp; 2 * pair < end; pair += kWarps) {
 #pragma unroll
         for (int m = 0; m < Block::kProducts; ++m) {

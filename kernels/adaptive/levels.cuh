@@ -162,6 +162,7 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
     total = __reduce_add_sync(kAll, total);
     const auto wanted = static_cast<uint32_t>((uint64_t{total} * level_mass(0) + 65535u) >> 16);
     // The masses of a query tile add up to 4 * 2^20 and their roundings, which bounds each of them.
+#pragma unroll 1
     for (uint32_t bit = 1u << 22; bit > 0; bit >>= 1) {
       const uint32_t x = threshold | bit;
       uint32_t sum = 0;
@@ -175,6 +176,7 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
   uint32_t kept = 0, dropped = 0;
   float entropy = 0;
   const float inverse = measured ? 1.0f / static_cast<float>(total) : 0.0f;
+#pragma unroll 1
   for (int word = 0; word < 2 * mask_words; ++word) {
     const int tile = 32 * word + lane, b = tile - row.begin;
     bool keep = false;

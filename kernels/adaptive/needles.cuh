@@ -70,47 +70,46 @@ class NeedleSearch {
   __device__ __forceinline__ void each(int begin, int end, const Found& found) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, last = end * kBlocksOfTile;
     // Two blocks are on their way beside the one at hand.
-    uint4 ahead[2][kWords / 4];
-    float scale_ahead[2];
-    const auto fetch = [&](int block, uint4(&words)[kWords / 4], float& scale) {
+    uint4 words[kWords / 4], next[kWords / 4], after[kWords / 4];
+    float scale, next_scale, after_scale;
+    const auto fetch = [&](int block, uint4(&to)[kWords / 4], float& to_scale) {
       if (block >= last) return;
       const uint4* const from = keys_ + int64_t{block} * (8 * kDim / 16);
 #pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) words[i] = __ldg(from + i);
-      scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
+      for (int i = 0; i < kWords / 4; ++i) to[i] = __ldg(from + i);
+      to_scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
     };
-    int block = begin * kBlocksOfTile + static_cast<int>(threadIdx.x) / 32;
-    fetch(block, ahead[0], scale_ahead[0]);
-    fetch(block + kDecideWarps, ahead[1], scale_ahead[1]);
-    while (block < last) {
+    const int first = begin * kBlocksOfTile + static_cast<int>(threadIdx.x) / 32;
+    fetch(first, next, next_scale);
+    fetch(first + kDecideWarps, after, after_scale);
+#pragma unroll 1
+    for (int block = first; block < last; block += kDecideWarps) {
 #pragma unroll
-      for (int turn = 0; turn < 2; ++turn) {
-        if (block >= last) break;
-        uint4 words[kWords / 4];
-#pragma unroll
-        for (int i = 0; i < kWords / 4; ++i) words[i] = ahead[turn][i];
-        const float scale = scale_ahead[turn];
-        fetch(block + 2 * kDecideWarps, ahead[turn], scale_ahead[turn]);
-        uint32_t misses = 0;  // the first query tile's bit is the highest
-#pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-          int c[4] = {};
-#pragma unroll
-          for (int i = 0; i < kWords / 4; ++i) {
-            mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
-            mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
-          }
-          // A lane's two needles are of one cell: the larger product has the larger score.
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float dot = decide::float_of_integer(max(c[2 * r], c[2 * r + 1]));
-            misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, scale, limit_[m][r])), misses, 1);
-          }
-        }
-        const uint32_t hits = __reduce_or_sync(kAll, ~misses);
-        if (lane < kTiles && (hits >> (2 * kProducts - 1 - lane) & 1) != 0) found(lane, block / kBlocksOfTile);
-        block += kDecideWarps;
+      for (int i = 0; i < kWords / 4; ++i) {
+        words[i] = next[i];
+        next[i] = after[i];
       }
+      scale = next_scale;
+      next_scale = after_scale;
+      fetch(block + 2 * kDecideWarps, after, after_scale);
+      uint32_t misses = 0;  // the first query tile's bit is the highest
+#pragma unroll
+      for (int m = 0; m < kProducts; ++m) {
+        int c[4] = {};
+#pragma unroll
+        for (int i = 0; i < kWords / 4; ++i) {
+          mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
+          mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
+        }
+        // A lane's two needles are of one cell: the larger product has the larger score.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float dot = decide::float_of_integer(max(c[2 * r], c[2 * r + 1]));
+          misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, scale, limit_[m][r])), misses, 1);
+        }
+      }
+      const uint32_t hits = __reduce_or_sync(kAll, ~misses);
+      if (lane < kTiles && (hits >> (2 * kProducts - 1 - lane) & 1) != 0) found(lane, block / kBlocksOfTile);
     }
   }
 
