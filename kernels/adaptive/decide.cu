@@ -1,7 +1,6 @@
 // Mass levels of every query tile and a choice per head. Built without contraction: the same statistics give the same
 // bits as the host's code in src/decide.
 #include <algorithm>
-#include <type_traits>
 
 #include "adaptive/cells.cuh"
 #include "adaptive/choose.cuh"
@@ -82,10 +81,8 @@ __global__ __launch_bounds__(kThreads,
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps);
   __shared__ int4 range[kTiles];  // of a query tile's key tiles: what it sees, and what all of its rows see whole
-  // Of a few hundred masses of 2^22 where they are stored.
-  using Sum = std::conditional_t<kStored, uint32_t, unsigned long long>;
   __shared__ int tops[Block::kProducts * 16];  // ordered as the floats they stand for
-  __shared__ Sum sums[Block::kProducts * 16];
+  __shared__ unsigned long long sums[Block::kProducts * 16];
   __shared__ float limits[kTiles * decide::kNeedleRowsOfTile];
   __shared__ decide::CellRow cell_rows[Block::kProducts * 16];
   __shared__ int usable[kTiles], last_cta;
@@ -178,7 +175,7 @@ __global__ __launch_bounds__(kThreads,
       }
     __syncthreads();
     decide::CellRow rows[Block::kProducts][2];
-    Sum sum[Block::kProducts][2];
+    unsigned long long sum[Block::kProducts][2];
 #pragma unroll
     for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
@@ -187,7 +184,7 @@ __global__ __launch_bounds__(kThreads,
         sum[m][r] = 0;
       }
     if constexpr (kStored) {
-      uint32_t there[Block::kProducts][2];
+      uint32_t there[Block::kProducts][2], own_sum[Block::kProducts][2] = {};  // of a few hundred masses of 2^22
 #pragma unroll
       for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
@@ -204,11 +201,15 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               mass[r][i] = decide::integer_mass(scores[r][i], rows[m][r].top) & there[m][r];
-              sum[m][r] += mass[r][i];
+              own_sum[m][r] += mass[r][i];
             }
           *reinterpret_cast<uint4*>(own(m, pair)) = {mass[0][0], mass[0][1], mass[1][0], mass[1][1]};
         }
       }
+#pragma unroll
+      for (int m = 0; m < Block::kProducts; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[m][r] = own_sum[m][r];
     } else {
       cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
 #pragma unroll
@@ -222,7 +223,7 @@ __global__ __launch_bounds__(kThreads,
     for (int m = 0; m < Block::kProducts; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        Sum x = sum[m][r];
+        unsigned long long x = sum[m][r];
         x += __shfl_xor_sync(kAll, x, 1);
         x += __shfl_xor_sync(kAll, x, 2);
         if (lane % 4 == 0) atomicAdd(&sums[16 * m + lane / 4 + 8 * r], x);
@@ -233,7 +234,7 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = 16 * m + lane / 4 + 8 * r;
-        const Sum x = sums[row];
+        const unsigned long long x = sums[row];
         rows[m][r].inverse = x > 0 && cells.exists(m, r) ? 1.0f / static_cast<float>(x) : 0.0f;
         if (warp == 0 && lane % 4 == 0) cell_rows[row] = rows[m][r];
         if (args.tables.codes == nullptr && warp == 0 && lane % 4 == 0 && row < count * kCells)
