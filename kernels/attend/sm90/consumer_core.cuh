@@ -142,11 +142,11 @@ class ConsumerCore {
     for (int j = 0; j < kColumns; ++j) exponentiate(j);
     const float most = fmaxf(fmaxf(sum_[0], sum_[1]), fmaxf(sum_[2], sum_[3]));
     pin(scores_);
-    wait_full(shared_.v_full, v_count_ + 1);  // here for the reason that `step` gives
+    const bool beyond = any_of_group(!(most <= kQuickLimit));  // not a number counts as too much
+    wait_full(shared_.v_full, v_count_ + 1);                   // here for the reason that `step` gives
     wgmma_wait<0>();
     pin(out_);
-    // Not a number counts as too much.
-    if (any_of_group(!(most <= kQuickLimit))) {
+    if (beyond) {
       wgmma_fence();
       issue_scores(k);
       wgmma_wait<0>();
