@@ -15,9 +15,19 @@ class Producer {
       : args_(args), shared_(shared), keep_(l2_evict_last()), stream_(l2_evict_first()) {}
 
   __device__ __forceinline__ void run() {
-    draw_tiles([&](const Tile& tile) { load_first(tile, tile.range); },
-               [&](const Tile& tile, const TileRange& range, const auto& draw) { load_middle(tile, range, draw); },
-               [&](const Tile& tile) { load_last(tile, tile.range); });
+    const auto first = [&](const Tile& tile) { load_first(tile, tile.range); };
+    const auto last = [&](const Tile& tile) { load_last(tile, tile.range); };
+    if constexpr (kC.load_ahead) {
+      draw_tiles(
+          first, [&](const Tile& tile, const TileRange& range, const auto& draw) { load_middle(tile, range, draw); },
+          last);
+    } else {
+      draw_tiles([&](const Tile& tile, const TileRange& range, const auto& draw) {
+        first(tile);
+        load_middle(tile, range, draw);
+        last(tile);
+      });
+    }
   }
 
  protected:
@@ -125,8 +135,8 @@ class Producer {
 
  private:
   // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
-  // interleave S = Q K(n) with O += P V(n + 1). The next tile's first K comes before the last V, whose buffer is free
-  // later.
+  // interleave S = Q K(n) with O += P V(n + 1). With load_ahead the next tile's first K comes before the last V, whose
+  // buffer is free later.
   __device__ __forceinline__ void load_first(const Tile& tile, const TileRange& range) {
     load_k(range, range.n_max - 1, head_kv(tile), tile.batch);
   }
