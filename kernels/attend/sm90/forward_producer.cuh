@@ -39,9 +39,9 @@ class Producer {
     draw_tiles(nothing, load, nothing);
   }
 
-  // The same in three parts: last(tile) runs after the next tile was handed over and first(tile) called
-  // for it. Drawing, decoding and announcing a tile takes this one warp 2,000 clocks, which so pass while it would wait
-  // for the buffer of a tile's last V.
+  // The same in three parts: last(tile) runs after the next tile was handed over and first called for it. To draw, to
+  // decode and to announce a tile takes this one warp 2,000 clocks, which then pass where it would wait for the buffer
+  // of a tile's last V.
   template <class First, class Middle, class Last>
   __device__ __forceinline__ void draw_tiles(const First& first, const Middle& middle, const Last& last) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
