@@ -33,6 +33,8 @@ std::vector<Case> cases(const Report& report) {
   for (const Shape& shape : cuda_decode_shapes())
     for (const NamedDtype& dtype : {kDtypes[1], kE4m3Caches[0], kE4m3Caches[1]})
       for (const bool cold : {false, true}) add(shape, dtype, ADAATTN_MATH_EXACT, cold);
+  for (const Shape& shape : cuda_paged_shapes())
+    for (const NamedDtype& dtype : {kDtypes[1], kE4m3Caches[1]}) add(shape, dtype, ADAATTN_MATH_EXACT, false);
   for (const Shape& shape : cuda_cache_prefill_shapes()) add(shape, kE4m3Caches[1], ADAATTN_MATH_EXACT, false);
   return list;
 }

@@ -12,6 +12,7 @@ namespace adaattn::bench {
 struct Shape {
   int64_t batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim;
   adaattn_mask_t mask = ADAATTN_MASK_NONE;
+  int64_t page_size = 0;  // of k and v; 0: contiguous
 };
 
 struct NamedDtype {
@@ -85,9 +86,17 @@ inline const std::vector<Shape>& cuda_f32_shapes() {
 }
 
 inline const std::vector<Shape>& cuda_decode_shapes() {
-  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 1024, 128},  {1, 32, 8, 1, 8192, 128},
-                                            {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
-                                            {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  static const std::vector<Shape> shapes = {
+      {1, 32, 8, 1, 1024, 128}, {1, 32, 8, 1, 8192, 128},  {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
+      {4, 32, 8, 1, 8192, 128}, {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  return shapes;
+}
+
+// The same from pages as inference engines keep them.
+inline const std::vector<Shape>& cuda_paged_shapes() {
+  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
+                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
+                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 64}};
   return shapes;
 }
 
@@ -99,12 +108,13 @@ inline const std::vector<Shape>& cuda_cache_prefill_shapes() {
   return shapes;
 }
 
-// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys.
+// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys and /page<size> of a paged cache.
 inline std::string shape_name(const Shape& s, const char* dtype) {
   std::string name = std::string(dtype) + "/d" + std::to_string(s.head_dim) +
                      (s.mask == ADAATTN_MASK_NONE ? "/full/b" : "/causal/b") + std::to_string(s.batch) + "h" +
                      std::to_string(s.heads_q) + "kv" + std::to_string(s.heads_kv) + "/s" + std::to_string(s.seqlen_k);
   if (s.seqlen_q != s.seqlen_k) name += "q" + std::to_string(s.seqlen_q);
+  if (s.page_size > 0) name += "/page" + std::to_string(s.page_size);
   return name;
 }
 
