@@ -15,10 +15,6 @@ constexpr Dtype dtype_of<__nv_fp8_e4m3>() {
   return Dtype::kE4M3;
 }
 
-// A maximum that grew by less than this is kept: exact by shift invariance, and probabilities up to 2^8 lose nothing
-// in either 16-bit format.
-inline constexpr float kSlack = 8.0f;
-
 // What tensor cores multiply where K and V hold elements of type T.
 template <typename T>
 struct Products {

@@ -240,62 +240,44 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       }
     }
 
-    // Keys of 8 bits leave half the time to a block: it is asked which of them need a mask and whether a maximum grew
-    // by more than the slack. With 16 bits the question takes longer than the answer saves.
-    const bool masked = !kEightBits || block < blocks.full_begin || block >= blocks.full_end;
-    float row_log2[2], top[2];
-    bool grew = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float product = kEightBits ? row_factor[i] * factors[0] : 1.0f;
-      row_log2[i] = kExtras ? kLog2e : kEightBits ? positive_factor(product * to_log2) : to_log2;
-      if (kExtras || masked) {
-#pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = score[j][2 * i + e];
-            const int key = block * kKeys + 8 * j + 2 * (lane % 4) + e;
-            const bool visible = key >= span[i].begin && key < span[i].end;
-            if constexpr (kExtras) {
-              x = visible ? ScoreModifier(args, s, tile.batch, head[i], position[i])(x * product, key) : kNegInf;
-            } else if (!visible) {
-              x = kNegInf;
-            }
-          }
-      }
-      float x = kNegInf;
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j) x = fmaxf(x, fmaxf(score[j][2 * i], score[j][2 * i + 1]));
-      top[i] = fmaxf(max2[i], quad_max(x) * row_log2[i]);
-      grew |= top[i] - max2[i] > kSlack;
-    }
-    if (!kEightBits || __any_sync(0xffffffffu, grew)) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float shrink = max2[i] == kNegInf ? 0.0f : exp2_approx(max2[i] - top[i]);
-        if constexpr (kExtras) {
-          const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top[i];
-          weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
-        }
-        max2[i] = top[i];
-        sum[i] *= shrink;
-#pragma unroll
-        for (int j = 0; j < kDimTiles; ++j) {
-          out[0][j][2 * i] *= shrink;
-          out[0][j][2 * i + 1] *= shrink;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float base = max2[i] == kNegInf ? 0.0f : max2[i];
+      const float product = kEightBits ? row_factor[i] * factors[0] : 1.0f;  // what a product is multiplied by
+      float top = max2[i];
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = score[j][2 * i + e];
-          const float centred = fmaf(x, row_log2[i], -base);
+          const int key = block * kKeys + 8 * j + 2 * (lane % 4) + e;
+          const bool visible = key >= span[i].begin && key < span[i].end;
+          if constexpr (kExtras) {
+            x = visible ? ScoreModifier(args, s, tile.batch, head[i], position[i])(x * product, key) * kLog2e : kNegInf;
+          } else {
+            x = visible ? x * (product * to_log2) : kNegInf;
+          }
+          top = fmaxf(top, x);
+        }
+      top = quad_max(top);
+      const float base = top == kNegInf ? 0.0f : top;
+      const float shrink = exp2_approx(max2[i] - base);
+      if constexpr (kExtras) {
+        const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
+        weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
+      }
+      sum[i] *= shrink;
+      max2[i] = top;
+#pragma unroll
+      for (int j = 0; j < kDimTiles; ++j) {
+        out[0][j][2 * i] *= shrink;
+        out[0][j][2 * i + 1] *= shrink;
+      }
+#pragma unroll
+      for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = score[j][2 * i + e];
+          const float centred = x - base;
           x = exp2_approx(centred);
           sum[i] += x;
           if (kExtras && x > 0) weighted[i] = fmaf(x, centred, weighted[i]);

@@ -37,6 +37,10 @@ struct RunningSoftmax {
   float weighted[kEntropyToo ? kRows : 1];
 };
 
+// A maximum that grew by less than this is kept: exact by shift invariance, and probabilities up to 2^8 lose nothing
+// in either 16-bit format.
+inline constexpr float kSlack = 8.0f;
+
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 __global__ __launch_bounds__(128, 2) void forward_kernel(const __grid_constant__ AttendArgs args) {
   constexpr bool kExtras = (kFeatures & kUnaligned) != 0, kPages = (kFeatures & kPaged) != 0, kEntropyTool = kDv == 0;
