@@ -21,6 +21,8 @@ struct NamedDtype {
   adaattn_dtype_t dtype_kv = ADAATTN_DTYPE_NONE;  // of k and v where they differ
   int64_t descale_block = 0;                      // of E4M3 keys and values
 };
+inline constexpr NamedDtype kDtypes[] = {
+    {"f32", ADAATTN_DTYPE_F32}, {"bf16", ADAATTN_DTYPE_BF16}, {"f16", ADAATTN_DTYPE_F16}};
 // A cache of 8 bits with bf16 queries, one factor for each 64 keys of a head.
 inline constexpr NamedDtype kE4m3Cache = {"e4m3kv", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3, 64};
 
