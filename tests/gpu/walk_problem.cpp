@@ -90,7 +90,7 @@ void WalkProblem::fill() {
   for (float& x : v_mean->host) x = static_cast<float>(random_.normal());
   for (Bf16& x : o->host) x = __float2bfloat16(std::nanf(""));
   std::fill(lse->host.begin(), lse->host.end(), std::nanf(""));
-  std::fill(far_share->host.begin(), far_share->host.end(), std::nanf(""));
+  std::fill(far_share->host.begin(), far_share->host.end(), s.far_field ? std::nanf("") : 0.f);
 
   params.q.data = q->data();
   params.k.data = k->data();

@@ -42,7 +42,8 @@ struct WalkShape {
   std::vector<int32_t> lens_q = {}, lens_k = {};  // packed sequences, or (only lens_k) seqused_k
   double kept = 0.5;                              // chance of a tile that may be skipped
   bool far_field = false;
-  bool remainder = false;  // of class 0
+  bool remainder = false;       // of class 0
+  int32_t multiprocessors = 3;  // so few that a CTA walks several query tiles
   int max_rank = 96;
   std::vector<int> classes = {0};          // of the KV heads, in turn
   int64_t first_tile = 0, wave_tiles = 0;  // 0: all
@@ -71,7 +72,7 @@ class WalkProblem {
     call.far_field = s.far_field;
     call.far_share = far_share->data();
     call.counters = counters->data();
-    call.multiprocessors = properties.multiProcessorCount;
+    call.multiprocessors = std::min(s.multiprocessors, properties.multiProcessorCount);
     for (int c = 0; c < decide::kRankClasses; ++c) {
       call.rank_class = c;
       require(cuda::sm90::launch_walk(call, nullptr));

@@ -202,7 +202,14 @@ TEST_F(MaskWalks, AllTilesKeptIsTheExactKernelBitForBit) {
 }
 
 TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
-  for (const int rank_class : {0, 1, 3}) {
+  struct Kind {
+    int rank_class;
+    bool far_field, remainder;
+  };
+  for (const Kind& kind : {Kind{0, true, false}, Kind{1, true, false}, Kind{3, true, false}, Kind{0, false, false},
+                           Kind{0, false, true}}) {
+    SCOPED_TRACE(testing::Message() << "class " << kind.rank_class << (kind.far_field ? ", far field" : "")
+                                    << (kind.remainder ? ", remainder" : ""));
     WalkProblem x({.name = "Repeat",
                    .batch = 2,
                    .heads_q = 12,
@@ -211,8 +218,10 @@ TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
                    .seqlen_k = 1200,
                    .window_right = 0,
                    .kept = 0.3,
-                   .far_field = true,
-                   .classes = {rank_class}},
+                   .far_field = kind.far_field,
+                   .remainder = kind.remainder,
+                   .multiprocessors = 60,
+                   .classes = {kind.rank_class}},
                   run_seed());
     x.run();
     const std::vector<float> first = x.lse->host;

@@ -15,18 +15,25 @@ struct WalkInstance {
   const void* kernel;
 };
 
-template <int kRank, bool kRemainder = false>
+template <int kRank, LeftOut kLeftOut>
 constexpr WalkInstance instance() {
-  using Policy = WalkPolicy<kRank, kRemainder>;
+  using Policy = WalkPolicy<kRank, kLeftOut>;
   using Traits = WalkTraits<__nv_bfloat16, Policy>;
   return {Traits::kC, static_cast<int>(sizeof(typename Traits::Shared)),
           reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, Policy>)};
 }
 
 // By rank class; decide::rank_of_class.
-const WalkInstance kInstances[decide::kRankClasses] = {instance<kWalkDim>(), instance<96>(), instance<64>(),
-                                                       instance<32>()};
-const WalkInstance kWithRemainder = instance<kWalkDim, true>();
+const WalkInstance kInstances[decide::kRankClasses] = {
+    instance<kWalkDim, LeftOut::kCentroids>(), instance<96, LeftOut::kCentroids>(), instance<64, LeftOut::kCentroids>(),
+    instance<32, LeftOut::kCentroids>()};
+const WalkInstance kPlain = instance<kWalkDim, LeftOut::kNothing>();
+const WalkInstance kWithRemainder = instance<kWalkDim, LeftOut::kRemainder>();
+
+const WalkInstance& instance_of(const WalkCall& call) {
+  if (call.rank_class != 0 || call.far_field) return kInstances[call.rank_class];
+  return call.tables.remainder != nullptr ? kWithRemainder : kPlain;
+}
 
 // [batch, heads, rows, columns] without gaps.
 Operand dense(const __nv_bfloat16* data, int64_t heads, int64_t rows, int64_t columns) {
@@ -36,16 +43,16 @@ Operand dense(const __nv_bfloat16* data, int64_t heads, int64_t rows, int64_t co
 }  // namespace
 
 void prepare_walk() {
-  for (const WalkInstance& x : kInstances)
+  const auto prepare = [](const WalkInstance& x) {
     check(cudaFuncSetAttribute(x.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, x.shared_bytes), "walk");
-  check(cudaFuncSetAttribute(kWithRemainder.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kWithRemainder.shared_bytes),
-        "walk");
+  };
+  for (const WalkInstance& x : kInstances) prepare(x);
+  prepare(kPlain);
+  prepare(kWithRemainder);
 }
 
 cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
-  const bool remainder = call.rank_class == 0 && call.tables.remainder != nullptr && !call.far_field;
-  const WalkInstance& instance = remainder ? kWithRemainder : kInstances[call.rank_class];
+  const WalkInstance& instance = instance_of(call);
   const TableShape& shape = call.tables.shape;
   const int rank = instance.config.d_v;
   const bool low_rank = call.rank_class != 0;

@@ -19,7 +19,7 @@ struct WalkCall {
   AdaptiveTables tables;         // of these tensors
   int32_t rank_class = 0;        // whose work list is computed
   bool far_field = false;        // centroids of the tiles that are not kept
-  float* far_share = nullptr;    // [batch, heads_q, wave_tiles, kWalkShares]; null: not wanted. Zeros where none is.
+  float* far_share = nullptr;    // [batch, heads_q, wave_tiles, kWalkShares], with far_field; null: not wanted
   uint32_t* counters = nullptr;  // [2], zero before and after a launch
   int32_t multiprocessors = 0;
 };

@@ -34,7 +34,9 @@ class WalkConsumer : ConsumerCore<Traits> {
       begin_tile();
       exact_blocks();
       Core::last_block();
-      if (walk_.far_share != nullptr) write_share(share_of_far());
+      if constexpr (Traits::kFar) {
+        if (walk_.far_share != nullptr) write_share(share_of_far());
+      }
       store();
     } while (next_tile());
     Core::drain();
@@ -63,7 +65,9 @@ class WalkConsumer : ConsumerCore<Traits> {
       kept_ = uniform(walk.kept);
       if (begin_ < end_) break;
       Core::store_empty();
-      if (walk_.far_share != nullptr) write_share(0);
+      if constexpr (Traits::kFar) {
+        if (walk_.far_share != nullptr) write_share(0);
+      }
     }
     ++tile_count_;
     return true;
@@ -71,24 +75,26 @@ class WalkConsumer : ConsumerCore<Traits> {
 
   // Up to the weights of the last visible tile, which is always kept.
   __device__ __forceinline__ void begin_tile() {
-    const bool far = walk_.far_field && kept_ < end_ - begin_;
+    const bool far = Traits::kFar && walk_.far_field && kept_ < end_ - begin_;
     const int valid = range_.len_k - (end_ - 1) * kN;
-    if constexpr (Traits::kRemainder) fetch_remainder();
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     Core::first_scores(k_count_);
+    if constexpr (Traits::kRemainder) fetch_remainder();
     Core::set_limits(range_.off, range_.len_k);
     if (far) {
-      first_centroids();
-      keep_far_rows(true);
-      step<MaskSides::kBoth>(end_ - 1, kept_ - 1);
-      if (args_.zero_v_tail && valid < kN) Core::zero_v_tail(valid);
+      if constexpr (Traits::kFar) {
+        first_centroids();
+        keep_far_rows(true);
+        step<MaskSides::kBoth>(end_ - 1, kept_ - 1);
+        if (args_.zero_v_tail && valid < kN) Core::zero_v_tail(valid);
+      }
     } else {
       wgmma_wait<0>();
       pin(scores_);
       Core::release_scores(k_count_++, kept_ == 1);
       Core::template begin_softmax<true, MaskSides::kBoth>(end_ - 1);
       Core::begin_out(valid);
-      keep_far_rows(false);
+      if constexpr (Traits::kFar) keep_far_rows(false);
     }
     // The compiler takes what differs between the branches for what differs between lanes.
     k_count_ = uniform(k_count_);
@@ -245,17 +251,15 @@ class WalkConsumer : ConsumerCore<Traits> {
     }
   }
 
-  // Two of them in turn in the room of q^2, which only the far field takes: between two uses of one the group meets.
-  __device__ __forceinline__ float* remainder() const {
-    return reinterpret_cast<float*>(shared_.q_squared[group_]) + remainder_count_ % 2 * kRemainderWidth;
-  }
-  // On its way from the tile's start on. Without a branch on the lane: the compiler keeps what is uniform.
+  // On its way from the tile's start on, when the group has read that of the tile before. Without a branch on the lane:
+  // the compiler keeps what is uniform.
   __device__ __forceinline__ void fetch_remainder() const {
+    named_barrier_sync(kRemainderBarrier + group_, kWarpgroup);
     const int thread = warp_ * 32 + lane_, item = shared_.item[group_][warp_];
     const float* const from = walk_.tables.remainder + int64_t{item} * kRemainderWidth + 4 * thread;
     asm volatile(
         "{ .reg .pred p; setp.lt.s32 p, %2, %3; @p cp.async.cg.shared.global [%0], [%1], 16; cp.async.commit_group; "
-        "}" ::"r"(shared_address(remainder()) + 16 * thread),
+        "}" ::"r"(shared_address(shared_.remainder[group_]) + 16 * thread),
         "l"(from), "r"(thread), "n"(kRemainderWidth / 4)
         : "memory");
   }
@@ -263,8 +267,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ void store_with_remainder() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     named_barrier_sync(kRemainderBarrier + group_, kWarpgroup);
-    const float* const rest = remainder();
-    ++remainder_count_;
+    const float* const rest = shared_.remainder[group_];
     const float grow = __fdividef(1.f, 1.f - rest[kWalkDim]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) row_sum_[r] *= grow;
@@ -333,7 +336,7 @@ class WalkConsumer : ConsumerCore<Traits> {
 
   const WalkArgs& walk_;
   int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
-  uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0;
+  uint32_t k_count_ = 0, basis_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

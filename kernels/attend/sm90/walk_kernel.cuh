@@ -1,4 +1,5 @@
-// The mask-walking kernel: persistent, one CTA per SM, a producer warp and two consumer warpgroups.
+// The mask-walking kernel: persistent, one CTA per SM, a warp that draws query tiles, one that loads key tiles, and two
+// consumer warpgroups.
 #pragma once
 
 #include "attend/sm90/forward_kernel.cuh"
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
       prefetch_tensor_map(&args.forward.v_map);
     }
     init_barriers(shared, Traits::kGroups);
+    ptx::mbarrier_init(&shared.draw, 1);
     ptx::mbarrier_init(&shared.basis_full, 1);
     ptx::mbarrier_init(&shared.basis_empty, kWarpgroup / 32 * Traits::kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
@@ -32,7 +34,8 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
   launch_dependents();
   if (warpgroup == 0) {
     set_max_registers_down<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) WalkProducer<Traits>(args, shared).run();
+    if (threadIdx.x == 0) WalkProducer<Traits>(args, shared).run();
+    if (threadIdx.x == 32) WalkList<Traits>(args, shared).run();
   } else {
     set_max_registers_up<Traits::kConsumerRegisters>();
     WalkConsumer<Traits>(args, shared, warpgroup - 1).run();

@@ -1,11 +1,77 @@
-// The producer warp of the mask-walking kernels: draws query tiles from the work list and loads the key tiles whose
-// bits are set, then the centroids of the others.
+// The warps that feed the mask-walking kernels, one lane of each: the list's draws query tiles from the work list, the
+// producer loads the key tiles whose bits are set and the centroids of the others.
 #pragma once
 
 #include "attend/sm90/forward_producer.cuh"
 #include "attend/sm90/walk_traits.cuh"
 
 namespace adaattn::cuda::sm90 {
+
+// A query tile's number, range and mask are a chain of reads from memory, so they are fetched while the tile before is
+// still at work; as late as hides the chain, for who draws early takes from others that end sooner.
+template <class Traits>
+class WalkList {
+ public:
+  __device__ __forceinline__ WalkList(const WalkArgs& args, typename Traits::Shared& shared)
+      : walk_(args), tables_(args.tables), shared_(shared) {}
+
+  __device__ __forceinline__ void run() {
+    const uint32_t count = *walk_.work_count;
+    uint32_t* const counters = walk_.forward.counters;
+    uint32_t number = blockIdx.x;
+    for (int i = 0;; ++i) {
+      const bool more = number < count;
+      put(i, more, more ? static_cast<int>(walk_.work[number]) : 0);
+      if (!more) break;
+      mbarrier_wait(&shared_.draw, i & 1);
+      number = atomicAdd(counters, 1u) + gridDim.x;
+    }
+    // The last CTA to finish leaves the counters as it found them.
+    if (atomicAdd(counters + 1, 1u) == gridDim.x - 1) {
+      counters[0] = 0;
+      counters[1] = 0;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void put(int i, bool more, int item) {
+    WalkTile walk;
+    const int slot = i % 2;
+    uint64_t words[2];
+    const uint64_t* const mask = tables_.mask + int64_t{item} * tables_.shape.mask_words;
+    const int mask_words = min(tables_.shape.mask_words, kListWords);
+    if (more) {
+      const TableShape& shape = tables_.shape;
+      walk.item = item;
+      const int row = item / shape.wave_tiles;
+      walk.tile.m_block = item - row * shape.wave_tiles + tables_.first_tile;
+      walk.tile.batch = row / shape.heads_q;
+      walk.tile.head = row - walk.tile.batch * shape.heads_q;
+      const decide::TileRow range = tables_.tile_range[int64_t{row} * shape.query_tiles + walk.tile.m_block];
+      walk.kept = tables_.kept[item];
+#pragma unroll
+      for (int w = 0; w < 2; ++w) words[w] = w < mask_words ? mask[w] : 0;
+      walk.begin = range.begin;
+      walk.end = range.end;
+      // Narrow windows leave no tile that every row sees whole.
+      walk.full_begin = max(range.full_begin, range.begin);
+      walk.full_end = min(range.full_end, range.end);
+      if (walk.full_begin >= walk.full_end) walk.full_begin = walk.full_end = range.begin;
+    }
+    mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
+    shared_.walk[slot] = walk;
+    if (more) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) shared_.mask[slot][w] = words[w];
+      for (int w = 2; w < mask_words; ++w) shared_.mask[slot][w] = mask[w];
+    }
+    mbarrier_arrive(&shared_.tile_full[slot]);
+  }
+
+  const WalkArgs& walk_;
+  const AdaptiveTables& tables_;
+  typename Traits::Shared& shared_;
+};
 
 template <class Traits>
 class WalkProducer : Producer<Traits> {
@@ -17,56 +83,23 @@ class WalkProducer : Producer<Traits> {
       : Loads(args.forward, shared), walk_(args), tables_(args.tables) {}
 
   __device__ __forceinline__ void run() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint32_t count = *walk_.work_count;
-    uint32_t number = blockIdx.x;
     for (int i = 0;; ++i) {
-      const WalkTile walk = decode(number, count);
-      if (lane == 0) {
-        const int slot = i % 2;
-        mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
-        shared_.walk[slot] = walk;
-        mbarrier_arrive(&shared_.tile_full[slot]);
-      }
-      __syncwarp();
+      // The slot is not written again before the draw that load_tile() lets go of in the tile after this one.
+      const int slot = i % 2;
+      mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
+      const WalkTile walk = shared_.walk[slot];
       if (walk.tile.m_block < 0) break;
-      // The next number's latency passes while this tile is loaded.
-      uint32_t next = 0;
-      if (lane == 0) next = atomicAdd(args_.counters, 1u) + gridDim.x;
-      if (lane == 0 && walk.begin < walk.end) load_tile(walk);
-      __syncwarp();
-      number = __shfl_sync(~0u, next, 0);
-    }
-    // The last CTA to finish leaves the counters as it found them.
-    if (lane == 0 && atomicAdd(args_.counters + 1, 1u) == gridDim.x - 1) {
-      args_.counters[0] = 0;
-      args_.counters[1] = 0;
+      if (walk.begin < walk.end) {
+        load_tile(walk, shared_.mask[slot]);
+      } else {
+        mbarrier_arrive(&shared_.draw);
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ WalkTile decode(uint32_t number, uint32_t count) const {
-    WalkTile walk;
-    if (number >= count) return walk;
-    const TableShape& shape = tables_.shape;
-    walk.item = static_cast<int>(walk_.work[number]);
-    const int row = walk.item / shape.wave_tiles;
-    walk.tile.m_block = walk.item - row * shape.wave_tiles + tables_.first_tile;
-    walk.tile.batch = row / shape.heads_q;
-    walk.tile.head = row - walk.tile.batch * shape.heads_q;
-    walk.kept = tables_.kept[walk.item];
-    const decide::TileRow range = tables_.tile_range[int64_t{row} * shape.query_tiles + walk.tile.m_block];
-    walk.begin = range.begin;
-    walk.end = range.end;
-    // Narrow windows leave no tile that every row sees whole.
-    walk.full_begin = max(range.full_begin, range.begin);
-    walk.full_end = min(range.full_end, range.end);
-    if (walk.full_begin >= walk.full_end) walk.full_begin = walk.full_end = range.begin;
-    return walk;
-  }
-
   // The far field first. Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
-  __device__ __forceinline__ void load_tile(const WalkTile& walk) {
+  __device__ __forceinline__ void load_tile(const WalkTile& walk, const uint64_t* first_words) {
     const int head_kv = walk.tile.head / args_.group_size, batch = walk.tile.batch;
     const TileRange range = read_sequence(args_, batch);
     const uint64_t* mask = tables_.mask + int64_t{walk.item} * tables_.shape.mask_words;
@@ -84,23 +117,27 @@ class WalkProducer : Producer<Traits> {
         Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
       }
     };
-    if (walk_.far_field && walk.kept < walk.end - walk.begin) {
-      int block = walk.full_begin / kFarTiles;
-      FarBlock far, next;
-      find_skipped(walk, mask, block, far);
-      for (;; far = next) {
-        int next_block = block + 1;
-        far.last = !find_skipped(walk, mask, next_block, next);
-        Loads::load_k(walk_.group_k_map, 0, block * Traits::kN, head_kv, batch, [&](int s) { shared_.far[s] = far; });
-        load_other();
-        Loads::load_k(walk_.group_k_map, kWalkDim, block * Traits::kN, head_kv, batch, [](int) {});
-        before = block;
-        far_before = true;
-        block = next_block;
-        if (far.last) break;
+    if constexpr (Traits::kFar) {
+      if (walk_.far_field && walk.kept < walk.end - walk.begin) {
+        int block = walk.full_begin / kFarTiles;
+        FarBlock far, next;
+        find_skipped(walk, mask, block, far);
+        for (;; far = next) {
+          int next_block = block + 1;
+          far.last = !find_skipped(walk, mask, next_block, next);
+          Loads::load_k(walk_.group_k_map, 0, block * Traits::kN, head_kv, batch, [&](int s) { shared_.far[s] = far; });
+          load_other();
+          Loads::load_k(walk_.group_k_map, kWalkDim, block * Traits::kN, head_kv, batch, [](int) {});
+          before = block;
+          far_before = true;
+          block = next_block;
+          if (far.last) break;
+        }
       }
     }
+    int left = walk.kept;
     const auto load_exact = [&](int tile) {
+      if (--left == 0) mbarrier_arrive(&shared_.draw);
       Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
       load_other();
       before = tile;
@@ -110,10 +147,10 @@ class WalkProducer : Producer<Traits> {
     // stay under its own. Full masks keep the exact kernels' order.
     const int first_whole = min(walk.full_end, walk.end - 1) - 1;
     const bool sink_early =
-        walk.kept < walk.end - walk.begin && walk.full_begin == 0 && first_whole > 0 && (mask[0] & 1) != 0;
+        walk.kept < walk.end - walk.begin && walk.full_begin == 0 && first_whole > 0 && (first_words[0] & 1) != 0;
     bool pending = sink_early;
     for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
-      for (uint64_t bits = mask[word]; bits != 0;) {
+      for (uint64_t bits = word < kListWords ? first_words[word] : mask[word]; bits != 0;) {
         const int n = 63 - __clzll(static_cast<long long>(bits));
         bits ^= uint64_t{1} << n;
         const int tile = word * 64 + n;

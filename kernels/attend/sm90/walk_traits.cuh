@@ -1,6 +1,8 @@
 // Compile-time shape of a mask-walking kernel, and what its producer tells its consumers.
 #pragma once
 
+#include <type_traits>
+
 #include "attend/sm90/forward_traits.cuh"
 #include "attend/sm90/walk_args.h"
 
@@ -9,13 +11,25 @@ namespace adaattn::cuda::sm90 {
 constexpr int kWalkDim = 128;                                 // of queries, keys and output
 constexpr int kFarTiles = 128 / (decide::kTileK / kFarKeys);  // key tiles behind one block of 128 centroids
 static_assert(kFarTiles == 128, "a block of centroids is two mask words");
+constexpr int kListWords = 16;  // of a query tile's mask, in shared memory; those of longer ones stay where they are
 
-// kRank: columns of V, kWalkDim or fewer of V in its basis. kWithRemainder: rows get AdaptiveTables::remainder.
-template <int kRank, bool kWithRemainder = false>
+// What the key tiles that are not kept add to a row: nothing, AdaptiveTables::remainder, or their centroids where
+// WalkArgs::far_field says so.
+enum class LeftOut { kNothing, kRemainder, kCentroids };
+
+// kRank: columns of V, kWalkDim or fewer of V in its basis. The square of Q for the centroids takes the room of a third
+// buffer of K.
+template <int kRank, LeftOut kTheLeftOut>
 struct WalkPolicy {
-  static constexpr bool kRemainder = kWithRemainder;
-  static constexpr ForwardConfig kConfig = {
-      .d_qk = kWalkDim, .d_v = kRank, .tile_n = 128, .masked = true, .dynamic = true, .ordered = false, .quick = true};
+  static constexpr LeftOut kLeftOut = kTheLeftOut;
+  static constexpr ForwardConfig kConfig = {.d_qk = kWalkDim,
+                                            .d_v = kRank,
+                                            .tile_n = 128,
+                                            .masked = true,
+                                            .dynamic = true,
+                                            .ordered = false,
+                                            .k_stages = kTheLeftOut == LeftOut::kCentroids ? 2 : 3,
+                                            .quick = true};
 };
 
 struct WalkTile {
@@ -36,20 +50,43 @@ template <typename T, class Policy>
 struct WalkTraits : ForwardTraits<T, Policy> {
   using Base = ForwardTraits<T, Policy>;
   static constexpr bool kLowRank = Base::kDv < kWalkDim;
-  static constexpr bool kRemainder = Policy::kRemainder;
+  static constexpr bool kRemainder = Policy::kLeftOut == LeftOut::kRemainder;
+  static constexpr bool kFar = Policy::kLeftOut == LeftOut::kCentroids;
   static constexpr bool kStagedOut = Base::kStagedOut && !kLowRank;
-  static constexpr int kBasisBytes = kLowRank ? kWalkDim * Base::kDv * 2 : 16;
+  static constexpr int kBasisBytes = kWalkDim * Base::kDv * 2;
 
-  struct Shared : Base::Shared {
-    alignas(1024) uint8_t q_squared[Base::kGroups][Base::kQBytes];
+  struct Basis {
     alignas(1024) uint8_t basis[kBasisBytes];
+  };
+  struct SquaredQ {
+    alignas(1024) uint8_t q_squared[Base::kGroups][Base::kQBytes];
+  };
+  struct Far {
     float2 far_rows[Base::kGroups][kGroupRows];  // maximum and sum of the weights of the far field
-    int item[Base::kGroups][kWarpgroup / 32];    // of the work list, which each warp has in work
-    alignas(8) uint64_t basis_full, basis_empty;
-    WalkTile walk[2];
     FarBlock far[kStages];
   };
+  struct Remainder {
+    alignas(16) float remainder[Base::kGroups][kRemainderWidth];
+  };
+  // Bases of one type each: an empty one may stand once only.
+  struct NoBasis {};
+  struct NoSquaredQ {};
+  struct NoFar {};
+  struct NoRemainder {};
+
+  struct Shared : Base::Shared,
+                  std::conditional_t<kLowRank, Basis, NoBasis>,
+                  std::conditional_t<kFar, SquaredQ, NoSquaredQ>,
+                  std::conditional_t<kFar, Far, NoFar>,
+                  std::conditional_t<kRemainder, Remainder, NoRemainder> {
+    int item[Base::kGroups][kWarpgroup / 32];  // of the work list, which each warp has in work
+    WalkTile walk[2];
+    uint64_t mask[2][kListWords];  // first words of the tiles in walk
+    alignas(8) uint64_t basis_full, basis_empty;
+    uint64_t draw;  // the producer is about to load the last key tile of the one in work
+  };
   static_assert(Base::kN == decide::kTileK && Base::kM == decide::kTileQ && kStages == 2);
+  static_assert(!kFar || Base::kKStages == kStages, "a block of centroids takes two buffers of K");
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
 
