@@ -59,12 +59,9 @@ struct WgmmaE4m3;
                    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                                  \
     }                                                                                                               \
   };
+ADAATTN_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
 ADAATTN_WGMMA_E4M3(72, 36, 36, 37, 38, 39, 40, 41)
-ADAATTN_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
 ADAATTN_WGMMA_E4M3(136, 68, 68, 69, 70, 71, 72, 73)
-ADAATTN_WGMMA_E4M3(160, 80, 80, 81, 82, 83, 84, 85)
-ADAATTN_WGMMA_E4M3(192, 96, 96, 97, 98, 99, 100, 101)
-ADAATTN_WGMMA_E4M3(224, 112, 112, 113, 114, 115, 116, 117)
 #undef ADAATTN_WGMMA_E4M3
 
 }  // namespace adaattn::cuda::sm90

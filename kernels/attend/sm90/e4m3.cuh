@@ -14,12 +14,15 @@ template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct E4m3 {
   static constexpr ForwardConfig kConfig = {.d_qk = kDqk,
                                             .d_v = kDv,
-                                            .tile_n = 192,
+                                            .tile_n = 64,
+                                            .groups = 3,
                                             .masked = kFeatures != kPlain,
                                             .dynamic = kFeatures != kPlain,
-                                            .ordered = kFeatures == kPlain,
-                                            .early_columns = 8};
-  static constexpr int kKeep = 4;
+                                            .ordered = false,
+                                            .k_stages = 4,
+                                            .quick = true};
+  static constexpr int kKeep = 12, kRawStages = 3, kVStages = 4;
+  static constexpr float kBits = 5;
   using Traits = E4m3Traits<E4m3>;
 
   static AttendKernel row(const char* name) {

@@ -1,9 +1,12 @@
-// A consumer warpgroup of the e4m3 kernels: 64 query rows, S = Q K^T and O += P V in 8 bits with fp32 accumulators. The
-// loop is that of the 16-bit kernels; O leaves the accumulators for fp32 sums in shared memory every few blocks.
+// A consumer warpgroup of the e4m3 kernels: 64 query rows, S = Q K^T and O += P V in 8 bits with fp32 accumulators. O
+// leaves the accumulators for fp32 sums in shared memory every few blocks. A warpgroup waits for both of its products
+// and then computes weights: it is the other two whose products run meanwhile.
 #pragma once
 
 #include "attend/sm90/e4m3_traits.cuh"
 #include "attend/sm90/forward_consumer.cuh"
+#include "attend/sm90/ring.cuh"
+#include "common/ptx.cuh"
 #include "common/sm90_int8.cuh"
 #include "common/sm90_wgmma8.cuh"
 
@@ -12,10 +15,12 @@ namespace adaattn::cuda::sm90 {
 template <class Traits>
 class E4m3Consumer {
   static constexpr ForwardConfig kC = Traits::kC;
-  static constexpr int kN = Traits::kN, kColumns = kN / 8, kEarly = kC.early_columns, kKeep = Traits::kKeep;
-  static constexpr int kOut = Traits::kOut;
-  // Weights are 2^(x - max + kBits): e4m3 ends at 448 and is coarse below 2^-6.
-  static constexpr float kBits = 8;
+  static constexpr int kN = Traits::kN, kColumns = kN / 8, kWords = kN / 8, kKeep = Traits::kKeep;
+  static constexpr int kD = Traits::kD, kOut = Traits::kOut;
+  // Weights start at 2^kBits: e4m3 ends at 448, which leaves room for larger scores, and is coarse below 2^-6.
+  static constexpr float kBits = Traits::kBits;
+  // Shift of a row without a key so far: its first key saturates.
+  static constexpr float kUnseen = -FLT_MAX / 4;
 
  public:
   __device__ __forceinline__ E4m3Consumer(const ForwardArgs& args, typename Traits::Shared& shared, int group)
@@ -26,7 +31,6 @@ class E4m3Consumer {
         lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() {
-    if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
     if (!next_tile()) return;
     do {
       first_block();
@@ -42,18 +46,6 @@ class E4m3Consumer {
   __device__ __forceinline__ void release(uint64_t* barrier) {
     __syncwarp();
     if (lane_ == 0) mbarrier_arrive(barrier);
-  }
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (kC.ordered) named_barrier_sync(static_cast<int>(NamedBarrier::kOrder) + group_, 2 * kWarpgroup);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (kC.ordered) {
-      const int next = group_ + 1 == Traits::kGroups ? 0 : group_ + 1;
-      named_barrier_arrive(static_cast<int>(NamedBarrier::kOrder) + next, 2 * kWarpgroup);
-    }
-  }
-  __device__ __forceinline__ void wait_full(uint64_t* barriers, uint32_t count) {
-    mbarrier_wait(&barriers[count % kStages], count / kStages & 1);
   }
 
   // The next tile that has keys; those without are answered on the way. False: no more tiles.
@@ -101,26 +93,45 @@ class E4m3Consumer {
 
   __device__ __forceinline__ void first_block() {
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
-    wait_full(shared_.k_full, kv_count_);
+    read_queries();
+    wait_for(shared_.k_full, k_at_);
     wgmma_fence();
-    issue_scores(kv_count_);
+    issue_scores();
     row_limits();
     // A factor of 0 must not turn a masked score into NaN.
     scale_ = fmaxf(args_.scale_log2 * descale(args_.p.q_descale) * descale(args_.p.k_descale), FLT_MIN);
+    shift_[0] = shift_[1] = kUnseen;
+    row_sum_[0] = row_sum_[1] = 0;
+    kept_factor_[0] = kept_factor_[1] = 1;
+    left_ = kKeep;
     wgmma_wait<0>();
     pin(scores_);
-    release_scores(kv_count_, range_.blocks() == 1);
+    __syncwarp();
+    leave(shared_.k_empty, k_at_);
     const int n = range_.n_max - 1;
     if constexpr (kC.masked) {
-      begin_softmax<true, MaskSides::kBoth>(n);
+      mask<MaskSides::kBoth>(n);
     } else if ((n + 1) * kN > range_.len_k) {
-      begin_softmax<true, MaskSides::kEnd>(n);
-    } else {
-      begin_softmax<true, MaskSides::kNone>(n);
+      mask<MaskSides::kEnd>(n);
     }
-    finish_softmax<true>();
-    wait_full(shared_.v_full, kv_count_);
+    raise_shift();
+    write_weights();
+    come_ = false;
     clear_out();
+  }
+
+  // Q as the A operand of S: 16 bytes of 8 rows are a matrix.
+  __device__ __forceinline__ void read_queries() {
+    const int row = warp_ * 16 + lane_ % 16, atom = row % 8;
+    const uint32_t line = shared_address(shared_.q[group_]) + row * kD;
+#pragma unroll
+    for (int i = 0; i < kD / 32; ++i) {
+      uint32_t words[4];
+      ldmatrix_x4(words, line + (((2 * i + lane_ / 16) ^ atom) * 16));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) queries_[4 * i + j] = words[j];
+    }
+    release(&shared_.q_empty[group_]);
   }
 
   __device__ __forceinline__ void middle_blocks() {
@@ -137,70 +148,79 @@ class E4m3Consumer {
     }
   }
 
-  // S of block n beside O += P V of block n + 1, then the softmax of block n.
+  // S of block n beside O += P V of block n + 1, then the weights of block n. Blocks without a mask take the maxima of
+  // earlier ones for granted until a weight reaches the end of e4m3's range.
   template <MaskSides kMask>
   __device__ __forceinline__ void step(int n) {
-    issue_both();
-    release_scores(kv_count_ + 1, n == range_.n_min);
-    begin_softmax<false, kMask>(n);
-    pin(scores_);
-    // Stands here because it ends the basic block, to whose start ptxas moves the wait for PV.
-    wait_full(shared_.v_full, kv_count_ + 1);
-    wgmma_wait<0>();
-    pin(out_);
-    release(&shared_.v_empty[kv_count_ % kStages]);
-    keep_now_and_then(n);
-    finish_softmax<false>();
-    ++kv_count_;
-  }
-
-  // S with the next K, then O += P V with the present V; returns when S is there.
-  __device__ __forceinline__ void issue_both() {
-    wait_full(shared_.k_full, kv_count_ + 1);
-    take_turn();
+    if (!come_) {
+      wait_for(shared_.k_full, k_at_);
+      wait_for(shared_.v_full, v_at_);
+    }
     wgmma_fence();
-    issue_scores(kv_count_ + 1);
-    issue_out(kv_count_);
-    pass_turn();
-    wgmma_wait<1>();
+    issue_scores();
+    issue_out();
+    wgmma_wait<0>();
     pin(scores_);
-  }
-
-  // Before the softmax of block n.
-  __device__ __forceinline__ void keep_now_and_then(int n) {
-    const int done = range_.n_max - 1 - n;  // blocks in O and kept
-    if (done % kKeep != 0) return;
-    if (done == kKeep) {
-      keep_out<true>();
+    pin(out_);
+    add_sums();
+    clear_sums();
+    __syncwarp();
+    leave(shared_.k_empty, k_at_);
+    leave(shared_.v_empty, v_at_);
+    come_ = has_come(shared_.k_full, k_at_) & has_come(shared_.v_full, v_at_);
+    if constexpr (kMask == MaskSides::kNone) {
+      // Scores are still there: the warp takes them to their own maximum.
+      if (__any_sync(~0u, write_weights() != 0)) {
+        raise_shift();
+        rescale_out();
+        write_weights();
+      }
     } else {
-      keep_out<false>();
+      mask<kMask>(n);
+      raise_shift();
+      write_weights();
+      rescale_out();
+    }
+    if (--left_ == 0) {
+      if (range_.n_max - 1 - n == kKeep) {
+        keep_out<true>();
+      } else {
+        keep_out<false>();
+      }
+      left_ = kKeep;
     }
   }
 
-  __device__ __forceinline__ void release_scores(uint32_t k, bool last) {
-    release(&shared_.k_empty[k % kStages]);
-    if (last) release(&shared_.q_empty[group_]);
+  // After the products with a block, for all lanes.
+  template <int kCount>
+  __device__ __forceinline__ void leave(uint64_t (&empty)[kCount], Ring<kCount>& at) {
+    if (lane_ == 0) mbarrier_arrive(&empty[at.stage]);
+    at = at.next();
   }
 
   __device__ __forceinline__ void last_block() {
+    wait_for(shared_.v_full, v_at_);
     wgmma_fence();
-    issue_out(kv_count_);
+    issue_out();
     wgmma_wait<0>();
     pin(out_);
-    release(&shared_.v_empty[kv_count_ % kStages]);
-    ++kv_count_;
+    add_sums();
+    __syncwarp();
+    leave(shared_.v_empty, v_at_);
   }
 
-  __device__ __forceinline__ void issue_scores(uint32_t count) {
-    const uint64_t q = Descriptor<Traits::kD>::k_major(shared_address(shared_.q[group_]));
-    const uint64_t k = Descriptor<Traits::kD>::k_major(shared_address(shared_.k[count % kStages]));
+  __device__ __forceinline__ void issue_scores() {
+    const uint64_t k = Descriptor<kD>::k_major(shared_address(shared_.k[k_at_.stage]));
 #pragma unroll
-    for (int i = 0; i < Traits::kD / 32; ++i) WgmmaE4m3<kN>::ss(scores_, q + 2 * i, k + 2 * i, i > 0);
+    for (int i = 0; i < kD / 32; ++i) {
+      WgmmaE4m3<kN>::rs(scores_, queries_[4 * i], queries_[4 * i + 1], queries_[4 * i + 2], queries_[4 * i + 3],
+                        k + 2 * i, i > 0);
+    }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void issue_out(uint32_t count) {
-    const uint64_t v = Descriptor<kSlabKeys>::k_major(shared_address(shared_.v[count % kStages]));
+  __device__ __forceinline__ void issue_out() {
+    const uint64_t v = Descriptor<kSlabKeys>::k_major(shared_address(shared_.v[v_at_.stage]));
 #pragma unroll
     for (int i = 0; i < Traits::kSlabs; ++i) {
       WgmmaE4m3<Traits::kLines>::rs(out_, probabilities_[4 * i], probabilities_[4 * i + 1], probabilities_[4 * i + 2],
@@ -209,15 +229,27 @@ class E4m3Consumer {
     wgmma_commit();
   }
 
+  // The sums of positive weights leave the accumulators at once: what the tensor cores cut off of each addition is
+  // biased, 15 % over 8k keys, where that of values around 0 is not.
+  __device__ __forceinline__ void add_sums() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum_[r] += out_[kOut + 2 * r];
+  }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = kOut; i < Traits::kPart; ++i) {
+      out_[i] = 0;
+      asm volatile("" : "+f"(out_[i])::"memory");  // here, or ptxas serialises the products
+    }
+  }
+
   __device__ __forceinline__ void clear_out() {
 #pragma unroll
     for (int i = 0; i < Traits::kPart; ++i) out_[i] = 0;
   }
 
-  // Row maxima, the shift and the rescaling factor that follow from them, and the first exponentials.
-  template <bool kFirst, MaskSides kMask>
-  __device__ __forceinline__ void begin_softmax(int n) {
-    if constexpr (kMask != MaskSides::kNone) mask<kMask>(n);
+  // Takes the shift to the block's maxima where they are above those so far.
+  __device__ __forceinline__ void raise_shift() {
     float top[4] = {scores_[0], scores_[2], scores_[1], scores_[3]};
 #pragma unroll
     for (int j = 1; j < kColumns; ++j) {
@@ -227,10 +259,7 @@ class E4m3Consumer {
       top[3] = fmaxf(top[3], scores_[4 * j + 3]);
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = fmaxf(top[r], top[r + 2]);
-      if constexpr (!kFirst) top[r] = fmaxf(top[r], row_max_[r]);
-    }
+    for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], top[r + 2]);
 #pragma unroll
     for (int step = 1; step <= 2; ++step) {
 #pragma unroll
@@ -238,50 +267,41 @@ class E4m3Consumer {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // A row with no visible key so far: its exponentials must be 0, not exp2(-inf + inf).
-      shift_[r] = kMask != MaskSides::kNone && top[r] == -INFINITY ? 0.f : fmaf(top[r], scale_, -kBits);
-      rescale_[r] = kFirst ? 0.f : exp2_approx(fmaf(row_max_[r], scale_, -kBits) - shift_[r]);
-      row_max_[r] = top[r];
-    }
-#pragma unroll
-    for (int j = 0; j < kEarly; ++j) exponentiate(j);
-  }
-
-  // The other exponentials, P, and O at the new maximum.
-  template <bool kFirst>
-  __device__ __forceinline__ void finish_softmax() {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (j >= kEarly) exponentiate(j);
-      if (j % 2 == 1) pack_columns(j / 2);
-      if constexpr (!kFirst) {
-#pragma unroll
-        for (int i = j * kOut / kColumns; i < (j + 1) * kOut / kColumns; ++i) out_[i] *= rescale_[i / 2 % 2];
-      }
-    }
-    if constexpr (!kFirst) {
-#pragma unroll
-      for (int i = kOut; i < Traits::kPart; ++i) out_[i] *= rescale_[i / 2 % 2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) kept_factor_[r] *= rescale_[r];
+      const float shift = fmaxf(shift_[r], fmaf(top[r], scale_, -kBits));
+      rescale_[r] = exp2_approx(shift_[r] - shift);
+      shift_[r] = shift;
     }
   }
 
-  __device__ __forceinline__ void exponentiate(int j) {
+  __device__ __forceinline__ void rescale_out() {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& s = scores_[4 * j + i];
-      s = exp2_approx(fmaf(s, scale_, -shift_[i / 2]));
-    }
-  }
-
-  // Two column groups are one of V's 16 keys, in the order of the transposer.
-  __device__ __forceinline__ void pack_columns(int pair) {
+    for (int i = 0; i < kOut; ++i) out_[i] *= rescale_[i / 2 % 2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int at = 8 * pair + 2 * r;
-      probabilities_[2 * pair + r] = pack_e4m3(scores_[at], scores_[at + 1], scores_[at + 4], scores_[at + 5]);
+      row_sum_[r] *= rescale_[r];
+      kept_factor_[r] *= rescale_[r];
     }
+  }
+
+  // Two column groups are one of V's 16 keys, in the order of the transposer. Not 0 where a weight is at the end of
+  // e4m3's range or not a number.
+  __device__ __forceinline__ uint32_t write_weights() {
+    uint32_t full = 0;
+#pragma unroll
+    for (int pair = 0; pair < kColumns / 2; ++pair) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = exp2_approx(fmaf(scores_[8 * pair + 2 * r + i % 2 + i / 2 * 4], scale_, -shift_[r]));
+        }
+        const uint32_t word = pack_e4m3(x[0], x[1], x[2], x[3]);
+        probabilities_[2 * pair + r] = word;
+        full |= word + 0x02020202;  // 448 is 0x7e
+      }
+    }
+    return full & 0x80808080;
   }
 
   template <MaskSides kMask>
@@ -311,8 +331,8 @@ class E4m3Consumer {
     }
   }
 
-  // O and the row sums, at the maximum of the block they end with, join those in shared memory; kept_factor_ has
-  // followed the maxima since the last time.
+  // O, at the shift of the moment, joins that in shared memory; kept_factor_ has followed the shift since the last
+  // time.
   template <bool kFirst>
   __device__ __forceinline__ void keep_out() {
     float4* const kept = &shared_.kept[group_][0][warp_ * 32 + lane_];
@@ -322,12 +342,7 @@ class E4m3Consumer {
       if constexpr (!kFirst) add_kept(x, kept[i * kWarpgroup]);
       kept[i * kWarpgroup] = x;
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = out_[kOut + 2 * r];
-      kept_sum_[r] = kFirst ? sum : fmaf(kept_sum_[r], kept_factor_[r], sum);
-      kept_factor_[r] = 1;
-    }
+    kept_factor_[0] = kept_factor_[1] = 1;
     clear_out();
   }
   __device__ __forceinline__ void add_kept(float4& x, const float4& kept) const {
@@ -349,8 +364,6 @@ class E4m3Consumer {
       out_[4 * i + 2] = x.z;
       out_[4 * i + 3] = x.w;
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) out_[kOut + 2 * r] = fmaf(kept_sum_[r], kept_factor_[r], out_[kOut + 2 * r]);
   }
 
   __device__ __forceinline__ int row_of(int r) const {
@@ -371,10 +384,10 @@ class E4m3Consumer {
     const float v_scale = descale(p.v_descale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = out_[kOut + 2 * r], top = row_max_[r] == -INFINITY ? -INFINITY : row_max_[r] * scale_;
+      const float sum = row_sum_[r], top = shift_[r] == kUnseen ? -INFINITY : shift_[r];
       const float shared_top = fmaxf(top, sink);
       const bool empty = shared_top == -INFINITY;
-      const float weight = empty ? 0.f : exp2_approx(top - shared_top - kBits);
+      const float weight = empty ? 0.f : exp2_approx(top - shared_top);
       const float total = empty ? 1.f : fmaf(sum, weight, exp2_approx(sink - shared_top));
       const float factor = __fdividef(weight, total) * v_scale;
       const int row = row_of(r);
@@ -450,15 +463,19 @@ class E4m3Consumer {
   const int group_, warp_, lane_;
   Tile tile_;
   TileRange range_;
-  uint32_t tile_count_ = 0, q_count_ = 0, kv_count_ = 0;
+  uint32_t tile_count_ = 0, q_count_ = 0;
+  Ring<Traits::kKStages> k_at_;        // of the next scores
+  Ring<Traits::kVStages> v_at_;        // of the values of the last scores
+  bool come_ = false;                  // the next K and the V of the last scores
+  int left_ = 0;                       // blocks until O is kept
   int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
   int high_[2], low_[2];
   float scale_;  // from S to base-2 logits
-  float row_max_[2], rescale_[2], shift_[2];
-  float kept_sum_[2], kept_factor_[2];
-  float scores_[kN / 2];  // then weights
-  uint32_t probabilities_[kN / 8];
-  float out_[Traits::kPart];  // O and the row sums of P
+  float shift_[2], rescale_[2];
+  float row_sum_[2], kept_factor_[2];
+  float scores_[kN / 2];
+  uint32_t probabilities_[kWords], queries_[kD / 8];
+  float out_[Traits::kPart];  // O and the row sums of one block's P
 };
 
 }  // namespace adaattn::cuda::sm90

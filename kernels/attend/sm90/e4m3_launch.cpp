@@ -13,10 +13,6 @@ cudaError_t launch_e4m3(const ForwardInstance& instance, const AttendArgs& call,
   ForwardArgs args = common_args(c, p);
   args.p.o = call.p.o;
   if (p.cu_seqlens_q != nullptr) args.p.o.stride_b = 0;
-  const bool packed = p.cu_seqlens_k != nullptr;
-  const int64_t tokens = packed ? p.total_k : p.seqlen_k;
-  // V comes in halves of a block.
-  if (tokens > 0) args.v_map = make_map(p.v, {p.d_v, tokens, p.heads_kv, packed ? 1 : p.batch}, 128, c.tile_n / 2, "v");
   return launch_tiles(instance, call, args, &args, stream);
 }
 

@@ -11,7 +11,7 @@ template <class Traits>
 class E4m3Producer : Producer<Traits> {
   using Loads = Producer<Traits>;
   using Loads::args_, Loads::shared_, Loads::keep_, Loads::v_count_;
-  static constexpr int kN = Traits::kN;
+  static constexpr int kN = Traits::kN, kRawStages = Traits::kRawStages;
 
  public:
   __device__ __forceinline__ E4m3Producer(const ForwardArgs& args, typename Traits::Shared& shared)
@@ -21,14 +21,15 @@ class E4m3Producer : Producer<Traits> {
     Loads::draw_tiles(
         [&](const Tile& tile, const TileRange& range, const auto& draw) { load_tile(tile, range, draw); });
     if (threadIdx.x == 0) {
-      mbarrier_wait(&shared_.raw_empty[0], (v_count_ & 1) ^ 1);
-      shared_.raw_valid[0] = Traits::kNoMore;
-      mbarrier_arrive(&shared_.raw_full[0]);
+      const int stage = v_count_ % kRawStages;
+      mbarrier_wait(&shared_.raw_empty[stage], (v_count_ / kRawStages & 1) ^ 1);
+      shared_.raw_valid[stage] = Traits::kNoMore;
+      mbarrier_arrive(&shared_.raw_full[stage]);
     }
   }
 
  private:
-  // Order of arrival as in the 16-bit kernels.
+  // V follows its K at once, for it has to be transposed.
   template <class Draw>
   __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
     const int head = tile.head / args_.group_size;
@@ -39,27 +40,22 @@ class E4m3Producer : Producer<Traits> {
     load_k(range.n_max - 1);
     Loads::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
     if (range.blocks() == 1) draw();
+    load_v(range, range.n_max - 1, head, tile.batch);
     for (int n = range.n_max - 2; n >= range.n_min; --n) {
       if (n == range.n_min) draw();
       load_k(n);
-      load_v(range, n + 1, head, tile.batch);
+      load_v(range, n, head, tile.batch);
     }
-    load_v(range, range.n_min, head, tile.batch);
   }
 
-  // In halves: one is on its way while the other is transposed.
   __device__ __forceinline__ void load_v(const TileRange& range, int n, int head, int batch) {
-    constexpr int kHalf = kN / 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = n * kN + half * kHalf;
-      mbarrier_wait(&shared_.raw_empty[half], (v_count_ & 1) ^ 1);
-      // V beyond a sequence's end is readable memory and may hold NaN.
-      shared_.raw_valid[half] = args_.zero_v_tail ? range.len_k - key : kHalf;
-      mbarrier_arrive_expect_tx(&shared_.raw_full[half], Traits::kVBytes / 2);
-      tma_load_4d(shared_.raw[half], &args_.v_map, &shared_.raw_full[half], keep_, 0, range.k_start + key,
-                  head * args_.v_head_step, batch * args_.v_batch_step);
-    }
+    const int stage = v_count_ % kRawStages, key = n * kN;
+    mbarrier_wait(&shared_.raw_empty[stage], (v_count_ / kRawStages & 1) ^ 1);
+    // V beyond a sequence's end is readable memory and may hold NaN.
+    shared_.raw_valid[stage] = args_.zero_v_tail ? range.len_k - key : kN;
+    mbarrier_arrive_expect_tx(&shared_.raw_full[stage], Traits::kVBytes);
+    tma_load_4d(shared_.raw[stage], &args_.v_map, &shared_.raw_full[stage], keep_, 0, range.k_start + key,
+                head * args_.v_head_step, batch * args_.v_batch_step);
     ++v_count_;
   }
 };
@@ -70,7 +66,9 @@ class E4m3Producer : Producer<Traits> {
 // stored without bank conflicts when its lines are neighbours.
 template <class Traits>
 class Transposer {
-  static constexpr int kWarps = 3, kColumns = 16, kParts = Traits::kDv / kColumns, kHalfSlabs = Traits::kSlabs / 2;
+  static constexpr int kWarps = 3, kColumns = 16, kParts = Traits::kDv / kColumns;
+  // Parts of a slab that are loaded before the first is stored.
+  static constexpr int kTogether = Traits::kSlabs % kWarps == 0 ? 4 : 2, kUnits = kParts / kTogether;
 
  public:
   __device__ __forceinline__ Transposer(typename Traits::Shared& shared)
@@ -80,39 +78,40 @@ class Transposer {
 
   __device__ __forceinline__ void run() {
     for (uint32_t count = 0;; ++count) {
-      const uint32_t stage = count % kStages;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        mbarrier_wait(&shared_.raw_full[half], count & 1);
-        const int valid = __shfl_sync(~0u, lane_ == 0 ? shared_.raw_valid[half] : 0, 0);
-        if (half == 0) {
-          if (valid == Traits::kNoMore) return;
-          mbarrier_wait(&shared_.v_empty[stage], (count / kStages & 1) ^ 1);
-        }
-        for (int slab = warp_; slab < kHalfSlabs; slab += kWarps) {
-          const uint32_t from = shared_address(shared_.raw[half]) + slab * kSlabKeys * Traits::kDv;
-          const uint32_t to = shared_address(shared_.v[stage]) + (half * kHalfSlabs + slab) * Traits::kSlabBytes;
-          if (valid >= kHalfSlabs * kSlabKeys) {
-            transpose<false>(from, to, 0);
-          } else {
-            transpose<true>(from, to, valid - slab * kSlabKeys);
-          }
-        }
-        ptx::fence_proxy_async(ptx::space_shared);
-        __syncwarp();
-        if (lane_ == 0) {
-          mbarrier_arrive(&shared_.raw_empty[half]);
-          if (half == 1) mbarrier_arrive(&shared_.v_full[stage]);
-        }
+      const uint32_t stage = count % Traits::kVStages, from = count % Traits::kRawStages;
+      mbarrier_wait(&shared_.raw_full[from], count / Traits::kRawStages & 1);
+      const int valid = __shfl_sync(~0u, lane_ == 0 ? shared_.raw_valid[from] : 0, 0);
+      if (valid == Traits::kNoMore) return;
+      mbarrier_wait(&shared_.v_empty[stage], (count / Traits::kVStages & 1) ^ 1);
+      const uint32_t raw = shared_address(shared_.raw[from]), out = shared_address(shared_.v[stage]);
+      if (valid >= Traits::kN) {
+        transpose_block<false>(raw, out, 0);
+      } else {
+        transpose_block<true>(raw, out, valid);
+      }
+      ptx::fence_proxy_async(ptx::space_shared);
+      __syncwarp();
+      if (lane_ == 0) {
+        mbarrier_arrive(&shared_.raw_empty[from]);
+        mbarrier_arrive(&shared_.v_full[stage]);
       }
     }
   }
 
  private:
-  // A slab of which the first `valid` keys exist. Four parts at a time are loaded before the first is stored.
   template <bool kTail>
-  __device__ __forceinline__ void transpose(uint32_t from, uint32_t to, int valid) const {
-    constexpr int kTogether = 4;
+  __device__ __forceinline__ void transpose_block(uint32_t from, uint32_t to, int valid) const {
+#pragma unroll 1
+    for (int unit = warp_; unit < Traits::kSlabs * kUnits; unit += kWarps) {
+      const int slab = unit / kUnits;
+      transpose<kTail>(from + slab * kSlabKeys * Traits::kDv, to + slab * Traits::kSlabBytes, unit % kUnits * kTogether,
+                       valid - slab * kSlabKeys);
+    }
+  }
+
+  // kTogether parts from `first` on of a slab of which the first `valid` keys exist.
+  template <bool kTail>
+  __device__ __forceinline__ void transpose(uint32_t from, uint32_t to, int first, int valid) const {
     uint32_t keep[2];
     if constexpr (kTail) {
       keep[0] = existing(valid);
@@ -124,25 +123,22 @@ class Transposer {
     // Lane l addresses matrix l / 8: even and odd columns of the first 16 keys, then of the others.
     const int line = 8 * (lane_ / 8 % 2) + lane_ % 8, half = lane_ / 16;
     const uint32_t lines = to + line * kSlabKeys + (half ^ (line / 4 & 1)) * 16;
+    uint32_t in[kTogether][4];
 #pragma unroll
-    for (int first = 0; first < kParts; first += kTogether) {
-      uint32_t in[kTogether][4];
+    for (int i = 0; i < kTogether; ++i) ldmatrix_x4_trans(in[i], row ^ ((first + i) * 16));
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) ldmatrix_x4_trans(in[i], row ^ ((first + i) * 16));
+    for (int i = 0; i < kTogether; ++i) {
+      uint32_t out[4];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        uint32_t out[4];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          out[2 * j] = __byte_perm(in[i][2 * j], in[i][2 * j + 1], 0x6420);
-          out[2 * j + 1] = __byte_perm(in[i][2 * j], in[i][2 * j + 1], 0x7531);
-          if constexpr (kTail) {
-            out[2 * j] &= keep[j];
-            out[2 * j + 1] &= keep[j];
-          }
+      for (int j = 0; j < 2; ++j) {
+        out[2 * j] = __byte_perm(in[i][2 * j], in[i][2 * j + 1], 0x6420);
+        out[2 * j + 1] = __byte_perm(in[i][2 * j], in[i][2 * j + 1], 0x7531);
+        if constexpr (kTail) {
+          out[2 * j] &= keep[j];
+          out[2 * j + 1] &= keep[j];
         }
-        store_matrices(lines + (first + i) * kColumns * kSlabKeys, out);
       }
+      store_matrices(lines + (first + i) * kColumns * kSlabKeys, out);
     }
   }
 

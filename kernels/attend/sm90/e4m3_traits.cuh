@@ -18,31 +18,32 @@ struct E4m3Traits {
   static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kN * kDv;
   // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
   static constexpr int kLines = kDv + 8, kSlabs = kN / kSlabKeys, kSlabBytes = kSlabKeys * kLines;
-  static constexpr int kKStages = kStages;
+  static constexpr int kKStages = kC.k_stages, kRawStages = Policy::kRawStages, kVStages = Policy::kVStages;
+  static constexpr float kBits = Policy::kBits;
   static constexpr int kOut = kDv / 2, kPart = kLines / 2;  // accumulators of a thread
   // The tensor cores add with 14 bits: after so many blocks O moves to fp32 sums in shared memory.
   static constexpr int kKeep = Policy::kKeep;
-  // The kernel is launched with 168 a thread: no more than 504 for the three warpgroups together, or setmaxnreg waits
+  // The kernel is launched with 128 a thread: no more than 512 for the four warpgroups together, or setmaxnreg waits
   // for ever.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 
   static constexpr int kNoMore = -1 << 30;
 
-  static_assert(kGroups == 2 && kN % (2 * kSlabKeys) == 0 && kN <= 256);
-  static_assert((kD == 64 || kD == 128) && (kDv == 64 || kDv == 128));
+  static_assert(kGroups == 3 && kN % kSlabKeys == 0 && kN <= 256);
+  static_assert(kD == 128 && (kDv == 64 || kDv == 128));
 
   struct Shared {
     alignas(1024) uint8_t q[kGroups][kQBytes];
-    alignas(1024) uint8_t k[kStages][kKBytes];
-    alignas(1024) uint8_t raw[2][kVBytes / 2];
-    alignas(1024) uint8_t v[kStages][kSlabs * kSlabBytes];
+    alignas(1024) uint8_t k[kKStages][kKBytes];
+    alignas(1024) uint8_t raw[kRawStages][kVBytes];
+    alignas(1024) uint8_t v[kVStages][kSlabs * kSlabBytes];
     alignas(16) float4 kept[kGroups][kOut / 4][kWarpgroup];
     alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
-    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    uint64_t raw_full[2], raw_empty[2];
+    uint64_t k_full[kKStages], k_empty[kKStages], v_full[kVStages], v_empty[kVStages];
+    uint64_t raw_full[kRawStages], raw_empty[kRawStages];
     uint64_t tile_full[2], tile_empty[2];
     Tile tile[2];
-    int raw_valid[2];  // keys of the half tile that exist; kNoMore: there is none
+    int raw_valid[kRawStages];  // keys of the block that exist; kNoMore: there is none
   };
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
