@@ -54,6 +54,10 @@ AttentionCall::AttentionCall(adaattn_context_t* context, const Shape& shape, con
   adaattn_attn_desc_t desc = desc_of(shape, dtype_);
   desc.dtype_kv = dtype_kv_;
   desc.descale_block = descale_block_;
+  if (shape.page_size > 0) {
+    desc.layout_kv = ADAATTN_LAYOUT_PAGED;
+    desc.page_size = shape.page_size;
+  }
   desc.math = math;
   check(adaattn_plan_create(context, &desc, adaptive, &plan_));
   check(adaattn_io_init(&io_, sizeof io_));
@@ -85,14 +89,38 @@ size_t AttentionCall::workspace_bytes() const {
   return bytes;
 }
 
-void AttentionCall::place(void* q, void* k, void* v, void* o, void* ones, adaattn_device_t device) {
+int64_t AttentionCall::page(int64_t batch, int64_t index) const {
+  constexpr int64_t kStep = 4099;  // prime: every page once
+  return batch * pages() + index * kStep % pages();
+}
+
+std::vector<int32_t> AttentionCall::page_tables() const {
+  if (shape_.page_size == 0) return {};
+  std::vector<int32_t> tables(static_cast<size_t>(shape_.batch), static_cast<int32_t>(shape_.seqlen_k));
+  for (int64_t b = 0; b < shape_.batch; ++b)
+    for (int64_t i = 0; i < pages(); ++i) tables.push_back(static_cast<int32_t>(page(b, i)));
+  return tables;
+}
+
+void AttentionCall::place(void* q, void* k, void* v, void* o, void* ones, void* tables, adaattn_device_t device) {
   const auto tensor = [&](adaattn_tensor_t* t, adaattn_dtype_t dtype, void* data, int64_t seqlen, int64_t heads) {
     const int64_t dims[4] = {shape_.batch, seqlen, heads, shape_.head_dim};
     check(adaattn_tensor_init(t, data, dtype, device, 0, 4, dims, nullptr));
   };
   tensor(&io_.q, dtype_, q, shape_.seqlen_q, shape_.heads_q);
-  tensor(&io_.k, dtype_kv_, k, shape_.seqlen_k, shape_.heads_kv);
-  tensor(&io_.v, dtype_kv_, v, shape_.seqlen_k, shape_.heads_kv);
+  if (shape_.page_size > 0) {
+    const int64_t dims[4] = {shape_.batch * pages(), shape_.page_size, shape_.heads_kv, shape_.head_dim};
+    const int64_t table[2] = {shape_.batch, pages()};
+    check(adaattn_tensor_init(&io_.k, k, dtype_kv_, device, 0, 4, dims, nullptr));
+    check(adaattn_tensor_init(&io_.v, v, dtype_kv_, device, 0, 4, dims, nullptr));
+    auto* lengths = static_cast<int32_t*>(tables);
+    check(adaattn_tensor_init(&io_.seqused_k, lengths, ADAATTN_DTYPE_I32, device, 0, 1, table, nullptr));
+    check(
+        adaattn_tensor_init(&io_.block_table, lengths + shape_.batch, ADAATTN_DTYPE_I32, device, 0, 2, table, nullptr));
+  } else {
+    tensor(&io_.k, dtype_kv_, k, shape_.seqlen_k, shape_.heads_kv);
+    tensor(&io_.v, dtype_kv_, v, shape_.seqlen_k, shape_.heads_kv);
+  }
   tensor(&io_.o, dtype_o_, o, shape_.seqlen_q, shape_.heads_q);
   constexpr int64_t kWhole[2] = {1, 1};
   if (dtype_ == ADAATTN_DTYPE_E4M3)
@@ -123,9 +151,18 @@ double AttentionCall::sampled_error() const {
   const auto rows_of = [&](const adaattn_tensor_t& t, int64_t b, int64_t h, int64_t first, int64_t count) {
     const auto size = static_cast<size_t>(reference::size_of(t.dtype)), row_bytes = static_cast<size_t>(d) * size;
     std::vector<char> raw(static_cast<size_t>(count) * row_bytes);
-    const auto from = static_cast<size_t>(b * t.stride[0] + first * t.stride[1] + h * t.stride[2]) * size;
-    fetch(raw.data(), static_cast<const char*>(t.data) + from, row_bytes, static_cast<size_t>(t.stride[1]) * size,
-          static_cast<size_t>(count));
+    const auto copy = [&](char* to, int64_t sequence, int64_t token, int64_t tokens) {
+      const auto from = static_cast<size_t>(sequence * t.stride[0] + token * t.stride[1] + h * t.stride[2]) * size;
+      fetch(to, static_cast<const char*>(t.data) + from, row_bytes, static_cast<size_t>(t.stride[1]) * size,
+            static_cast<size_t>(tokens));
+    };
+    if (shape_.page_size > 0 && (&t == &io_.k || &t == &io_.v)) {
+      for (int64_t i = 0; i * shape_.page_size < count; ++i)
+        copy(raw.data() + static_cast<size_t>(i * shape_.page_size) * row_bytes, page(b, i), 0,
+             std::min(shape_.page_size, count - i * shape_.page_size));
+    } else {
+      copy(raw.data(), b, first, count);
+    }
     reference::Matrix m(count, d);
     for (int64_t i = 0; i < count * d; ++i) m.data[static_cast<size_t>(i)] = reference::load(raw.data(), t.dtype, i);
     return m;
@@ -166,7 +203,7 @@ CpuCall::CpuCall(adaattn_context_t* context, const Shape& shape, adaattn_dtype_t
       v_(random_tensor(key_bytes(), dtype, 3)),
       o_(output_bytes()),
       workspace_(workspace_bytes()) {
-  place(q_.data(), k_.data(), v_.data(), o_.data(), nullptr, ADAATTN_DEVICE_CPU);
+  place(q_.data(), k_.data(), v_.data(), o_.data(), nullptr, nullptr, ADAATTN_DEVICE_CPU);
 }
 
 void CpuCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {

@@ -35,7 +35,10 @@ class AttentionCall {
   size_t workspace_bytes() const;
   size_t factors() const;  // of k, and of v, where they are E4M3
   // ones: as many floats 1, the descale factors of E4M3 tensors; may be null for other dtypes.
-  void place(void* q, void* k, void* v, void* o, void* ones, adaattn_device_t device);
+  // tables: a copy of page_tables(), null where k and v are contiguous.
+  void place(void* q, void* k, void* v, void* o, void* ones, void* tables, adaattn_device_t device);
+  // The sequences' lengths, then the pages of each, which are not in order; empty where k and v are contiguous.
+  std::vector<int32_t> page_tables() const;
   void execute(void* workspace, size_t bytes, adaattn_stream_t stream) {
     check(adaattn_plan_execute(plan_, &io_, workspace, bytes, stream));
   }
@@ -43,6 +46,9 @@ class AttentionCall {
   virtual void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const = 0;
 
  private:
+  int64_t pages() const { return (shape_.seqlen_k - 1) / shape_.page_size + 1; }  // of a sequence
+  int64_t page(int64_t batch, int64_t index) const;
+
   Shape shape_;
   adaattn_dtype_t dtype_, dtype_kv_, dtype_o_;
   int64_t descale_block_;

@@ -97,10 +97,13 @@ CudaCall::CudaCall(adaattn_context_t* context, const Shape& shape, const NamedDt
       v_(key_bytes(), dtype.dtype_kv == ADAATTN_DTYPE_NONE ? dtype.dtype : dtype.dtype_kv, 3),
       o_(output_bytes()),
       ones_(factors() * sizeof(float)),
+      tables_(page_tables().size() * sizeof(int32_t)),
       workspace_(workspace_bytes()) {
   const std::vector<float> ones(factors(), 1.0f);
   check(cudaMemcpy(ones_.data(), ones.data(), ones_.bytes(), cudaMemcpyHostToDevice));
-  place(q_.data(), k_.data(), v_.data(), o_.data(), ones_.data(), ADAATTN_DEVICE_CUDA);
+  const std::vector<int32_t> tables = page_tables();
+  check(cudaMemcpy(tables_.data(), tables.data(), tables.size() * sizeof(int32_t), cudaMemcpyHostToDevice));
+  place(q_.data(), k_.data(), v_.data(), o_.data(), ones_.data(), tables_.data(), ADAATTN_DEVICE_CUDA);
 }
 
 void CudaCall::fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const {

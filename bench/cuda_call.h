@@ -63,7 +63,7 @@ class CudaCall final : public AttentionCall {
  private:
   void fetch(char* to, const char* from, size_t row_bytes, size_t pitch, size_t rows) const override;
 
-  CudaBuffer q_, k_, v_, o_, ones_, workspace_;
+  CudaBuffer q_, k_, v_, o_, ones_, tables_, workspace_;
 };
 
 }  // namespace adaattn::bench

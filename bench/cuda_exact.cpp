@@ -1,4 +1,5 @@
 // Exact attention on a CUDA device against PyTorch's SDPA back-ends in the same run.
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,21 +31,35 @@ std::vector<Case> cases(const Report& report) {
   for (const Shape& shape : cuda_prefill_shapes()) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, false);
   for (const Shape& shape : cuda_f32_shapes())
     for (const adaattn_math_t math : {ADAATTN_MATH_EXACT, ADAATTN_MATH_FAST_F32}) add(shape, kDtypes[0], math, false);
-  for (const Shape& shape : cuda_decode_shapes())
-    for (const NamedDtype& dtype : {kDtypes[1], kE4m3Caches[0], kE4m3Caches[1]})
-      for (const bool cold : {false, true}) add(shape, dtype, ADAATTN_MATH_EXACT, cold);
-  for (const Shape& shape : cuda_cache_prefill_shapes()) add(shape, kE4m3Caches[1], ADAATTN_MATH_EXACT, false);
+  for (const Shape& shape : cuda_decode_shapes()) {
+    for (const bool cold : {false, true}) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, cold);
+    add(shape, kE4m3Cache, ADAATTN_MATH_EXACT, false);
+  }
+  for (const Shape& shape : cuda_paged_shapes())
+    for (const NamedDtype& dtype : {kDtypes[1], kE4m3Cache}) add(shape, dtype, ADAATTN_MATH_EXACT, false);
+  for (const Shape& shape : cuda_cache_prefill_shapes()) add(shape, kE4m3Cache, ADAATTN_MATH_EXACT, false);
   return list;
 }
 
-// Keys and values of 8 bits, which the peers have in bf16.
 bool has_cache(const Case& c) { return c.dtype.dtype_kv == ADAATTN_DTYPE_E4M3; }
+
+// What peers are timed with: keys and values of 8 bits in bf16, pages one after another.
+Case peers_case(Case c) {
+  if (!has_cache(c) && c.shape.page_size == 0) return c;
+  c.dtype = kDtypes[1];
+  c.shape.page_size = 0;
+  c.name = c.name.substr(0, c.name.find('/') + 1) + shape_name(c.shape, c.dtype.name);
+  return c;
+}
 
 nlohmann::json peers_of(const std::vector<Case>& list) {
   nlohmann::json request = nlohmann::json::array();
-  for (const Case& c : list)
+  std::set<std::string> asked;
+  for (const Case& own : list) {
+    const Case c = peers_case(own);
+    if (!asked.insert(c.name).second) continue;
     request.push_back({{"name", c.name},
-                       {"dtype", has_cache(c) ? kDtypes[1].name : c.dtype.name},
+                       {"dtype", c.dtype.name},
                        {"batch", c.shape.batch},
                        {"heads_q", c.shape.heads_q},
                        {"heads_kv", c.shape.heads_kv},
@@ -53,6 +68,7 @@ nlohmann::json peers_of(const std::vector<Case>& list) {
                        {"head_dim", c.shape.head_dim},
                        {"causal", c.shape.mask != ADAATTN_MASK_NONE},
                        {"cold", c.cold}});
+  }
   return run_peers(ADAATTN_BENCH_PEERS, request);
 }
 
@@ -95,8 +111,8 @@ void run_case(Report& report, adaattn_context_t* context, const Case& c, const n
     report.add(row);
     added = true;
   }
-  if (peers["rows"].contains(c.name))
-    for (const auto& [peer, us] : peers["rows"][c.name].items()) {
+  if (const std::string name = peers_case(c).name; peers["rows"].contains(name))
+    for (const auto& [peer, us] : peers["rows"][name].items()) {
       row.peer = peer;
       row.peer_us = us.get<double>();
       report.add(row);

@@ -12,6 +12,7 @@ namespace adaattn::bench {
 struct Shape {
   int64_t batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim;
   adaattn_mask_t mask = ADAATTN_MASK_NONE;
+  int64_t page_size = 0;  // of k and v; 0: contiguous
 };
 
 struct NamedDtype {
@@ -20,11 +21,10 @@ struct NamedDtype {
   adaattn_dtype_t dtype_kv = ADAATTN_DTYPE_NONE;  // of k and v where they differ
   int64_t descale_block = 0;                      // of E4M3 keys and values
 };
-// Caches of 8 bits with bf16 queries: one factor for a head, or one for each 64 keys of it.
-inline constexpr NamedDtype kE4m3Caches[] = {{"e4m3kv", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3},
-                                             {"e4m3kv64", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3, 64}};
 inline constexpr NamedDtype kDtypes[] = {
     {"f32", ADAATTN_DTYPE_F32}, {"bf16", ADAATTN_DTYPE_BF16}, {"f16", ADAATTN_DTYPE_F16}};
+// A cache of 8 bits with bf16 queries, one factor for each 64 keys of a head.
+inline constexpr NamedDtype kE4m3Cache = {"e4m3kv", ADAATTN_DTYPE_BF16, ADAATTN_DTYPE_E4M3, 64};
 
 // Prefill on the CPU: the sizes that the targets are stated for.
 inline const std::vector<Shape>& cpu_prefill_shapes() {
@@ -85,9 +85,17 @@ inline const std::vector<Shape>& cuda_f32_shapes() {
 }
 
 inline const std::vector<Shape>& cuda_decode_shapes() {
-  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 1024, 128},  {1, 32, 8, 1, 8192, 128},
-                                            {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
-                                            {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  static const std::vector<Shape> shapes = {
+      {1, 32, 8, 1, 1024, 128}, {1, 32, 8, 1, 8192, 128},  {1, 32, 8, 1, 32768, 128}, {1, 32, 8, 1, 131072, 128},
+      {4, 32, 8, 1, 8192, 128}, {16, 32, 8, 1, 8192, 128}, {64, 32, 8, 1, 8192, 128}};
+  return shapes;
+}
+
+// The same from pages as inference engines keep them.
+inline const std::vector<Shape>& cuda_paged_shapes() {
+  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
+                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
+                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 64}};
   return shapes;
 }
 
@@ -99,12 +107,13 @@ inline const std::vector<Shape>& cuda_cache_prefill_shapes() {
   return shapes;
 }
 
-// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys.
+// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys and /page<size> of a paged cache.
 inline std::string shape_name(const Shape& s, const char* dtype) {
   std::string name = std::string(dtype) + "/d" + std::to_string(s.head_dim) +
                      (s.mask == ADAATTN_MASK_NONE ? "/full/b" : "/causal/b") + std::to_string(s.batch) + "h" +
                      std::to_string(s.heads_q) + "kv" + std::to_string(s.heads_kv) + "/s" + std::to_string(s.seqlen_k);
   if (s.seqlen_q != s.seqlen_k) name += "q" + std::to_string(s.seqlen_q);
+  if (s.page_size > 0) name += "/page" + std::to_string(s.page_size);
   return name;
 }
 

@@ -76,10 +76,8 @@ void add_needles(const AdaptiveCall& call, const Unit& unit, const decide::TileR
   float limits[decide::kNeedleRowsOfTile];
   for (int64_t r = 0; r < decide::kNeedleRowsOfTile; ++r) {
     const int64_t query = r * decide::kNeedleRows;
-    // Queries that are 0 weigh all keys alike.
-    limits[r] = query < n && scales[r] > 0
-                    ? decide::needle_limit(cells.rows[query / decide::kCell], scales[r], log2_share)
-                    : std::numeric_limits<float>::infinity();
+    limits[r] = query < n ? decide::needle_limit(cells.rows[query / decide::kCell], scales[r], log2_share)
+                          : std::numeric_limits<float>::infinity();
   }
   NeedleArgs args;
   args.query_rows = rows;

@@ -90,7 +90,7 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& i
     args.far_field = o.far_field;
     if (s.masked && s.dropped_floats > 0 && choice.level == o.min_level) {
       args.dropped = unit.dropped + (member * s.query_tiles + tile) * s.dropped_floats;
-      args.log2_remainder = std::log2(o.remainder);
+      args.remainder = o.remainder;
       for (int64_t t = args.tile_begin; t < args.tile_end; ++t)
         args.dropped_keys += tile_bit(args.mask, t) ? 0 : decide::kTileK;
     }

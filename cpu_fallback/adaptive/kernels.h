@@ -70,7 +70,7 @@ struct AdaptiveTileArgs {
   // Not null: per block of 32 rows what stands for the tiles that are not in the mask, as weigh_dropped() leaves it.
   const float* dropped = nullptr;
   int64_t dropped_keys = 0;
-  float log2_remainder = 0;  // of what their weight is multiplied by
+  float remainder = 1;  // times the weight that the cells give them
   char* scratch = nullptr;
 };
 

@@ -184,7 +184,8 @@ HWY_INLINE void project_up(const AdaptiveTileArgs& args, TileScratch& x, Panel& 
 }
 
 // The keys of dropped tiles as one more key of each row, of their mean value: O += w v and sum += w, where w is the
-// weight that the row's block gives them by its mean query, times 2^log2_remainder, and at most that of all others.
+// weight that the row's block gives them by its mean query, times `remainder`, and at most what so many
+// times their share of the block's mass would be.
 HWY_INLINE float add_dropped_mean(const AdaptiveTileArgs& args, Panel& p) {
   const int64_t d_v = args.rows.d_v;
   float mass = 0;
@@ -192,8 +193,9 @@ HWY_INLINE float add_dropped_mean(const AdaptiveTileArgs& args, Panel& p) {
     const float* block = args.dropped + (p.row + lane) / decide::kCell * dropped_stride(d_v);
     if (!(block[0] > 0)) continue;
     const F32 sum = hn::Load(kF32, p.sum + lane), most = hn::Set(kF32, 100.0f);
-    const F32 log2_weight = hn::Sub(hn::Set(kF32, block[1] + args.log2_remainder), hn::Load(kF32, p.max + lane));
-    const F32 weight = hn::Min(exp2(hn::Min(log2_weight, most)), sum);
+    const F32 log2_weight = hn::Sub(hn::Set(kF32, block[1] + ::log2f(args.remainder)), hn::Load(kF32, p.max + lane));
+    const float share = block[0] < 0.5f ? block[0] : 0.5f, odds = args.remainder * share / (1 - share);
+    const F32 weight = hn::Min(exp2(hn::Min(log2_weight, most)), hn::Mul(sum, hn::Set(kF32, odds < 1 ? odds : 1.0f)));
     HWY_ALIGN float weights[kLanes];
     hn::Store(weight, kF32, weights);
     hn::Store(hn::Add(sum, weight), kF32, p.sum + lane);

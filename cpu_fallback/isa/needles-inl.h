@@ -80,8 +80,8 @@ HWY_NOINLINE bool block_hits(const NeedleArgs& args, const char* block, const fl
                                               _mm512_castps128_ps512(_mm_loadu_ps(key_scales)));
   __mmask16 hits = 0;
   ADAATTN_UNROLL for (int r = 0; r < kNeedleRows; ++r) {
-    hits |= _mm512_cmp_ps_mask(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r]), scales), _mm512_set1_ps(args.limits[r]),
-                               _CMP_GE_OQ);
+    const __m512 margin = _mm512_fmsub_ps(_mm512_cvtepi32_ps(acc[r]), scales, _mm512_set1_ps(args.limits[r]));
+    hits |= _mm512_cmp_ps_mask(margin, _mm512_setzero_ps(), _CMP_GE_OQ);
   }
   return hits != 0;
 }
@@ -101,7 +101,8 @@ HWY_INLINE void put_row(const float* row, int64_t d, float inverse, char* to) {
   for (int64_t c = 0; c < d; ++c) reinterpret_cast<float*>(to)[c] = ::rintf(row[c] * inverse);
 }
 
-HWY_NOINLINE bool block_hits(const NeedleArgs& args, const char* block, const float* key_scales) {
+__attribute__((flatten)) HWY_NOINLINE bool block_hits(const NeedleArgs& args, const char* block,
+                                                      const float* key_scales) {
   constexpr int kVectors = static_cast<int>(kNeedleLanes / kLanes), kAtOnce = 2;
   const float* keys = reinterpret_cast<const float*>(block);
   HWY_ALIGN float scales[kNeedleLanes];
@@ -120,11 +121,20 @@ HWY_NOINLINE bool block_hits(const NeedleArgs& args, const char* block, const fl
       }
     }
     for (int r = 0; r < kAtOnce; ++r) {
-      const F32 limit = hn::Set(kF32, args.limits[first + r]);
+      const float limit = args.limits[first + r];
+#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE2 || HWY_TARGET == HWY_EMU128 || \
+    HWY_TARGET == HWY_SCALAR
+      // No fused multiply-add.
+      HWY_ALIGN float dots[kNeedleLanes];
+      for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], kF32, dots + v * kLanes);
+      for (int64_t j = 0; j < kNeedleLanes; ++j)
+        if (decide::needle_margin(dots[j], scales[j], limit) >= 0) return true;
+#else
       for (int v = 0; v < kVectors; ++v) {
-        const F32 score = hn::Mul(acc[r][v], hn::Load(kF32, scales + v * kLanes));
-        if (!hn::AllFalse(kF32, hn::Ge(score, limit))) return true;
+        const F32 margin = hn::MulSub(acc[r][v], hn::Load(kF32, scales + v * kLanes), hn::Set(kF32, limit));
+        if (!hn::AllFalse(kF32, hn::Ge(margin, hn::Zero(kF32)))) return true;
       }
+#endif
     }
   }
   return false;

@@ -72,12 +72,15 @@ struct Wave {
   bool chooses;
 };
 
+// Of a multiprocessor.
+constexpr int levels_ctas(bool stored, int tiles) { return stored && tiles == 4 ? 3 : 2; }
+
 // What kTiles query tiles of a head keep. kShares: by shares of cells and needles, with their masks where the schedule
 // has room for them; otherwise at every mass level.
 template <int kTiles, int kDim, bool kStored, bool kShares>
 __global__ __launch_bounds__(kThreads,
-                             kStored&& kTiles == 4 ? 3 : 2) void levels_kernel(const __grid_constant__ AnalyzeArgs args,
-                                                                               const Wave wave) {
+                             levels_ctas(kStored, kTiles)) void levels_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                                              const Wave wave) {
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps);
   __shared__ int4 range[kTiles];  // of a query tile's key tiles: what it sees, and what all of its rows see whole

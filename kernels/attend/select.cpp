@@ -107,13 +107,13 @@ int64_t choose_splits(int64_t tiles, int64_t slots, int64_t most) {
   return 1;
 }
 
-// Decode with few keys: equal parts, one CTA on each multiprocessor, which the last CTA of a tile joins. 1 where there
+// Decode with few keys: equal parts, two CTAs on each multiprocessor, which the last CTA of a tile joins. 1 where there
 // are too many keys, or too many parts for one CTA.
 int32_t joined_splits(int64_t tiles, int64_t blocks, const DeviceTraits& device) {
   constexpr int64_t kMostBlocks = 16, kMostParts = 32;  // blocks of a part
   if (tiles < 1 || tiles > kMostJoinedTiles) return 1;
-  const int64_t parts = device.multiprocessors / tiles;
-  if (parts < 2 || parts > kMostParts || blocks < 2 || blocks > parts * kMostBlocks) return 1;
+  const int64_t one_each = device.multiprocessors / tiles, parts = std::min(2 * one_each, kMostParts);
+  if (one_each < 2 || one_each > kMostParts || blocks < 2 || blocks > parts * kMostBlocks) return 1;
   return static_cast<int32_t>(ceil_div(blocks, ceil_div(blocks, parts)));
 }
 

@@ -15,10 +15,6 @@ constexpr Dtype dtype_of<__nv_fp8_e4m3>() {
   return Dtype::kE4M3;
 }
 
-// A maximum that grew by less than this is kept: exact by shift invariance, and probabilities up to 2^8 lose nothing
-// in either 16-bit format.
-inline constexpr float kSlack = 8.0f;
-
 // What tensor cores multiply where K and V hold elements of type T.
 template <typename T>
 struct Products {
@@ -129,43 +125,34 @@ class ValueUnit {
 // Eight elements from column c of a query row, as they are: 16 bytes of a 16-bit type, 8 of E4M3. Columns from d on are
 // zero; aligned rows start on 16 bytes and d is a multiple of 4.
 template <bool kMayBeUnaligned>
-__device__ __forceinline__ uint4 load_query_chunk(const char* row, bool eight_bits, int c, int d, bool aligned) {
+__device__ __forceinline__ uint4 load_query_chunk(const Operand& q, int64_t row, int c, int d, bool aligned) {
+  const bool eight_bits = q.dtype == Dtype::kE4M3;
+  const char* from = static_cast<const char*>(q.data) + (row + c) * (eight_bits ? 1 : 2);
   uint4 raw{0, 0, 0, 0};
   if (kMayBeUnaligned && !aligned) {
-    uint32_t words[4] = {0, 0, 0, 0};
-    for (int e = 0; e < min(d - c, 8); ++e) {
-      if (eight_bits) {
-        const uint32_t bits = static_cast<unsigned char>(row[c + e]);
-        if (e < 4)
-          words[0] |= bits << 8 * e;
-        else
-          words[1] |= bits << 8 * (e - 4);
-      } else {
-        const uint32_t bits = reinterpret_cast<const unsigned short*>(row)[c + e] << 16 * (e % 2);
-        if (e < 2)
-          words[0] |= bits;
-        else if (e < 4)
-          words[1] |= bits;
-        else if (e < 6)
-          words[2] |= bits;
-        else
-          words[3] |= bits;
-      }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (c + e >= d) break;
+      if (eight_bits)
+        (e < 4 ? raw.x : raw.y) |= static_cast<uint32_t>(static_cast<unsigned char>(from[e])) << 8 * (e % 4);
+      else
+        (e < 2   ? raw.x
+         : e < 4 ? raw.y
+         : e < 6 ? raw.z
+                 : raw.w) |= static_cast<uint32_t>(reinterpret_cast<const unsigned short*>(from)[e]) << 16 * (e % 2);
     }
-    return {words[0], words[1], words[2], words[3]};
-  }
-  if (eight_bits) {
-    if (c < d) raw.x = *reinterpret_cast<const uint32_t*>(row + c);
-    if (c + 4 < d) raw.y = *reinterpret_cast<const uint32_t*>(row + c + 4);
-  } else {
-    if (c < d) {
-      const uint2 low = *reinterpret_cast<const uint2*>(row + 2 * c);
-      raw.x = low.x, raw.y = low.y;
-    }
+  } else if (eight_bits) {
     if (c + 4 < d) {
-      const uint2 high = *reinterpret_cast<const uint2*>(row + 2 * c + 8);
-      raw.z = high.x, raw.w = high.y;
+      const uint2 all = *reinterpret_cast<const uint2*>(from);
+      raw.x = all.x, raw.y = all.y;
+    } else if (c < d) {
+      raw.x = *reinterpret_cast<const uint32_t*>(from);
     }
+  } else if (c + 4 < d) {
+    raw = *reinterpret_cast<const uint4*>(from);
+  } else if (c < d) {
+    const uint2 low = *reinterpret_cast<const uint2*>(from);
+    raw.x = low.x, raw.y = low.y;
   }
   return raw;
 }
@@ -227,105 +214,48 @@ __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kDimTile
   }
 }
 
-// A decode lane's four columns of each 16 of one row (`half` of the fragment's two), as they are; E4M3 in the first of
-// the two registers that they will take.
-template <int kD, bool kMayBeUnaligned>
-__device__ __forceinline__ void load_raw_query(uint32_t (&q)[kD / 16][4], int half, const Operand& x, int64_t row,
-                                               int lane, int d, bool aligned) {
-  const bool eight_bits = x.dtype == Dtype::kE4M3;
-  const char* from = static_cast<const char*>(x.data) + row * (eight_bits ? 1 : 2);
-#pragma unroll
-  for (int k = 0; k < kD / 16; ++k) {
-    const int c = 16 * k + 4 * (lane % 4);
-    uint32_t low = 0, high = 0;
-    if (kMayBeUnaligned && !aligned) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (c + e >= d) continue;
-        if (eight_bits) {
-          low |= static_cast<uint32_t>(static_cast<unsigned char>(from[c + e])) << 8 * e;
-        } else {
-          const uint32_t bits = reinterpret_cast<const unsigned short*>(from)[c + e];
-          (e < 2 ? low : high) |= bits << 16 * (e % 2);
-        }
-      }
-    } else if (c < d) {
-      if (eight_bits) {
-        low = *reinterpret_cast<const uint32_t*>(from + c);
-      } else {
-        const uint2 pairs = *reinterpret_cast<const uint2*>(from + 2 * c);
-        low = pairs.x, high = pairs.y;
-      }
-    }
-    q[k][half] = low;
-    q[k][half + 2] = high;
-  }
-}
-
-// Makes f16 of them in place; factor[half] is what products with the row are to be multiplied by.
+// Makes f16 of chunk `chunk` of row r and puts it into a tile of such rows; unscale[r] is what products with the row
+// are to be multiplied by. The kD / 8 lanes of a row call it together. Columns lie in the order in which fragments of
+// widened keys have them: of each 16, a lane's four columns 4t .. 4t + 3 stand where the tensor cores look for 2t, 2t +
+// 1, 2t + 8 and 2t + 9.
 template <int kD>
-__device__ __forceinline__ void finish_queries(uint32_t (&q)[kD / 16][4], float (&factor)[2], Dtype dtype) {
+__device__ __forceinline__ void store_query_chunk(uint32_t shared, float* unscale, int r, int chunk, uint4 raw,
+                                                  Dtype dtype) {
+  using Layout = TileLayout<kD>;
+  const int upper = chunk % 2;
+  float back = 1;
   if (dtype == Dtype::kE4M3) {
-#pragma unroll
-    for (int k = 0; k < kD / 16; ++k)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const F16Pairs pairs = widen_adjacent(q[k][half]);
-        q[k][half] = pairs.first;
-        q[k][half + 2] = pairs.second;
-      }
+    const F16Pairs low = widen_adjacent(raw.x), high = widen_adjacent(raw.y);
+    raw = {low.first, low.second, high.first, high.second};
   } else if (dtype == Dtype::kBF16) {
+    float top = largest_of_bf16(largest_of_bf16(0, raw.x), raw.y);
+    top = largest_of_bf16(largest_of_bf16(top, raw.z), raw.w);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = 0;
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) top = largest_of_bf16(largest_of_bf16(top, q[k][half]), q[k][half + 2]);
-      const RowScale row(quad_max(top));
-      factor[half] = row.unscale;
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) {
-        q[k][half] = bf16_to_f16(q[k][half], row.scale);
-        q[k][half + 2] = bf16_to_f16(q[k][half + 2], row.scale);
-      }
-    }
+    for (int step = kD / 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+    const RowScale row(top);
+    raw = {bf16_to_f16(raw.x, row.scale), bf16_to_f16(raw.y, row.scale), bf16_to_f16(raw.z, row.scale),
+           bf16_to_f16(raw.w, row.scale)};
+    back = row.unscale;
   }
+  store_shared8(shared + Layout::offset(r, chunk - upper) + 8 * upper, raw.x, raw.z);
+  store_shared8(shared + Layout::offset(r, chunk - upper + 1) + 8 * upper, raw.y, raw.w);
+  if (chunk == 0) unscale[r] = back;
 }
 
-// Columns of queries in the order in which fragments of widened keys have them: of each 16, a lane's four columns
-// 4t .. 4t + 3 stand where the tensor cores look for 2t, 2t + 1, 2t + 8 and 2t + 9.
-//
-// Fills kRows rows of f16 at `shared` by kThreads threads; unscale[r] is what products with row r are to be multiplied
-// by. row_of(r) is the address of row r, r below `rows`; others become zero.
+// Fills kRows rows at `shared` by kThreads threads. row_of(r) is the element at which row r starts, for r below `rows`;
+// others become zero.
 template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename RowOf>
-__device__ __forceinline__ void load_queries(uint32_t shared, float* unscale, int thread, int d, int rows, Dtype dtype,
-                                             bool aligned, const RowOf& row_of) {
-  using Layout = TileLayout<kD>;
+__device__ __forceinline__ void load_queries(uint32_t shared, float* unscale, int thread, const Operand& q, int d,
+                                             int rows, bool aligned, const RowOf& row_of) {
   constexpr int kLanes = kD / 8, kRowStep = kThreads / kLanes;
   static_assert(kLanes <= 32 && kRows % kRowStep == 0);
-  const int chunk = thread % kLanes, upper = chunk % 2;
-  const bool eight_bits = dtype == Dtype::kE4M3;
+  const int chunk = thread % kLanes;
 #pragma unroll 4
   for (int i = 0; i < kRows; i += kRowStep) {
     const int r = i + thread / kLanes;
     uint4 raw{0, 0, 0, 0};
-    if (r < rows) raw = load_query_chunk<kMayBeUnaligned>(row_of(r), eight_bits, 8 * chunk, d, aligned);
-    float back = 1;
-    if (eight_bits) {
-      const F16Pairs low = widen_adjacent(raw.x), high = widen_adjacent(raw.y);
-      raw = {low.first, low.second, high.first, high.second};
-    } else if (dtype == Dtype::kBF16) {
-      float top = largest_of_bf16(largest_of_bf16(0, raw.x), raw.y);
-      top = largest_of_bf16(largest_of_bf16(top, raw.z), raw.w);
-#pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-      const RowScale row(top);
-      raw = {bf16_to_f16(raw.x, row.scale), bf16_to_f16(raw.y, row.scale), bf16_to_f16(raw.z, row.scale),
-             bf16_to_f16(raw.w, row.scale)};
-      back = row.unscale;
-    }
-    store_shared8(shared + Layout::offset(r, chunk - upper) + 8 * upper, raw.x, raw.z);
-    store_shared8(shared + Layout::offset(r, chunk - upper + 1) + 8 * upper, raw.y, raw.w);
-    if (chunk == 0) unscale[r] = back;
+    if (r < rows) raw = load_query_chunk<kMayBeUnaligned>(q, row_of(r), 8 * chunk, d, aligned);
+    store_query_chunk<kD>(shared, unscale, r, chunk, raw, q.dtype);
   }
 }
 

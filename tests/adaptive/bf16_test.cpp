@@ -181,5 +181,51 @@ TEST_P(Bf16Policies, KeepTheirToleranceOnceFeedbackIsWarm) {
   }
 }
 
+// A policy's tolerance on inputs that block means say little about.
+TEST_P(Bf16Policies, KeepTheirToleranceOnMisleadingInputs) {
+  using Index = std::vector<int64_t>;
+  AttentionCase c = problem("Causal", 128, 128, ADAATTN_MASK_CAUSAL);
+  c.heads_q = 2;
+  c.heads_kv = 1;
+  c.seqlen_q = c.seqlen_k = 2048;
+  const auto structured = [&](double value_mean) {
+    AttentionData data(c, kBf16, run_seed(), 0);
+    Structure structure;
+    structure.value_mean = value_mean;
+    make_structured(data, structure, run_seed() + 1);
+    return data;
+  };
+  const auto for_keys = [&](AttentionData& data, auto&& set) {
+    for (int64_t j = 0; j < c.seqlen_k; ++j) {
+      for (int64_t x = 0; x < 128; ++x) set(data.key_index(0, j, 0, x), j, x);
+    }
+  };
+  AttentionData mean_of_v = structured(10), mean_of_k = structured(0), duplicated = structured(0);
+  for_keys(mean_of_k, [&](const Index& at, int64_t, int64_t) { mean_of_k.k.set(at, mean_of_k.k.get(at) + 20); });
+  for_keys(duplicated, [&](const Index& at, int64_t j, int64_t x) {
+    const Index from = duplicated.key_index(0, j / 256 * 256 + j % 4, 0, x);
+    duplicated.k.set(at, duplicated.k.get(from));
+    duplicated.v.set(at, duplicated.v.get(from));
+  });
+  const double tolerance = GetParam() == ADAATTN_POLICY_QUALITY    ? 0.1
+                           : GetParam() == ADAATTN_POLICY_BALANCED ? 0.2
+                                                                   : 0.4;
+  for (const Target& target : available_targets(ADAATTN_DEVICE_CPU)) {
+    const Context context(target);
+    for (AttentionData* data : {&mean_of_v, &mean_of_k, &duplicated}) {
+      SCOPED_TRACE(std::string(target.name) + (data == &mean_of_v   ? ", huge mean of V"
+                                               : data == &mean_of_k ? ", huge mean of K"
+                                                                    : ", duplicated tokens"));
+      const Tensor exact = exact_output(context, *data);
+      const AdaptivePlan plan(context, data->desc, adaptive_desc(GetParam()));
+      for (int call = 0; call < 3; ++call) {
+        data->poison_outputs();
+        ASSERT_TRUE(succeeded(plan.execute(*data)));
+      }
+      for (int64_t h = 0; h < c.heads_q; ++h) EXPECT_LE(head_error(*data, exact, 0, h), tolerance) << "head " << h;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace adaattn::test

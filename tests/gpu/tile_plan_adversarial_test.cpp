@@ -1,5 +1,8 @@
 // Inputs made to mislead block statistics, on a device.
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "gpu/tile_plans.h"
 #include "support/random.h"
@@ -104,13 +107,25 @@ TEST_F(MisleadingInputs, DuplicatedTokens) {
 TEST_F(MisleadingInputs, RowsSplitBetweenTwoDistantKeys) {
   AttentionData data = structured(causal_case(kSeqlen));
   Random random(run_seed() + 5);
-  for (int64_t c = 0; c < 128; ++c) {
-    const double x = random.normal();
-    data.k.set(data.key_index(0, 300, 0, c), 5 * x);
-    data.k.set(data.key_index(0, 1300, 0, c), 5 * x);
-    for (int64_t i = 1400; i < kSeqlen; ++i) data.q.set(data.query_index(0, i, 0, c), x);
-  }
-  // To the other query head of the two keys they are needles, too few for QUALITY.
+  std::vector<double> key(128);
+  for (double& x : key) x = random.normal();
+  const double square = std::inner_product(key.begin(), key.end(), key.begin(), 0.0);
+  for (int64_t c = 0; c < 128; ++c)
+    for (const int64_t j : {300, 1300}) data.k.set(data.key_index(0, j, 0, c), 5 * key[static_cast<size_t>(c)]);
+  for (int64_t h = 0; h < data.desc.heads_q / data.desc.heads_kv; ++h)
+    for (int64_t i = 0; i < kSeqlen; ++i) {
+      const bool split = h == 0 && i >= 1400;
+      // To the other queries of the KV head they would be single keys, which block statistics do not see and sixteen
+      // sampled rows seldom: those look past them.
+      double along = 0;
+      for (int64_t c = 0; c < 128; ++c)
+        along += data.q.get(data.query_index(0, i, h, c)) * key[static_cast<size_t>(c)] / square;
+      for (int64_t c = 0; c < 128; ++c) {
+        const auto at = data.query_index(0, i, h, c);
+        const double x = key[static_cast<size_t>(c)];
+        data.q.set(at, split ? x : data.q.get(at) - along * x);
+      }
+    }
   expect_within(std::move(data), "p = 1/2, 1/2", {{ADAATTN_POLICY_BALANCED, 0.2}, {ADAATTN_POLICY_SPEED, 0.4}});
 }
 
@@ -119,10 +134,14 @@ TEST_F(MisleadingInputs, RowsSplitBetweenTwoDistantKeys) {
 // in waves and replayed.
 TEST_F(MisleadingInputs, HeadsThatMissANeedleAreRecomputedExactly) {
   const Context context(kCuda);
-  AttentionCase window = causal_case(1500);
+  // The exact kernel asks of each half of a query tile whether it sees a block whole, and is quick with those; the walk
+  // asks the query tile. Where a window's left end parts the halves, weights may be rounded to bf16 at another scale.
+  AttentionCase window = causal_case(1500), parted = causal_case(1500);
   window.name = "Window";
-  window.window_left = 1100;
-  for (const AttentionCase& c : {causal_case(1500), window}) {
+  window.window_left = 9 * 128 - 1;
+  parted.name = "PartedByTheWindow";
+  parted.window_left = 1100;
+  for (const AttentionCase& c : {causal_case(1500), window, parted}) {
     SCOPED_TRACE(c.name);
     AttentionData data = structured(c);
     // Of sequence 0 and KV head 0, that is of two query heads.
@@ -138,6 +157,10 @@ TEST_F(MisleadingInputs, HeadsThatMissANeedleAreRecomputedExactly) {
           data.q.set(query, data.q.get(query) + sign);
         }
     }
+    double largest_value = 0;
+    for (int64_t j = 0; j < c.seqlen_k; ++j)
+      for (int64_t x = 0; x < 128; ++x)
+        largest_value = std::max(largest_value, std::fabs(data.v.get(data.key_index(0, j, 0, x))));
     AttentionData exact = with_own_outputs(data);
     run(context, exact);
     adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
@@ -167,8 +190,10 @@ TEST_F(MisleadingInputs, HeadsThatMissANeedleAreRecomputedExactly) {
         for (int64_t i = 0; i < c.seqlen_q; ++i)
           for (int64_t x = 0; x < 128; ++x) {
             const auto at = data.query_index(head.batch, i, head.head, x);
-            ASSERT_EQ(again.o.get(at), missed(head) ? exact.o.get(at) : data.o.get(at))
-                << "b " << head.batch << " head " << head.head << " row " << i;
+            const double want = missed(head) ? exact.o.get(at) : data.o.get(at);
+            const double room =
+                missed(head) && c.window_left == parted.window_left ? 0x1p-8 * (largest_value + std::fabs(want)) : 0.0;
+            ASSERT_NEAR(again.o.get(at), want, room) << "b " << head.batch << " head " << head.head << " row " << i;
           }
       AttentionData captured = with_own_outputs(data);
       ReplayedCall replay(replayed, captured);

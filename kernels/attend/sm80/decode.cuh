@@ -87,7 +87,7 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   extern __shared__ __align__(128) unsigned char shared_memory[];
   __shared__ float warp_max2[kWarps][16], warp_sum[kWarps][16], warp_weighted[kWarps][16];
   // Descale factors of K and V come with the blocks they belong to.
-  __shared__ float block_factors[kEightBits ? kWarps : 1][kStages][2];
+  __shared__ float block_factors[kEightBits ? kWarps : 1][kStages][2], row_unscale[kEightBits ? 16 : 1];
 
   const bool joins = args.splits > 1 && args.scheduler != nullptr;
   if (args.splits > 1 && !joins) launch_dependents();
@@ -122,11 +122,26 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     }
     cp_async_commit();
   };
-  // The two query rows of this thread, and their fragments straight from memory: columns 2(lane%4) + {0, 1, 8, 9} of
-  // each 16.
+  // The two query rows of this thread, and their fragments: columns 2(lane%4) + {0, 1, 8, 9} of each 16.
   uint32_t q[kD / 16][4];
   int position[2], head[2];
   KeySpan span[2];
+  const auto query_row = [&](int at, int of_head) {
+    return tile.batch * p.q.stride_b + (s.q_start + at) * p.q.stride_s + of_head * p.q.stride_h;
+  };
+  // With keys to be widened the CTA's threads bring chunks of the rows and make f16 of them in warp 0's last stage.
+  constexpr int kLanes = kD / 8, kRowStep = Shape::kThreads / kLanes, kChunks = kEightBits ? 16 / kRowStep : 1;
+  uint4 raw[kChunks];
+  if constexpr (kEightBits) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int m = m0 + thread / kLanes + i * kRowStep;
+      raw[i] = {0, 0, 0, 0};
+      if (m < rows)
+        raw[i] = load_query_chunk<kExtras>(p.q, query_row(row_map.position(m), row_map.head(m)), 8 * (thread % kLanes),
+                                           d_qk, args.aligned);
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int m = m0 + lane / 4 + 8 * half;
@@ -134,14 +149,9 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     position[half] = real ? row_map.position(m) : 0;
     head[half] = real ? row_map.head(m) : row_map.first_head;
     span[half] = real ? key_span(args, s, position[half]) : KeySpan{0, 0};
-    const int64_t row =
-        tile.batch * p.q.stride_b + (s.q_start + position[half]) * p.q.stride_s + head[half] * p.q.stride_h;
-    // Rows that are not real get the numbers of one that is, and no key.
-    if constexpr (kEightBits) {
-      load_raw_query<kD, kExtras>(q, half, p.q, row, lane, d_qk, args.aligned);
-      continue;
-    }
-    const T* from = static_cast<const T*>(p.q.data) + row;
+    if constexpr (kEightBits) continue;
+    // Straight from memory. Rows that are not real get the numbers of one that is, and no key.
+    const T* from = static_cast<const T*>(p.q.data) + query_row(position[half], head[half]);
     const bool whole = d_qk == kD && (!kExtras || args.aligned);
     if (whole) {
 #pragma unroll
@@ -186,7 +196,22 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   const int first = blocks.begin + warp;
   int stage = 1;  // of `block`; a load goes to the stage before
 #pragma unroll 1
-  for (int block = first - kAhead * kWarps; block < blocks.end; block += kWarps) {
+  for (int block = first - kAhead * kWarps; block < blocks.end || (kEightBits && block <= first); block += kWarps) {
+    if constexpr (kEightBits)
+      if (block == first) {
+        const uint32_t queries = shared_address(shared_memory) + (kStages - 1) * Shape::kStageBytes;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i)
+          store_query_chunk<kD>(queries, row_unscale, thread / kLanes + i * kRowStep, thread % kLanes, raw[i],
+                                p.q.dtype);
+        __syncthreads();
+        const uint32_t q_lane = queries + TileLayout<kD>::offset(lane & 15, lane >> 4);
+#pragma unroll
+        for (int k = 0; k < kD / 16; ++k) ldmatrix_x4(q[k], TileLayout<kD>::advance(q_lane, k));
+        row_factor[0] = row_unscale[lane / 4] * q_factor;
+        row_factor[1] = row_unscale[lane / 4 + 8] * q_factor;
+        __syncthreads();
+      }
     if (block >= first) {
       cp_async_wait<kAhead - 1>();
       __syncwarp();  // this block is there, and all lanes are done with the one before
@@ -195,12 +220,7 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     const uint32_t shift = stage * Shape::kStageBytes;
     const float* factors = block_factors[kEightBits ? warp : 0][stage];
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (block < first) continue;
-    if constexpr (kEightBits)
-      if (block == first) {
-        finish_queries<kD>(q, row_factor, p.q.dtype);
-        row_factor[0] *= q_factor, row_factor[1] *= q_factor;
-      }
+    if (block < first || (kEightBits && block >= blocks.end)) continue;
 
     float score[kKeyTiles][4] = {};
 #pragma unroll
@@ -220,11 +240,9 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
       }
     }
 
-    float old[2];
-    bool grew = !kEightBits;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float product = kEightBits ? row_factor[i] * factors[0] : 1.0f;
+      const float product = kEightBits ? row_factor[i] * factors[0] : 1.0f;  // what a product is multiplied by
       float top = max2[i];
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j)
@@ -241,32 +259,19 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
           top = fmaxf(top, x);
         }
       top = quad_max(top);
-      old[i] = max2[i];
-      max2[i] = top;
-      if constexpr (kEightBits) grew |= top - old[i] > kSlack;
-    }
-    // A maximum that grew by little is kept (kSlack).
-    if (!kEightBits || __any_sync(0xffffffffu, grew)) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float shrink = exp2_approx(old[i] - (max2[i] == kNegInf ? 0.0f : max2[i]));
-        if constexpr (kExtras) {
-          const float shift = old[i] == kNegInf ? 0.0f : old[i] - max2[i];
-          weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
-        }
-        sum[i] *= shrink;
-#pragma unroll
-        for (int j = 0; j < kDimTiles; ++j) {
-          out[0][j][2 * i] *= shrink;
-          out[0][j][2 * i + 1] *= shrink;
-        }
+      const float base = top == kNegInf ? 0.0f : top;
+      const float shrink = exp2_approx(max2[i] - base);
+      if constexpr (kExtras) {
+        const float shift = max2[i] == kNegInf ? 0.0f : max2[i] - top;
+        weighted[i] = shrink * fmaf(shift, sum[i], weighted[i]);
       }
-    } else {
-      max2[0] = old[0], max2[1] = old[1];
-    }
+      sum[i] *= shrink;
+      max2[i] = top;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float base = max2[i] == kNegInf ? 0.0f : max2[i];
+      for (int j = 0; j < kDimTiles; ++j) {
+        out[0][j][2 * i] *= shrink;
+        out[0][j][2 * i + 1] *= shrink;
+      }
 #pragma unroll
       for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll

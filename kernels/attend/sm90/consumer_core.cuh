@@ -142,11 +142,11 @@ class ConsumerCore {
     for (int j = 0; j < kColumns; ++j) exponentiate(j);
     const float most = fmaxf(fmaxf(sum_[0], sum_[1]), fmaxf(sum_[2], sum_[3]));
     pin(scores_);
-    wait_full(shared_.v_full, v_count_ + 1);  // here for the reason that `step` gives
+    const bool beyond = any_of_group(!(most <= kQuickLimit));  // not a number counts as too much
+    wait_full(shared_.v_full, v_count_ + 1);                   // here for the reason that `step` gives
     wgmma_wait<0>();
     pin(out_);
-    // Not a number counts as too much.
-    if (any_of_group(!(most <= kQuickLimit))) {
+    if (beyond) {
       wgmma_fence();
       issue_scores(k);
       wgmma_wait<0>();
@@ -198,10 +198,19 @@ class ConsumerCore {
     if (last) release(&shared_.q_empty[group_]);
   }
 
+  // O += P V of the tile's last block, whole or in two parts with work between them that does not need O.
   __device__ __forceinline__ void last_block() {
+    issue_last();
+    finish_last();
+  }
+  __device__ __forceinline__ void issue_last() {
     if constexpr (kC.rescale_early) rescale_out();
     wgmma_fence();
     issue_out(v_count_);
+  }
+  __device__ __forceinline__ void finish_last() {
+    // V is there: the poll ends the basic block, to whose start ptxas moves the wait for the product.
+    wait_full(shared_.v_full, v_count_);
     wgmma_wait<0>();
     pin(out_);
     release(&shared_.v_empty[v_count_ % kStages]);
@@ -377,9 +386,10 @@ class ConsumerCore {
   }
 
   // Of the warp's first row in its sequence.
-  __device__ __forceinline__ int warp_row() const {
-    return tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
+  __device__ __forceinline__ int warp_row(const Tile& tile) const {
+    return tile.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
   }
+  __device__ __forceinline__ int warp_row() const { return warp_row(tile_); }
   __device__ __forceinline__ int row_of(int r) const { return warp_row() + lane_ / 4 + 8 * r; }
 
   // What finish_rows leaves of a thread's two rows.
@@ -388,11 +398,18 @@ class ConsumerCore {
     float share[2];   // what the keys hold of that
   };
 
-  // Row r's sum over the quad, joined with the sink's logit in log2 units. Returns the row's LSE.
+  // Both rows' sums over the quad.
+  __device__ __forceinline__ void join_sums() {
+#pragma unroll
+    for (int step = 1; step <= 2; ++step) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_sum_[r] += __shfl_xor_sync(~0u, row_sum_[r], step);
+    }
+  }
+
+  // Row r's sum, joined with the sink's logit in log2 units. Returns the row's LSE.
   __device__ __forceinline__ float finish_row(int r, float sink, RowScale& scale) {
-    float sum = row_sum_[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float sum = row_sum_[r];
     const float top = row_max_[r] * args_.scale_log2;
     const float shared_top = fmaxf(top, sink);
     const bool empty = shared_top == -INFINITY;
@@ -403,29 +420,33 @@ class ConsumerCore {
     return empty ? -INFINITY : (shared_top + __log2f(total)) * kLn2;
   }
 
-  // Row sums over the quad; writes LSE.
+  // Row sums over the quad; writes LSE. O of the present tile can be stored when tile_ is already the next one.
   __device__ __forceinline__ RowScale finish_rows() {
     const AttnParams& p = args_.p;
+    out_tile_ = tile_;
+    out_range_ = range_;
     const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
     RowScale scale;
+    float lse[2];
+    join_sums();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) lse[r] = finish_row(r, sink, scale);
+    if (p.lse.data == nullptr) return scale;
+    float* const out = static_cast<float*>(p.lse.data) + tile_.batch * p.lse.stride_b + tile_.head * p.lse.stride_h;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float lse = finish_row(r, sink, scale);
       const int row = row_of(r);
-      if (p.lse.data != nullptr && row < range_.len_q && lane_ % 4 == 0) {
-        static_cast<float*>(p.lse.data)[tile_.batch * p.lse.stride_b + (range_.q_start + row) * p.lse.stride_s +
-                                        tile_.head * p.lse.stride_h] = lse;
-      }
+      if (row < range_.len_q && lane_ % 4 == 0) out[(range_.q_start + row) * p.lse.stride_s] = lse[r];
     }
     return scale;
   }
 
   // Normalises and writes O and LSE.
-  __device__ __forceinline__ void store() {
-    const RowScale scale = finish_rows();
+  __device__ __forceinline__ void store() { store(finish_rows()); }
+  __device__ __forceinline__ void store(const RowScale& scale) {
     if constexpr (Traits::kStagedOut) {
       // A box that reached into the next packed sequence would overwrite its rows.
-      if (uniform(args_.p.cu_seqlens_q == nullptr || warp_row() + 16 <= range_.len_q)) {
+      if (uniform(args_.p.cu_seqlens_q == nullptr || warp_row(out_tile_) + 16 <= out_range_.len_q)) {
         store_box(scale.factor);
       } else {
         store_rows(out_, scale.factor);
@@ -466,11 +487,11 @@ class ConsumerCore {
     ptx::fence_proxy_async(ptx::space_shared);
     __syncwarp();
     if (lane_ == 0) {
-      const int batch = args_.p.cu_seqlens_q != nullptr ? 0 : tile_.batch;
+      const int batch = args_.p.cu_seqlens_q != nullptr ? 0 : out_tile_.batch;
+      const int first_row = out_range_.q_start + warp_row(out_tile_);
 #pragma unroll
       for (int c = 0; c < Traits::kChunksV; ++c) {
-        tma_store_4d(&args_.o_map, box + c * 16 * kWidth, c * Traits::kChunkV, range_.q_start + warp_row(), tile_.head,
-                     batch);
+        tma_store_4d(&args_.o_map, box + c * 16 * kWidth, c * Traits::kChunkV, first_row, out_tile_.head, batch);
       }
       ptx::cp_async_bulk_commit_group();
     }
@@ -481,8 +502,8 @@ class ConsumerCore {
   template <int kCount>
   __device__ __forceinline__ void store_rows(const float (&out)[kCount], const float (&factor)[2]) {
     const AttnParams& p = args_.p;
-    const int t = lane_ % 4, first_row = warp_row();
-    T* const o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h + 8 * t;
+    const int t = lane_ % 4, first_row = warp_row(out_tile_);
+    T* const o = static_cast<T*>(p.o.data) + out_tile_.batch * p.o.stride_b + out_tile_.head * p.o.stride_h + 8 * t;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       constexpr int kWide = kCount / 16;
@@ -497,8 +518,8 @@ class ConsumerCore {
         transpose_quad(w[j], t);
       }
       const int row = first_row + lane_ / 4 + 8 * r;
-      if (row >= range_.len_q) continue;
-      T* const o_row = o + (range_.q_start + row) * p.o.stride_s;
+      if (row >= out_range_.len_q) continue;
+      T* const o_row = o + (out_range_.q_start + row) * p.o.stride_s;
       const int room = static_cast<int>(p.d_v) - 8 * t;
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
@@ -539,8 +560,8 @@ class ConsumerCore {
   const ForwardArgs& args_;
   typename Traits::Shared& shared_;
   const int group_, warp_, lane_;
-  Tile tile_;
-  TileRange range_;
+  Tile tile_, out_tile_;         // in work, and whose O is to be stored
+  TileRange range_, out_range_;  // of them
   uint32_t tile_count_ = 0, q_count_ = 0, v_count_ = 0;
   int high_[2], low_[2];
   float row_max_[2], row_sum_[2], rescale_[2];

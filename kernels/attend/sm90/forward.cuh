@@ -23,6 +23,7 @@ constexpr ForwardConfig forward_config() {
     c.ordered = false;
     c.quick = !c.softcap;
     c.k_stages = 3;
+    c.load_ahead = c.quick && c.masked;
   } else if (kDqk <= 128 && kDv <= 64) {
     // Short products: a third warpgroup keeps the tensor cores busy during the exponentials of two.
     c.groups = 3;
@@ -32,6 +33,7 @@ constexpr ForwardConfig forward_config() {
     c.early_columns = c.softcap ? 6 : 0;
     c.quick = !c.softcap;
     c.k_stages = c.quick ? 3 : 2;
+    c.load_ahead = c.quick && !c.split;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;

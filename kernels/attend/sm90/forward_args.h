@@ -23,6 +23,7 @@ struct ForwardConfig {
   int k_stages = 2;            // buffers of K: quick steps hold one until the vote
   int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
   bool quick = false;          // blocks without a mask take the maxima of earlier ones for granted
+  bool load_ahead = false;     // a tile is announced and its first K loaded before the last V of the one before
   bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
   bool split = false;          // parts of the keys, and the query heads of a group in the rows of one tile
 };

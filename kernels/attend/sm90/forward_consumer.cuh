@@ -24,13 +24,22 @@ class Consumer : protected ForwardCore<Traits> {
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
-    if (!next_tile()) return;
-    do {
+    for (bool more = next_tile(); more;) {
       first_block();
       middle_blocks();
-      Core::last_block();
-      Core::store();
-    } while (next_tile());
+      if constexpr (kC.split) {
+        Core::last_block();
+        Core::store();
+        more = next_tile();
+      } else {
+        // Row sums and the next tile's number and range need no O: they are there when the last product is.
+        Core::issue_last();
+        const auto scale = Core::finish_rows();
+        more = next_tile();
+        Core::finish_last();
+        Core::store(scale);
+      }
+    }
     Core::drain();
   }
 
@@ -40,13 +49,15 @@ class Consumer : protected ForwardCore<Traits> {
     for (;; ++tile_count_) {
       const int slot = tile_count_ % 2;
       mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-      tile_.m_block = uniform(shared_.tile[slot].m_block);
-      tile_.head = uniform(shared_.tile[slot].head);
-      tile_.batch = uniform(shared_.tile[slot].batch);
-      if constexpr (kC.split) tile_.split = uniform(shared_.tile[slot].split);
+      const Tile& given = shared_.tile[slot];
+      tile_.m_block = uniform(given.m_block);
+      tile_.head = uniform(given.head);
+      tile_.batch = uniform(given.batch);
+      if constexpr (kC.split) tile_.split = uniform(given.split);
+      range_ = given.range;
       release(&shared_.tile_empty[slot]);
       if (tile_.m_block < 0) return false;
-      range_ = tile_range<Traits>(args_, tile_);
+      range_.len_k = uniform(range_.len_k);
       range_.n_min = uniform(range_.n_min);
       range_.n_max = uniform(range_.n_max);
       if (range_.blocks() > 0) break;

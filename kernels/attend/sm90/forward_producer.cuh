@@ -15,7 +15,19 @@ class Producer {
       : args_(args), shared_(shared), keep_(l2_evict_last()), stream_(l2_evict_first()) {}
 
   __device__ __forceinline__ void run() {
-    draw_tiles([&](const Tile& tile, const TileRange& range, const auto& draw) { load_tile(tile, range, draw); });
+    const auto first = [&](const Tile& tile) { load_first(tile, tile.range); };
+    const auto last = [&](const Tile& tile) { load_last(tile, tile.range); };
+    if constexpr (kC.load_ahead) {
+      draw_tiles(
+          first, [&](const Tile& tile, const TileRange& range, const auto& draw) { load_middle(tile, range, draw); },
+          last);
+    } else {
+      draw_tiles([&](const Tile& tile, const TileRange& range, const auto& draw) {
+        first(tile);
+        load_middle(tile, range, draw);
+        last(tile);
+      });
+    }
   }
 
  protected:
@@ -23,34 +35,49 @@ class Producer {
   // draw() once, as late as hides the latency of drawing the next tile.
   template <class Load>
   __device__ __forceinline__ void draw_tiles(const Load& load) {
+    const auto nothing = [](const Tile&) {};
+    draw_tiles(nothing, load, nothing);
+  }
+
+  // The same in three parts: last(tile) runs after the next tile was handed over and first called for it. To draw, to
+  // decode and to announce a tile takes this one warp 2,000 clocks, which then pass where it would wait for the buffer
+  // of a tile's last V.
+  template <class First, class Middle, class Last>
+  __device__ __forceinline__ void draw_tiles(const First& first, const Middle& middle, const Last& last) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     TileScheduler<Traits> scheduler(args_, lane);
-    Tile tile = scheduler.first();
-    for (int i = 0;; ++i) {
+    const auto hand_over = [&](int i, Tile& tile) {
+      tile.range = tile_range<Traits>(args_, tile);
       if (lane == 0) {
         const int slot = i % 2;
         mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
         shared_.tile[slot] = tile;
         mbarrier_arrive(&shared_.tile_full[slot]);
+        if (tile.m_block >= 0 && tile.range.blocks() > 0) first(tile);
       }
-      __syncwarp();
-      if (tile.m_block < 0) break;
+    };
+    Tile tile = scheduler.first();
+    hand_over(0, tile);
+    for (int i = 1; tile.m_block >= 0; ++i) {
       if constexpr (!kC.dynamic) scheduler.prefetch();
       // Drawn as late as hides the draw's latency: who drew at the start of a long tile would find the next one taken
       // from others that end sooner.
       const auto draw = [&] {
         if constexpr (kC.dynamic) scheduler.prefetch();
       };
-      const TileRange range = tile_range<Traits>(args_, tile);
       if (lane == 0) {
-        if (range.blocks() > 0) {
-          load(tile, range, draw);
+        if (tile.range.blocks() > 0) {
+          middle(tile, tile.range, draw);
         } else {
           draw();
         }
       }
       __syncwarp();
-      tile = scheduler.next();
+      Tile next = scheduler.next();
+      hand_over(i, next);
+      if (lane == 0 && tile.range.blocks() > 0) last(tile);
+      __syncwarp();
+      tile = next;
     }
     scheduler.finish();
   }
@@ -108,22 +135,27 @@ class Producer {
 
  private:
   // Order of arrival: the last K block, Q, then each K ahead of the V of the block after it, which is how the consumers
-  // interleave S = Q K(n) with O += P V(n + 1).
+  // interleave S = Q K(n) with O += P V(n + 1). With load_ahead the next tile's first K comes before the last V, whose
+  // buffer is free later.
+  __device__ __forceinline__ void load_first(const Tile& tile, const TileRange& range) {
+    load_k(range, range.n_max - 1, head_kv(tile), tile.batch);
+  }
   template <class Draw>
-  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
-    const int head_kv = tile.head / args_.group_size;
-    const int batch_q = args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch;
-    load_k(range, range.n_max - 1, head_kv, tile.batch);
-    load_q(tile, range, batch_q);
+  __device__ __forceinline__ void load_middle(const Tile& tile, const TileRange& range, const Draw& draw) {
+    load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
     if (range.blocks() == 1) draw();
+    const int head = head_kv(tile);
     for (int n = range.n_max - 2; n >= range.n_min; --n) {
       if (n == range.n_min) draw();
-      load_k(range, n, head_kv, tile.batch);
-      load_v(range, n + 1, head_kv, tile.batch);
+      load_k(range, n, head, tile.batch);
+      load_v(range, n + 1, head, tile.batch);
     }
-    load_v(range, range.n_min, head_kv, tile.batch);
+  }
+  __device__ __forceinline__ void load_last(const Tile& tile, const TileRange& range) {
+    load_v(range, range.n_min, head_kv(tile), tile.batch);
   }
 
+  __device__ __forceinline__ int head_kv(const Tile& tile) const { return tile.head / args_.group_size; }
   __device__ __forceinline__ void load_k(const TileRange& range, int n, int head, int batch) {
     load_k(args_.k_map, 0, range.k_start + n * Traits::kN, head * args_.k_head_step, batch * args_.k_batch_step,
            [](int) {});

@@ -5,13 +5,6 @@
 
 namespace adaattn::cuda::sm90 {
 
-// Key blocks [n_min, n_max) of one query tile, and its sequence.
-struct TileRange {
-  int len_q, len_k, off, q_start, k_start;
-  int n_min, n_max;
-  __device__ __forceinline__ int blocks() const { return n_max - n_min; }
-};
-
 // sequence_of of the shared parameters in 32 bits: the producer has 24 registers.
 __device__ __forceinline__ TileRange read_sequence(const ForwardArgs& args, int batch) {
   TileRange r{args.seqlen_q, args.seqlen_k, 0, 0, 0, 0, 0};
@@ -64,19 +57,19 @@ class TileScheduler {
 
   __device__ __forceinline__ Tile first() { return decode(static_cast<int>(blockIdx.x)); }
 
-  // Starts fetching the next number; its latency passes while the present tile is loaded.
+  // Starts fetching the next number; its latency passes while the present tile is loaded. In dynamic instances run by
+  // lane 0 alone. (nvcc makes of atomicAdd one for all lanes of the warp and waits for its result on the spot.)
   __device__ __forceinline__ void prefetch() {
+    fetched_ = number_;
     if constexpr (Traits::kC.dynamic) {
       if (args_.counters != nullptr) {
-        if (lane_ == 0) fetched_ = static_cast<int>(atomicAdd(args_.counters, 1u) + gridDim.x);
-        return;
+        asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(fetched_) : "l"(args_.counters) : "memory");
       }
     }
-    fetched_ = number_ + static_cast<int>(gridDim.x);
   }
   __device__ __forceinline__ Tile next() {
     if constexpr (Traits::kC.dynamic) fetched_ = __shfl_sync(~0u, fetched_, 0);
-    return decode(fetched_);
+    return decode(fetched_ + static_cast<int>(gridDim.x));
   }
 
   // The last CTA to finish leaves the counters as it found them.

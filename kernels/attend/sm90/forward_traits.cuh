@@ -15,11 +15,19 @@ constexpr int kStages = 2;      // of V, and of K unless a config says more
 // Named barriers, one per consumer warpgroup from these numbers on; 0 is __syncthreads.
 enum class NamedBarrier : int { kOrder = 1, kTailZeroed = 4, kQuantized = 7, kSquared = 10, kVote = 13 };
 
+// Key blocks [n_min, n_max) of one query tile, and its sequence.
+struct TileRange {
+  int len_q, len_k, off, q_start, k_start;
+  int n_min, n_max;
+  __device__ __forceinline__ int blocks() const { return n_max - n_min; }
+};
+
 struct Tile {
   int m_block = -1;  // -1: no more work
   int head = 0;
   int batch = 0;
   int split = 0;
+  TileRange range;  // of those that the producer hands over
 };
 
 template <typename T_, class Policy>

@@ -19,6 +19,7 @@ class SplitRows : public ConsumerCore<Traits> {
 
   __device__ __forceinline__ void store() {
     RowScale scale;
+    Core::join_sums();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Place place(*this, Core::row_of(r));
