@@ -67,4 +67,20 @@ inline std::vector<std::vector<float>> all_logits(generate::Model& model, size_t
   return logits;
 }
 
+// Reads the first `prompt` tokens of the manual at once and the others one by one, each with logits near `expected`.
+// Returns the prompt's.
+inline std::vector<float> expect_decoding(generate::Model& model, size_t prompt,
+                                          const std::vector<std::vector<float>>& expected, const std::string& where,
+                                          double tolerance = 1e-4) {
+  const std::vector<int32_t> tokens = manual(expected.size());
+  generate::KvCache cache =
+      model.make_cache(1, static_cast<int64_t>(expected.size()) + 30, generate::KvCache::Use::kManySteps);
+  const std::vector<float> last = model.prefill(std::span(tokens).first(prompt), cache);
+  for (size_t i = prompt; i < expected.size(); ++i) {
+    model.forward(std::span(tokens).subspan(i, 1), cache);
+    expect_close(model.logits(0), expected[i], "position " + std::to_string(i) + where, tolerance);
+  }
+  return last;
+}
+
 }  // namespace model_test

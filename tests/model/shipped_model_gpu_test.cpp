@@ -15,6 +15,7 @@ using generate::KvCache;
 using generate::Model;
 using model_test::all_logits;
 using model_test::expect_close;
+using model_test::expect_decoding;
 using model_test::largest_of;
 using model_test::loss;
 using model_test::manual;
@@ -62,14 +63,7 @@ TEST_F(ShippedModelOnTheGpu, DecodingFromACacheOfEightBitsStaysNearPrefill) {
   generate::ModelOptions options = on_cuda(DType::kBf16);
   options.cache = generate::CacheFormat::kE4m3;
   Model model(MODEL_FOLDER, options);
-  const std::vector<std::vector<float>> expected = all_logits(model, 200);
-  const std::vector<int32_t> tokens = manual(200);
-  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
-  model.prefill(std::span(tokens).first(120), cache);
-  for (size_t i = 120; i < 200; ++i) {
-    model.forward(std::span(tokens).subspan(i, 1), cache);
-    expect_close(model.logits(0), expected[i], "position " + std::to_string(i), 0.15);
-  }
+  expect_decoding(model, 120, all_logits(model, 200), "", 0.15);
 }
 
 TEST_F(ShippedModelOnTheGpu, Bf16IsTheDefault) {
@@ -82,14 +76,9 @@ TEST_F(ShippedModelOnTheGpu, DecodingTokenByTokenGivesTheLogitsOfPrefill) {
   for (const auto& type : kTypes) {
     Model model(MODEL_FOLDER, on_cuda(type.dtype));
     const std::vector<std::vector<float>> expected = all_logits(model, 200);
-    const std::vector<int32_t> tokens = manual(200);
-    KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
-    expect_close(model.prefill(std::span(tokens).first(120), cache), expected[119], "prefill", type.logits);
-    for (size_t i = 120; i < 200; ++i) {
-      model.forward(std::span(tokens).subspan(i, 1), cache);
-      expect_close(model.logits(0), expected[i], "position " + std::to_string(i) + ", " + dtype_name(type.dtype),
-                   type.logits);
-    }
+    const std::vector<float> prompt =
+        expect_decoding(model, 120, expected, std::string(", ") + dtype_name(type.dtype), type.logits);
+    expect_close(prompt, expected[119], "prefill", type.logits);
   }
 }
 

@@ -19,6 +19,7 @@ using generate::Model;
 using generate::ModelOptions;
 using model_test::all_logits;
 using model_test::expect_close;
+using model_test::expect_decoding;
 using model_test::largest_of;
 using model_test::loss;
 using model_test::manual;
@@ -51,26 +52,13 @@ TEST(ShippedModel, DecodingFromACacheOfEightBitsStaysNearPrefill) {
   ModelOptions narrow;
   narrow.cache = generate::CacheFormat::kE4m3;
   Model model(MODEL_FOLDER, narrow);
-  const std::vector<std::vector<float>> expected = all_logits(model, 200);
-  const std::vector<int32_t> tokens = manual(200);
-  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
-  model.prefill(std::span(tokens).first(120), cache);
-  for (size_t i = 120; i < 200; ++i) {
-    model.forward(std::span(tokens).subspan(i, 1), cache);
-    expect_close(model.logits(0), expected[i], "position " + std::to_string(i), 0.15);
-  }
+  expect_decoding(model, 120, all_logits(model, 200), "", 0.15);
 }
 
 TEST(ShippedModel, DecodingTokenByTokenGivesTheLogitsOfPrefill) {
   Model model(MODEL_FOLDER, {});
   const std::vector<std::vector<float>> expected = all_logits(model, 200);
-  const std::vector<int32_t> tokens = manual(200);
-  KvCache cache = model.make_cache(1, 230, KvCache::Use::kManySteps);
-  expect_close(model.prefill(std::span(tokens).first(120), cache), expected[119], "prefill");
-  for (size_t i = 120; i < 200; ++i) {
-    model.forward(std::span(tokens).subspan(i, 1), cache);
-    expect_close(model.logits(0), expected[i], "position " + std::to_string(i));
-  }
+  expect_close(expect_decoding(model, 120, expected, ""), expected[119], "prefill");
 }
 
 TEST(ShippedModel, PrefillInSeveralChunksGivesTheLogitsOfOneStep) {
