@@ -137,7 +137,7 @@ typedef int32_t adaattn_log_level_t;
 typedef void (*adaattn_log_fn)(void* user, adaattn_log_level_t level, const char* message);
 
 /* Sends messages at `level` and below to fn, which may be called from any thread, one call at a time. fn NULL
- * switches logging off, as it is at start: the library prints nothing of its own. */
+ * switches logging off, as at start: the library prints nothing of its own. Inside fn the callback cannot be set. */
 ADAATTN_API adaattn_status_t adaattn_set_log_callback(adaattn_log_fn fn, void* user, adaattn_log_level_t level);
 
 /* Number of usable devices of a kind. CPU: 1. CUDA: 0 without a driver, with one too old, or in a build without
@@ -154,7 +154,7 @@ typedef struct {
   char name[128];             /* the processor's own name */
   char isa[128];              /* CPU: the instruction sets usable here, best first, e.g. "amx avx512 avx2 baseline" */
 } adaattn_device_info_t;
-
+/* One device, of ids from 0 on. ADAATTN_ERROR_NO_DEVICE: no such id; ADAATTN_ERROR_NOT_BUILT: no such back-end. */
 ADAATTN_API adaattn_status_t adaattn_device_info(adaattn_device_t device, int32_t device_id,
                                                  adaattn_device_info_t* info);
 
@@ -205,26 +205,26 @@ ADAATTN_API adaattn_status_t adaattn_destroy(adaattn_context_t* context);
 typedef int32_t adaattn_option_t;
 /* Check that data pointers belong to the context's device (1, default on CUDA) or trust them (0). */
 #define ADAATTN_OPTION_CHECK_POINTERS 1
-/* Threads of the CPU back-end; settable while no call is running on the context. */
+/* Threads of a CPU context, 0 (all) to 4096; ADAATTN_ERROR_IN_USE while a call is running on the context. */
 #define ADAATTN_OPTION_NUM_THREADS 2
 /* The ADAATTN_ISA_* in use; settable like the number of threads (ADAATTN_ISA_AUTO chooses again). Plans keep the
  * set they were created with. */
 #define ADAATTN_OPTION_ISA 3
-/* Plans kept by adaattn_attention(); default 64. Setting it drops plans over the limit; 0 keeps none. */
+/* Plans kept by adaattn_attention(), 0 (none) to 65536; default 64. Setting it drops plans over the limit. */
 #define ADAATTN_OPTION_PLAN_CACHE_SIZE 4
 ADAATTN_API adaattn_status_t adaattn_set_option(adaattn_context_t* context, adaattn_option_t option, int64_t value);
 ADAATTN_API adaattn_status_t adaattn_get_option(adaattn_context_t* context, adaattn_option_t option, int64_t* value);
 
 /* ---- Problem ----------------------------------------------------------------------------------------------- */
 
-/* Fills a tensor view. stride NULL: contiguous, last dimension fastest. */
+/* Fills a tensor view of 1 to 4 dimensions. stride NULL: contiguous, last dimension fastest. data is not read. */
 ADAATTN_API adaattn_status_t adaattn_tensor_init(adaattn_tensor_t* tensor, void* data, adaattn_dtype_t dtype,
                                                  adaattn_device_t device, int32_t device_id, int32_t ndim,
                                                  const int64_t* shape, const int64_t* stride);
 
-struct DLTensor;
-/* Fills a tensor view from a DLPack DLTensor (CPU or CUDA, one lane, at most 4 dimensions) without a copy. */
-ADAATTN_API adaattn_status_t adaattn_tensor_from_dlpack(adaattn_tensor_t* tensor, const struct DLTensor* dl_tensor);
+/* The same from a DLPack tensor without a copy: CPU or CUDA, 1 to 4 dimensions, one lane of a dtype above. dl_tensor is
+ * a DLTensor*, whose type has no name that could be declared here. */
+ADAATTN_API adaattn_status_t adaattn_tensor_from_dlpack(adaattn_tensor_t* tensor, const void* dl_tensor);
 
 /* Order of the dimensions of q/o and of k/v. Strides are free, so each is a naming of dimensions, not a memory
  * layout.  BSHD [batch, seqlen, heads, head_dim] · BHSD [batch, heads, seqlen, head_dim] · THD [total tokens,
@@ -353,7 +353,7 @@ ADAATTN_API adaattn_status_t adaattn_io_init(adaattn_io_t* io, size_t size);
 
 typedef int32_t adaattn_policy_t;
 #define ADAATTN_POLICY_EXACT 0   /* default: as if no descriptor was given */
-#define ADAATTN_POLICY_QUALITY 1 /* the named policies set every field but the precisions, memory and seed */
+#define ADAATTN_POLICY_QUALITY 1 /* named policies set probe, tile_mass and the fields from probe_rank to min_rank */
 #define ADAATTN_POLICY_BALANCED 2
 #define ADAATTN_POLICY_SPEED 3
 #define ADAATTN_POLICY_CUSTOM 4 /* the fields below, each 0 taking the BALANCED value */
@@ -393,8 +393,8 @@ typedef int32_t adaattn_on_exceed_t;
 #define ADAATTN_ON_EXCEED_REPORT 0    /* default: heads measured over the tolerance are counted in the statistics */
 #define ADAATTN_ON_EXCEED_RECOMPUTE 1 /* and computed again exactly before the call returns */
 
-/* How much error to allow in exchange for time. Zero in a numeric field means the policy's own value. A plan with an
- * adaptive descriptor holds the feedback and the statistics of one layer: use one plan per layer. */
+/* How much error to allow in exchange for time. Zero means the policy's own value; what a named policy sets must stay
+ * zero. A plan with an adaptive descriptor holds the feedback and statistics of one layer: use one plan per layer. */
 typedef struct adaattn_adaptive_desc {
   size_t struct_size;
   adaattn_policy_t policy;
@@ -410,7 +410,7 @@ typedef struct adaattn_adaptive_desc {
   int64_t min_rank;                  /* 1..head_dim_v */
   adaattn_precision_t min_precision; /* default: the input's own */
   adaattn_precision_t max_precision;
-  int64_t verify_rows; /* rows per head recomputed exactly to measure the error; -1: none */
+  int64_t verify_rows; /* rows per head recomputed exactly to measure the error, at most 4096; -1: none */
   adaattn_switch_t feedback;
   adaattn_on_exceed_t on_exceed;
   adaattn_switch_t freeze; /* ON: the first call's decisions are kept for the following ones; default OFF */
@@ -466,7 +466,7 @@ typedef int32_t adaattn_field_t;
 #define ADAATTN_FIELD_BLOCK_TABLE 4
 
 /* flags of adaattn_plan_get_stats(). */
-#define ADAATTN_STATS_WAIT 1u  /* finish the plan's enqueued work first; without it, the latest snapshot */
+#define ADAATTN_STATS_WAIT 1u  /* finish enqueued work first (not while capturing); without it, a snapshot */
 #define ADAATTN_STATS_RESET 2u /* and set the counters to zero */
 
 typedef struct adaattn_plan_stats {
@@ -513,7 +513,7 @@ typedef struct adaattn_plan_stats {
 
 ADAATTN_API adaattn_status_t adaattn_plan_get_stats(adaattn_plan_t* plan, uint32_t flags, adaattn_plan_stats_t* stats);
 
-/* The newest call's decisions for one (batch, query head), adaptive plans only. */
+/* The newest call's decisions for one (batch, query head); exact plans have none. */
 typedef struct adaattn_head_stats {
   int64_t batch;
   int64_t head;
@@ -556,7 +556,7 @@ ADAATTN_API adaattn_status_t adaattn_attention(adaattn_context_t* context, const
  * context parallelism):  lse = ln(e^lse_a + e^lse_b),  o = o_a e^(lse_a - lse) + o_b e^(lse_b - lse).
  * o* [..., head_dim_v], 3 or 4 dimensions BSHD or THD order [.., seqlen, heads, head_dim], one dtype for the three
  * or f32 inputs with a narrower o; lse* f32 [batch, heads, seqlen] or [heads, tokens]. lse may be absent; o and
- * lse may be the very views o_a and lse_a (in place). -inf on both sides gives o = 0, lse = -inf. */
+ * lse may be the very views o_a and lse_a (in place). -inf on both sides gives o = 0, lse = -inf. Capture-safe. */
 ADAATTN_API adaattn_status_t adaattn_merge(adaattn_context_t* context, const adaattn_tensor_t* o_a,
                                            const adaattn_tensor_t* lse_a, const adaattn_tensor_t* o_b,
                                            const adaattn_tensor_t* lse_b, const adaattn_tensor_t* o,
@@ -564,8 +564,8 @@ ADAATTN_API adaattn_status_t adaattn_merge(adaattn_context_t* context, const ada
 
 /* ---- Tools ------------------------------------------------------------------------------------------------- */
 
-/* Each tool has a workspace query; workspace NULL with 0 bytes uses the context's hook, as in execute. Matrices are
- * the last two dimensions of f32 tensors of 2 to 4 dimensions with free strides; the leading ones are the batch. */
+/* Workspaces are as in execute; a tool without a query takes none. Matrices are the last two dimensions of f32 tensors
+ * of 2 to 4 dimensions with free strides, leading ones are the batch. Streams and captures: as in execute. */
 
 typedef int32_t adaattn_entropy_mode_t;
 #define ADAATTN_ENTROPY_EXACT 0   /* every query row */
@@ -597,9 +597,9 @@ typedef struct adaattn_low_rank_desc {
   int64_t batch;            /* matrices in a call, default 1 */
   int64_t rows;             /* m */
   int64_t cols;             /* n */
-  int64_t rank;             /* r, 1..min(m, n) */
+  int64_t rank;             /* r, 1..min(m, n); CUDA: with oversampling at most 1024 where min(m, n) is above that */
   int64_t oversampling;     /* default 8 */
-  int64_t power_iterations; /* default 2 */
+  int64_t power_iterations; /* default 2, at most 1000 */
   uint64_t seed;
 } adaattn_low_rank_desc_t;
 
@@ -615,10 +615,10 @@ ADAATTN_API adaattn_status_t adaattn_low_rank(adaattn_context_t* context, const 
                                               const adaattn_tensor_t* s, const adaattn_tensor_t* v, void* workspace,
                                               size_t workspace_bytes, adaattn_stream_t stream);
 
-/* Projects rows on a basis and measures what is lost: y = (a - mean) basis,
- * row_residual_i = ||(a_i - mean) - y_i basis^T||_2, residual = ||rows' residuals||_2 / ||a - mean||_F (0 for a
- * zero matrix). a [.., m, n]; basis [.., n, r] with orthonormal columns; mean [.., n] or NULL for 0; y [.., m, r],
- * row_residual [.., m] and residual [.., 1] (or no last dimension), each NULL if not wanted, at least one given. */
+/* Projects rows on a basis: y = (a - mean) basis, row_residual_i = ||(a_i - mean) - y_i basis^T||_2, residual =
+ * ||rows' residuals||_2 / ||a - mean||_F (0 for a zero matrix). a [.., m, n]; basis [.., n, r], orthonormal columns;
+ * mean [.., n] or NULL for 0; y [.., m, r], row_residual [.., m], residual [.., 1] or [..]: at least one of the three.
+ * CUDA: n + r <= 5632; residual takes memory from the context's hook, which a capture refuses. */
 ADAATTN_API adaattn_status_t adaattn_low_rank_project(adaattn_context_t* context, const adaattn_tensor_t* a,
                                                       const adaattn_tensor_t* basis, const adaattn_tensor_t* mean,
                                                       const adaattn_tensor_t* y, const adaattn_tensor_t* row_residual,
@@ -635,7 +635,7 @@ ADAATTN_API adaattn_status_t adaattn_effective_rank(adaattn_context_t* context, 
                                                     size_t workspace_bytes, adaattn_stream_t stream);
 
 /* Largest singular value by power iteration on a^T a from a seeded start, at most max_iterations (0: 1000), until
- * the estimate changes by less than `tolerance` relatively (0: 1e-6). a [.., m, n]; norms f32, one per matrix. */
+ * the estimate changes by less than `tolerance` < 1 relatively (0: 1e-6). a [.., m, n]; norms f32, one per matrix. */
 ADAATTN_API adaattn_status_t adaattn_spectral_norm_workspace_size(adaattn_context_t* context, const adaattn_tensor_t* a,
                                                                   size_t* bytes);
 ADAATTN_API adaattn_status_t adaattn_spectral_norm(adaattn_context_t* context, const adaattn_tensor_t* a,

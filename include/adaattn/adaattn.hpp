@@ -186,6 +186,13 @@ adaattn_tensor_t tensor(T* data, std::initializer_list<int64_t> shape, std::init
   return tensor(static_cast<const void*>(data), DtypeOf<std::remove_const_t<T>>::value, shape, stride, device);
 }
 
+// A view of another framework's tensor, without a copy. dl_tensor is a DLTensor*.
+inline Result<adaattn_tensor_t> tensor_from_dlpack(const void* dl_tensor) {
+  adaattn_tensor_t view = {};
+  if (Status status = adaattn_tensor_from_dlpack(&view, dl_tensor); !status.ok()) return status;
+  return view;
+}
+
 // NULL data and 0 bytes: the library allocates.
 struct Workspace {
   void* data = nullptr;
@@ -288,17 +295,18 @@ class Context {
     return value;
   }
 
-  Status check_support(const adaattn_attn_desc_t& desc) const {
-    return adaattn_check_support(get(), &desc, nullptr, nullptr, 0);
+  // Here and below, adaptive NULL: exact.
+  Status check_support(const adaattn_attn_desc_t& desc, const adaattn_adaptive_desc_t* adaptive = nullptr) const {
+    return adaattn_check_support(get(), &desc, adaptive, nullptr, 0);
   }
-  // adaptive NULL: exact.
   Result<Plan> make_plan(const adaattn_attn_desc_t& desc, const adaattn_adaptive_desc_t* adaptive = nullptr) const {
     adaattn_plan_t* plan = nullptr;
     if (Status status = adaattn_plan_create(get(), &desc, adaptive, &plan); !status.ok()) return status;
     return Plan(context_, plan);
   }
-  Status attention(const adaattn_attn_desc_t& desc, const adaattn_io_t& io, adaattn_stream_t stream = nullptr) const {
-    return adaattn_attention(get(), &desc, nullptr, &io, stream);
+  Status attention(const adaattn_attn_desc_t& desc, const adaattn_io_t& io, adaattn_stream_t stream = nullptr,
+                   const adaattn_adaptive_desc_t* adaptive = nullptr) const {
+    return adaattn_attention(get(), &desc, adaptive, &io, stream);
   }
   Status merge(const adaattn_tensor_t& o_a, const adaattn_tensor_t& lse_a, const adaattn_tensor_t& o_b,
                const adaattn_tensor_t& lse_b, const adaattn_tensor_t& o, const adaattn_tensor_t& lse = {},

@@ -3,6 +3,9 @@
 #include "capi/guard.h"
 #include "core/check_tensor.h"
 
+namespace adaattn::capi {
+namespace {
+
 // DLPack's DLTensor as its header lays it out since v0.2 (C ABI, unchanged in 1.x); only what a conversion reads.
 // https://dmlc.github.io/dlpack/latest/c_api.html
 struct DLTensor {
@@ -21,9 +24,6 @@ struct DLTensor {
   int64_t* strides;  // in elements; NULL: contiguous
   uint64_t byte_offset;
 };
-
-namespace adaattn::capi {
-namespace {
 
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLCUDAManaged = 13;
 constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLFloat8E4M3fn = 10;
@@ -49,8 +49,8 @@ adaattn_tensor_t make_tensor(void* data, adaattn_dtype_t dtype, adaattn_device_t
     t.shape[i] = shape[i];
     t.stride[i] = stride != nullptr ? stride[i] : step;
     if (stride == nullptr && shape[i] > 0 && __builtin_mul_overflow(step, shape[i], &step))
-      fail(ADAATTN_ERROR_SIZE_OVERFLOW, "shape[%d] is %" PRId64 "; the number of elements exceeds 64 bits", i,
-           shape[i]);
+      fail(ADAATTN_ERROR_SIZE_OVERFLOW,
+           "shape[%d] is %" PRId64 "; accepted: shapes whose number of elements fits 64 bits", i, shape[i]);
   }
   return t;
 }
@@ -94,7 +94,8 @@ adaattn_tensor_t from_dlpack(const DLTensor& t) {
   require(t.shape, "dl_tensor.shape");
   const uintptr_t address = reinterpret_cast<uintptr_t>(t.data);
   if (t.byte_offset > UINTPTR_MAX - address)
-    fail(ADAATTN_ERROR_SIZE_OVERFLOW, "dl_tensor.byte_offset is %" PRIu64 "; from %p it leaves the address space",
+    fail(ADAATTN_ERROR_SIZE_OVERFLOW,
+         "dl_tensor.byte_offset is %" PRIu64 "; accepted: one that stays in the address space from %p on",
          t.byte_offset, t.data);
   return make_tensor(reinterpret_cast<void*>(address + t.byte_offset), dtype, device,
                      device == ADAATTN_DEVICE_CPU ? 0 : t.device.device_id, t.ndim, t.shape, t.strides);
@@ -116,10 +117,10 @@ adaattn_status_t adaattn_tensor_init(adaattn_tensor_t* tensor, void* data, adaat
   });
 }
 
-adaattn_status_t adaattn_tensor_from_dlpack(adaattn_tensor_t* tensor, const struct DLTensor* dl_tensor) {
+adaattn_status_t adaattn_tensor_from_dlpack(adaattn_tensor_t* tensor, const void* dl_tensor) {
   return capi::guarded([&] {
     adaattn_tensor_t& out = capi::require(tensor, "tensor");
-    out = capi::from_dlpack(capi::require(dl_tensor, "dl_tensor"));
+    out = capi::from_dlpack(capi::require(static_cast<const capi::DLTensor*>(dl_tensor), "dl_tensor"));
   });
 }
 

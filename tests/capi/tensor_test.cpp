@@ -5,8 +5,9 @@
 
 #include "capi/call.h"
 
-// As DLPack's header has it (https://dmlc.github.io/dlpack/latest/c_api.html).
-struct DLTensor {
+// As DLPack's header has it (https://dmlc.github.io/dlpack/latest/c_api.html): a struct without a tag, which a
+// declaration of struct DLTensor in adaattn.h would contradict.
+typedef struct {
   void* data;
   int32_t device_type, device_id;
   int32_t ndim;
@@ -15,7 +16,7 @@ struct DLTensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
-};
+} DLTensor;
 static_assert(sizeof(DLTensor) == 48);
 
 namespace adaattn::test {
@@ -33,6 +34,7 @@ class TensorInit : public testing::Test {
   void expect_refused(adaattn_status_t got, adaattn_status_t expected, const char* text) {
     EXPECT_EQ(got, expected);
     EXPECT_EQ(last_error().rfind(text, 0), 0u) << last_error();
+    EXPECT_NE(last_error().find("; accepted"), std::string::npos) << last_error();
     EXPECT_EQ(std::memcmp(&tensor_, &before_, sizeof tensor_), 0);
   }
 

@@ -338,6 +338,7 @@ void fuzz_small_calls(Input& in) {
   adaattn_config_init(reinterpret_cast<adaattn_config_t*>(block.get()), size);
   adaattn_attn_desc_init(reinterpret_cast<adaattn_attn_desc_t*>(block.get()), size);
   adaattn_io_init(reinterpret_cast<adaattn_io_t*>(block.get()), size);
+  adaattn_adaptive_desc_init(reinterpret_cast<adaattn_adaptive_desc_t*>(block.get()), size);
   adaattn_entropy_desc_init(reinterpret_cast<adaattn_entropy_desc_t*>(block.get()), size);
   adaattn_low_rank_desc_init(reinterpret_cast<adaattn_low_rank_desc_t*>(block.get()), size);
 
@@ -358,7 +359,7 @@ void fuzz_small_calls(Input& in) {
     uint64_t byte_offset;
   } dl = {block.get(), small(),   small(), std::clamp(small(), -1, 5),    in.byte(),
           in.byte(),   in.byte(), shape,   number % 2 ? stride : nullptr, interesting(in)};
-  adaattn_tensor_from_dlpack(&view, reinterpret_cast<const DLTensor*>(&dl));
+  adaattn_tensor_from_dlpack(&view, &dl);
 
   adaattn_status_name(small());
   adaattn_status_string(small());
