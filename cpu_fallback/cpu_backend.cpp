@@ -35,14 +35,14 @@ CpuBackend::CpuBackend(const BackendConfig& config)
 
 void CpuBackend::check_stream(adaattn_stream_t stream, bool) const {
   if (stream != nullptr)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "stream is %p; on the CPU it must be NULL", static_cast<void*>(stream));
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "stream is %p; accepted on the CPU: NULL", static_cast<void*>(stream));
 }
 
 void CpuBackend::set_option(adaattn_option_t option, int64_t value) {
   switch (option) {
     case ADAATTN_OPTION_NUM_THREADS:
       if (value < 0 || value > 4096)
-        fail(ADAATTN_ERROR_INVALID_ARGUMENT, "num_threads is %lld; accepted are 0 (all available) to 4096",
+        fail(ADAATTN_ERROR_INVALID_ARGUMENT, "num_threads is %lld; accepted: 0 (all available) to 4096",
              static_cast<long long>(value));
       pool_.set_num_threads(static_cast<int32_t>(value));
       return;
@@ -51,7 +51,8 @@ void CpuBackend::set_option(adaattn_option_t option, int64_t value) {
       log_message(ADAATTN_LOG_INFO, "cpu: isa %s", isa_name(isa_));
       return;
     default:
-      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option %d is not one of the CPU back-end", static_cast<int>(option));
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option is %d; accepted by the CPU back-end: 2 (NUM_THREADS), 3 (ISA)",
+           static_cast<int>(option));
   }
 }
 
@@ -62,7 +63,8 @@ int64_t CpuBackend::get_option(adaattn_option_t option) const {
     case ADAATTN_OPTION_ISA:
       return isa_;
     default:
-      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option %d is not one of the CPU back-end", static_cast<int>(option));
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "option is %d; accepted by the CPU back-end: 2 (NUM_THREADS), 3 (ISA)",
+           static_cast<int>(option));
   }
 }
 

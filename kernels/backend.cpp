@@ -42,10 +42,10 @@ void check_device_id(int32_t device_id) {
   std::string reason;
   adaattn_status_t why = ADAATTN_ERROR_NO_DEVICE;
   const int32_t count = cuda::usable_devices(&reason, &why);
-  if (count == 0) fail(why, "device: CUDA: %s", reason.c_str());
+  if (count == 0) fail(why, "device is 2 (CUDA): %s", reason.c_str());
   if (device_id < 0 || device_id >= count)
-    fail(ADAATTN_ERROR_NO_DEVICE, "device_id: %d; this process sees %d CUDA devices, 0 to %d", device_id, count,
-         count - 1);
+    fail(ADAATTN_ERROR_NO_DEVICE, "device_id is %d; accepted: 0 to %d, the CUDA devices that this process sees",
+         device_id, count - 1);
 }
 
 // Stream-ordered memory from a pool of the back-end's own, so that the caller's default pool keeps its settings.
@@ -93,11 +93,13 @@ class CudaBackend final : public Backend {
       : device_id_(config.device_id), traits_(traits_of(config.device_id)), allocator_(config.allocator) {
     if (traits_.compute_capability < 80)
       fail(ADAATTN_ERROR_NOT_SUPPORTED,
-           "device_id: device %d has compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device_id_,
+           "config.device_id is %d, of compute capability %d.%d; accepted: a device of 8.0 or newer", device_id_,
            traits_.compute_capability / 10, traits_.compute_capability % 10);
     if (allocator_.alloc == nullptr) {
       if (attribute(cudaDevAttrMemoryPoolsSupported, device_id_) == 0)
-        fail(ADAATTN_ERROR_NOT_SUPPORTED, "alloc: device %d has no stream-ordered memory pools; set the memory hooks",
+        fail(ADAATTN_ERROR_NOT_SUPPORTED,
+             "config.alloc is NULL; accepted on device %d, which has no stream-ordered memory pools: hooks of the "
+             "caller's",
              device_id_);
       const DeviceScope scope(device_id_);
       pool_ = std::make_unique<PoolAllocator>(device_id_);
@@ -124,17 +126,18 @@ class CudaBackend final : public Backend {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &status), "stream");
     if (status == cudaStreamCaptureStatusInvalidated)
-      fail(ADAATTN_ERROR_CAPTURE, "stream: its capture has been invalidated");
+      fail(ADAATTN_ERROR_CAPTURE,
+           "stream has an invalidated capture; accepted: a stream outside a capture or in a valid one");
     if (status == cudaStreamCaptureStatusActive) {
       if (will_allocate)
         fail(ADAATTN_ERROR_CAPTURE,
-             "workspace: NULL while the stream is being captured; pass a workspace, memory cannot be allocated then");
+             "workspace is NULL while the stream is being captured; accepted: a workspace of the caller's");
       return;
     }
     int stream_device = device_id_;
     if (stream != nullptr && cudaStreamGetDevice(stream, &stream_device) == cudaSuccess && stream_device != device_id_)
-      fail(ADAATTN_ERROR_WRONG_DEVICE, "stream: belongs to CUDA device %d; the context is on device %d", stream_device,
-           device_id_);
+      fail(ADAATTN_ERROR_WRONG_DEVICE, "stream belongs to CUDA device %d; accepted: one of device %d, the context's",
+           stream_device, device_id_);
   }
 
   void check_pointer(const void* pointer, const char* field) const override {
@@ -147,22 +150,25 @@ class CudaBackend final : public Backend {
         return;
       case cudaMemoryTypeDevice:
         if (attributes.device == device_id_) return;
-        fail(ADAATTN_ERROR_WRONG_DEVICE, "%s: %p is memory of CUDA device %d; the context is on device %d", field,
-             pointer, attributes.device, device_id_);
+        fail(ADAATTN_ERROR_WRONG_DEVICE,
+             "%s is %p, memory of CUDA device %d; accepted: memory of device %d, the context's", field, pointer,
+             attributes.device, device_id_);
       case cudaMemoryTypeHost:
         if (attributes.devicePointer == pointer) return;
         [[fallthrough]];
       default:
-        fail(ADAATTN_ERROR_WRONG_DEVICE, "%s: %p is host memory; pass memory of CUDA device %d", field, pointer,
+        fail(ADAATTN_ERROR_WRONG_DEVICE, "%s is %p, host memory; accepted: memory of CUDA device %d", field, pointer,
              device_id_);
     }
   }
 
   void set_option(adaattn_option_t, int64_t) override {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "option: threads and instruction sets are options of CPU contexts");
+    fail(ADAATTN_ERROR_NOT_SUPPORTED,
+         "option is one of CPU contexts; accepted on CUDA: 1 (CHECK_POINTERS), 4 (PLAN_CACHE_SIZE)");
   }
   int64_t get_option(adaattn_option_t) const override {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "option: threads and instruction sets are options of CPU contexts");
+    fail(ADAATTN_ERROR_NOT_SUPPORTED,
+         "option is one of CPU contexts; accepted on CUDA: 1 (CHECK_POINTERS), 4 (PLAN_CACHE_SIZE)");
   }
 
   PlanInfo select(const Problem& problem) const override {

@@ -75,7 +75,7 @@ class AttentionPlan {
   virtual std::vector<HeadRecord> head_records() { return {}; }
   // batch and head lie within the plan's Problem.
   virtual TileMap tile_map(int64_t /*batch*/, int64_t /*head*/) {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "this plan computes every tile exactly and keeps no tile maps");
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "plan computes every tile exactly; accepted: one that skips tiles");
   }
 };
 

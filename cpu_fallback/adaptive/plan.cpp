@@ -71,7 +71,8 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
     const size_t least = fixed + layout.unit_bytes;
     if (o.max_workspace_bytes < least)
       fail(ADAATTN_ERROR_NOT_SUPPORTED,
-           "adaptive.max_workspace_bytes is %llu; one KV head of this problem takes %zu on %lld threads",
+           "adaptive.max_workspace_bytes is %llu; accepted: 0 (no limit), or at least %zu for one key head on %lld "
+           "threads",
            static_cast<unsigned long long>(o.max_workspace_bytes), least, static_cast<long long>(lanes));
     const auto fit = static_cast<int64_t>((o.max_workspace_bytes - fixed) / layout.unit_bytes);
     layout.units = std::min(layout.units, fit);
@@ -124,7 +125,7 @@ class AdaptivePlan final : public AttentionPlan {
 
   void execute(const AttnParams& params, void* workspace, size_t workspace_bytes, adaattn_stream_t stream) override {
     if (workspace_bytes < info_.workspace_bytes)
-      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; the plan needs %zu", workspace_bytes,
+      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; accepted: %zu or more", workspace_bytes,
            info_.workspace_bytes);
     statistics_.begin_call();
     if (whole_exact_) {
@@ -378,7 +379,7 @@ PlanInfo select_adaptive(const Problem& given, adaattn_isa_t isa, int32_t num_th
   const auto own = static_cast<int32_t>(input_precision(problem.dtype_kv));
   if (static_cast<int32_t>(o.max_precision) < own)
     fail(ADAATTN_ERROR_NOT_SUPPORTED,
-         "adaptive.max_precision is %d; the CPU computes with the input's own precision, %d",
+         "adaptive.max_precision is %d; accepted on the CPU: 0 (the input's own), or %d and above",
          static_cast<int>(o.max_precision), own);
   const bool bf16 = kernels_for(problem, isa).pack_keys != nullptr;
   info.kernel = (bf16 ? "adaptive_bf16_" : "adaptive_f32_") + info.isa;

@@ -57,7 +57,8 @@ uint64_t* TileMaps::bits_of_unit(int64_t b, int64_t kv_head) {
 
 TileMap TileMaps::read(int64_t b, int64_t head, bool all_exact) const {
   if (bits_.empty())
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "the tile maps of all heads of this plan take %zu bytes; kept are up to %zu",
+    fail(ADAATTN_ERROR_NOT_SUPPORTED,
+         "plan has tile maps of %zu bytes; accepted: one whose maps of all heads at its maxima take at most %zu",
          wanted_bytes_, kMaxBytes);
   const Extent& extent = extents_[static_cast<size_t>(b)];
   TileMap map;

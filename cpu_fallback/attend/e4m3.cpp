@@ -68,7 +68,7 @@ class E4m3Plan final : public AttentionPlan {
 
   void execute(const AttnParams& p, void* workspace, size_t workspace_bytes, adaattn_stream_t stream) override {
     if (workspace_bytes < info_.workspace_bytes)
-      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; the plan needs %zu", workspace_bytes,
+      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; accepted: %zu or more", workspace_bytes,
            info_.workspace_bytes);
     const auto start = (reinterpret_cast<uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment;
     auto* lengths = reinterpret_cast<int32_t*>(start);

@@ -22,7 +22,8 @@ void check_problem(const Problem& p) {
   } dtypes[] = {{"dtype_q", p.dtype_q}, {"dtype_kv", p.dtype_kv}, {"dtype_o", p.dtype_o}};
   for (const auto& [name, dtype] : dtypes)
     if (!floating(dtype))
-      fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s is %d; the CPU computes F32, F16 and BF16", name, static_cast<int>(dtype));
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "desc.%s is %d; accepted on the CPU: F32, F16, BF16", name,
+           static_cast<int>(dtype));
   // Key indices and positions are 32-bit inside the kernels.
   constexpr int64_t kLimit = int64_t{1} << 30;
   const struct {
@@ -31,8 +32,8 @@ void check_problem(const Problem& p) {
   } sizes[] = {{"max_seqlen_q", p.max_seqlen_q}, {"max_seqlen_k", p.max_seqlen_k}};
   for (const auto& [name, value] : sizes)
     if (value > kLimit)
-      fail(ADAATTN_ERROR_NOT_SUPPORTED, "%s is %lld; the CPU takes at most %lld", name, static_cast<long long>(value),
-           static_cast<long long>(kLimit));
+      fail(ADAATTN_ERROR_NOT_SUPPORTED, "desc.%s is %lld; accepted on the CPU: at most %lld", name,
+           static_cast<long long>(value), static_cast<long long>(kLimit));
 }
 
 const char* prefill_name(const Problem& p, const KernelTable& kernels) {
@@ -61,7 +62,7 @@ class CpuAttentionPlan final : public AttentionPlan {
 
   void execute(const AttnParams& params, void* workspace, size_t workspace_bytes, adaattn_stream_t) override {
     if (workspace_bytes < info_.workspace_bytes)
-      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; the plan needs %zu", workspace_bytes,
+      fail(ADAATTN_ERROR_WORKSPACE_TOO_SMALL, "workspace_bytes is %zu; accepted: %zu or more", workspace_bytes,
            info_.workspace_bytes);
     char* memory = align_up(workspace);
     prefill(params, memory);

@@ -114,13 +114,14 @@ adaattn_isa_t resolve_isa(int64_t requested) {
   const char* name =
       requested == static_cast<adaattn_isa_t>(requested) ? isa_name(static_cast<adaattn_isa_t>(requested)) : nullptr;
   if (name == nullptr)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "isa is %lld; accepted are the ADAATTN_ISA_* constants, 0 to 5",
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "isa is %lld; accepted: the ADAATTN_ISA_* constants, 0 to 5",
          static_cast<long long>(requested));
   for (const IsaRow& row : kIsas) {
     if (requested != ADAATTN_ISA_AUTO && requested != row.isa) continue;
     if (row.available()) return row.isa;
   }
-  fail(ADAATTN_ERROR_NOT_SUPPORTED, "isa %s is not available here; available: %s", name, available_isas().c_str());
+  fail(ADAATTN_ERROR_NOT_SUPPORTED, "isa is %lld (%s); accepted on this processor: auto %s",
+       static_cast<long long>(requested), name, available_isas().c_str());
 }
 
 const KernelTable* kernels_of(adaattn_isa_t isa) {

@@ -110,7 +110,8 @@ void run_item(const ToolContext& context, const EntropyParams& p, const Layout& 
 size_t entropy_workspace(const ToolContext& context, const Problem& problem, const EntropyParams& params) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // key indices and positions are 32-bit inside the kernel
   if (problem.max_seqlen_q > kLimit || problem.max_seqlen_k > kLimit)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_seqlen_q is %lld and max_seqlen_k %lld; the CPU takes at most %lld",
+    fail(ADAATTN_ERROR_NOT_SUPPORTED,
+         "attn.max_seqlen_q is %lld and attn.max_seqlen_k %lld; accepted on the CPU: at most %lld",
          static_cast<long long>(problem.max_seqlen_q), static_cast<long long>(problem.max_seqlen_k),
          static_cast<long long>(kLimit));
   Arena arena;

@@ -34,30 +34,33 @@ const AttendKernel* find_int8(const Problem& p, uint32_t features) {
 
 void check_options(const Options& o) {
   if (o.tiles && o.min_level != decide::kDenseLevel)
-    refuse("adaptive.tile_mass: %.3f is kept at least; 8-bit attention computes every tile: set 1",
+    refuse("adaptive.tile_mass keeps %.3f at least; accepted for 8-bit attention, which computes every tile: 1",
            decide::level_mass(o.min_level) / 65536.0);
   if (o.rank_mode != decide::RankMode::kOff)
-    refuse("adaptive.rank_mode is %d; 8-bit attention does not project V: set ADAATTN_RANK_OFF (%d)",
+    refuse("adaptive.rank_mode is %d; accepted for 8-bit attention, which does not project V: %d (OFF)",
            static_cast<int>(o.rank_mode) + ADAATTN_RANK_OFF, ADAATTN_RANK_OFF);
   if (o.verify_rows > 0)
-    refuse("adaptive.verify_rows is %d; attention in 8 bits is not verified on CUDA: set -1", o.verify_rows);
+    refuse("adaptive.verify_rows is %d; accepted for 8-bit attention, which CUDA does not verify: -1", o.verify_rows);
 }
 
 void check_shape(const Problem& p, const DeviceTraits& device) {
   if (device.compute_capability != 90)
-    refuse("adaptive.max_precision is I8: 8-bit attention needs a device of compute capability 9.0, this one has %d.%d",
+    refuse("adaptive.max_precision is 1 (I8); accepted on devices of compute capability 9.0, this one has %d.%d",
            device.compute_capability / 10, device.compute_capability % 10);
-  if (p.dtype_q == Dtype::kF32) refuse("dtype_q: F32; 8-bit attention takes F16 and BF16");
-  if (p.dtype_o != p.dtype_q) refuse("dtype_o: 8-bit attention writes dtype_q");
+  if (p.dtype_q == Dtype::kF32) refuse("desc.dtype_q is 1 (F32); accepted for 8-bit attention: F16, BF16");
+  if (p.dtype_o != p.dtype_q) refuse("desc.dtype_o differs from desc.dtype_q; accepted for 8-bit attention: the same");
   if (p.d_qk != p.d_v || (p.d_qk != 64 && p.d_qk != 128))
-    refuse("head_dim_qk: %lld with head_dim_v %lld; 8-bit attention takes 64 or 128 for both",
+    refuse("desc.head_dim_qk is %lld with desc.head_dim_v %lld; accepted for 8-bit attention: 64 or 128 for both",
            static_cast<long long>(p.d_qk), static_cast<long long>(p.d_v));
-  if (p.softcap > 0) refuse("softcap: %g; 8-bit attention has none", static_cast<double>(p.softcap));
-  if (!(p.scale > 0)) refuse("scale: %g; 8-bit attention takes scales > 0", static_cast<double>(p.scale));
-  if (p.alibi) refuse("flags: ALIBI; 8-bit attention has no slopes");
-  if (p.bias) refuse("flags: BIAS; 8-bit attention has none");
-  if (p.want_entropy) refuse("outputs: ENTROPY; 8-bit attention does not compute it");
-  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED; 8-bit attention takes BSHD, BHSD and THD");
+  if (p.softcap > 0) refuse("desc.softcap is %g; accepted for 8-bit attention: 0", static_cast<double>(p.softcap));
+  if (!(p.scale > 0))
+    refuse("desc.scale is %g; accepted for 8-bit attention: 0 (1/sqrt(head_dim_qk)) or more",
+           static_cast<double>(p.scale));
+  if (p.alibi) refuse("desc.flags has ALIBI; accepted for 8-bit attention: SINK");
+  if (p.bias) refuse("desc.flags has BIAS; accepted for 8-bit attention: SINK");
+  if (p.want_entropy) refuse("desc.outputs has ENTROPY; accepted for 8-bit attention: LSE");
+  if (p.layout_kv == Layout::kPaged)
+    refuse("desc.layout_kv is 4 (PAGED); accepted for 8-bit attention: BSHD, BHSD, THD");
 }
 
 PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device);
@@ -83,7 +86,9 @@ class Int8Plan final : public AttentionPlan {
     const bool lengths_known = lengths_on_host(params);
     if (params.batch > 0 && params.seqlen_q > 0 && params.total_q > 0) {
       if ((call_features(params) & kUnaligned) != 0)
-        refuse("q, k, v, o: 8-bit attention needs rows that start on 16 bytes");
+        refuse(
+            "io.q, k, v or o has rows off a multiple of 16 bytes; accepted for 8-bit attention: rows that start on 16 "
+            "bytes");
       const DeviceScope scope(device_id_);
       AttendArgs args = make_args(params, problem_, launch_of(params), nullptr);
       args.scheduler = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
@@ -180,8 +185,10 @@ PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device) {
   check_problem(exact, device);
   const AttendKernel* kernel = find_int8(problem, masked(problem) ? kMasked : kPlain);
   if (kernel == nullptr || static_cast<int64_t>(kernel->shared_bytes) > device.shared_bytes)
-    refuse("adaptive.max_precision is I8: this build has no 8-bit kernel for head_dim %lld",
-           static_cast<long long>(problem.d_qk));
+    refuse(
+        "adaptive.max_precision is 1 (I8); accepted in this build, which has no 8-bit kernel of head_dim %lld: 0, 2 "
+        "and above",
+        static_cast<long long>(problem.d_qk));
   PlanInfo info;
   info.kernel = kernel->name;
   info.isa = "sm_90a";
@@ -194,7 +201,7 @@ PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device) {
       int8_tables_bytes(problem.max_batch, problem.heads_kv, problem.max_seqlen_k, problem.d_qk, problem.d_v);
   const uint64_t limit = problem.adaptive.max_workspace_bytes;
   if (limit != 0 && info.workspace_bytes > limit)
-    refuse("adaptive.max_workspace_bytes is %llu; K and V of this problem in 8 bits take %zu",
+    refuse("adaptive.max_workspace_bytes is %llu; accepted: 0 (no limit), or at least %zu for K and V in 8 bits",
            static_cast<unsigned long long>(limit), info.workspace_bytes);
   return info;
 }

@@ -116,7 +116,9 @@ class TilePlan final : public AttentionPlan {
     ++calls_;
     if (params.batch == 0 || params.seqlen_q == 0 || params.total_q == 0) return;
     if ((call_features(params) & kUnaligned) != 0)
-      refuse("q, k, v, o: adaptive attention on CUDA needs rows that start on 16 bytes");
+      refuse(
+          "io.q, k, v or o has rows off a multiple of 16 bytes; accepted for policies on CUDA: rows that start on 16 "
+          "bytes");
     const DeviceScope scope(device_id_);
     Launch launch;
     AttendArgs common = make_args(params, problem_, launch, nullptr);
@@ -348,7 +350,10 @@ TileMap TilePlan::tile_map(int64_t batch, int64_t head) {
   if (memory_ == nullptr) return AttentionPlan::tile_map(batch, head);
   const TableShape& s = sizes_.shape;
   if (targets_.map == nullptr)
-    refuse("the tile maps of all heads of this plan take more than the %zu bytes that are kept", kMaxTileMapBytes);
+    refuse(
+        "plan has larger tile maps than are kept; accepted: one whose maps of all heads at its maxima take at most %zu "
+        "bytes",
+        kMaxTileMapBytes);
   if (batch >= newest_batch_) return {};
   const DeviceScope scope(device_id_);
   check(cudaDeviceSynchronize(), "waiting for the plan's work");

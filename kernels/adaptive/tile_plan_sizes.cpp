@@ -96,22 +96,26 @@ float compensation(const Problem& problem) { return static_cast<float>(rule_of(p
 
 void check_tile_options(const Options& o) {
   if (o.policy == decide::Policy::kCustom && o.probe != decide::Probe::kOff)
-    refuse("adaptive.probe is %d; CUDA contexts have no probe: set ADAATTN_PROBE_OFF (%d)",
+    refuse("adaptive.probe is %d; accepted on CUDA, which has no probe: %d (OFF)",
            static_cast<int>(o.probe) + ADAATTN_PROBE_OFF, ADAATTN_PROBE_OFF);
 }
 
 void check_tile_problem(const Problem& p, const DeviceTraits& device) {
   if (device.compute_capability != 90)
-    refuse("adaptive.policy: skipping tiles needs a device of compute capability 9.0, this one has %d.%d",
+    refuse("adaptive.policy is not EXACT; accepted on devices of compute capability 9.0, this one has %d.%d",
            device.compute_capability / 10, device.compute_capability % 10);
   if (p.dtype_q != Dtype::kBF16 || p.dtype_o != Dtype::kBF16)
-    refuse("dtype_q: adaptive attention on CUDA takes and writes BF16");
+    refuse("desc.dtype_q is %d with desc.dtype_o %d; accepted for policies on CUDA: BF16 for both",
+           static_cast<int>(p.dtype_q), static_cast<int>(p.dtype_o));
   if (p.d_qk != kHeadDim || p.d_v != kHeadDim)
-    refuse("head_dim_qk: %lld with head_dim_v %lld; adaptive attention on CUDA takes 128 for both",
+    refuse("desc.head_dim_qk is %lld with desc.head_dim_v %lld; accepted for policies on CUDA: 128 for both",
            static_cast<long long>(p.d_qk), static_cast<long long>(p.d_v));
-  if (!(p.scale > 0)) refuse("scale: %g; adaptive attention on CUDA takes scales > 0", static_cast<double>(p.scale));
-  if (p.want_entropy) refuse("outputs: ENTROPY; adaptive attention on CUDA does not compute it for every row");
-  if (p.layout_kv == Layout::kPaged) refuse("layout_kv: PAGED; adaptive attention on CUDA takes BSHD, BHSD and THD");
+  if (!(p.scale > 0))
+    refuse("desc.scale is %g; accepted for policies on CUDA: 0 (1/sqrt(head_dim_qk)) or more",
+           static_cast<double>(p.scale));
+  if (p.want_entropy) refuse("desc.outputs has ENTROPY; accepted for policies on CUDA: LSE");
+  if (p.layout_kv == Layout::kPaged)
+    refuse("desc.layout_kv is 4 (PAGED); accepted for policies on CUDA: BSHD, BHSD, THD");
 }
 
 // As many query tiles at a time as the masks' bound and the caller's limit leave room for.
@@ -136,7 +140,7 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
     place(sizes, o);
   }
   if (sizes.workspace_bytes > o.max_workspace_bytes)
-    refuse("adaptive.max_workspace_bytes is %llu; the tables of this problem take %zu",
+    refuse("adaptive.max_workspace_bytes is %llu; accepted: 0 (no limit), or at least %zu for this problem's tables",
            static_cast<unsigned long long>(o.max_workspace_bytes), sizes.workspace_bytes);
   return sizes;
 }

@@ -139,35 +139,38 @@ uint32_t features_of(const Problem& problem) {
 void check_problem(const Problem& problem, const DeviceTraits& device) {
   const auto refuse = [](const auto&... arguments) { fail(ADAATTN_ERROR_NOT_SUPPORTED, arguments...); };
   if (device.compute_capability < 80)
-    refuse("device: compute capability %d.%d; the CUDA back-end needs 8.0 or newer", device.compute_capability / 10,
-           device.compute_capability % 10);
+    refuse("config.device_id names a device of compute capability %d.%d; accepted: 8.0 or newer",
+           device.compute_capability / 10, device.compute_capability % 10);
   if (problem.dtype_q == Dtype::kNone || dtype_size(problem.dtype_q) == 8 || problem.dtype_q == Dtype::kI32)
-    refuse("dtype_q: the CUDA back-end takes F32, F16, BF16 and E4M3");
+    refuse("desc.dtype_q is %d; accepted on CUDA: F32, F16, BF16, E4M3", static_cast<int>(problem.dtype_q));
   const bool eight_bits = problem.dtype_kv == Dtype::kE4M3;
   if (problem.dtype_kv != problem.dtype_q && (!eight_bits || problem.dtype_q == Dtype::kF32))
     refuse(
-        "dtype_kv: %s with dtype_q %s; the CUDA back-end needs one dtype for q, k and v, or E4M3 with dtype_q F16 or "
-        "BF16",
+        "desc.dtype_kv is %s with desc.dtype_q %s; accepted on CUDA: the same, or E4M3 with desc.dtype_q F16 or BF16",
         name_of(problem.dtype_kv), name_of(problem.dtype_q));
   if (!eight_bits && problem.dtype_o != problem.dtype_q && problem.dtype_o != Dtype::kF32)
-    refuse("dtype_o: %s with dtype_q %s; the CUDA back-end writes dtype_q or F32", name_of(problem.dtype_o),
+    refuse("desc.dtype_o is %s with desc.dtype_q %s; accepted on CUDA: the same, or F32", name_of(problem.dtype_o),
            name_of(problem.dtype_q));
   if (problem.d_qk > 256)
-    refuse("head_dim_qk: %lld; the CUDA back-end takes at most 256", static_cast<long long>(problem.d_qk));
+    refuse("desc.head_dim_qk is %lld; accepted on CUDA: 1 to 256", static_cast<long long>(problem.d_qk));
   if (problem.d_v > 256)
-    refuse("head_dim_v: %lld; the CUDA back-end takes at most 256", static_cast<long long>(problem.d_v));
+    refuse("desc.head_dim_v is %lld; accepted on CUDA: 1 to 256", static_cast<long long>(problem.d_v));
   const int64_t group = problem.heads_q / problem.heads_kv;
   if (problem.max_seqlen_q * group >= kMaxLength || problem.max_seqlen_k >= kMaxLength)
-    refuse("max_seqlen: %lld query rows of a key head and %lld keys; the CUDA back-end takes less than 2^30 of each",
-           static_cast<long long>(problem.max_seqlen_q * group), static_cast<long long>(problem.max_seqlen_k));
+    refuse(
+        "desc.max_seqlen_q makes %lld query rows of a key head, desc.max_seqlen_k is %lld; accepted on CUDA: less than "
+        "2^30 of each",
+        static_cast<long long>(problem.max_seqlen_q * group), static_cast<long long>(problem.max_seqlen_k));
   if (problem.max_batch * problem.heads_q * problem.max_seqlen_q >= int64_t{1} << 37)
-    refuse("max_batch: %lld sequences of %lld queries and %lld heads exceed one launch",
-           static_cast<long long>(problem.max_batch), static_cast<long long>(problem.max_seqlen_q),
-           static_cast<long long>(problem.heads_q));
+    refuse(
+        "desc.max_batch is %lld with desc.max_seqlen_q %lld and desc.heads_q %lld; accepted on CUDA: products below "
+        "2^37",
+        static_cast<long long>(problem.max_batch), static_cast<long long>(problem.max_seqlen_q),
+        static_cast<long long>(problem.heads_q));
   for (const int64_t seqlen_q : {int64_t{1}, problem.max_seqlen_q}) {
     const Extent extent{problem.max_batch, seqlen_q, problem.max_seqlen_k, problem.max_total_q};
     if (kernel_for(problem, extent, features_of(problem) | kUnaligned, device) == nullptr)
-      refuse("head_dim_qk %lld with head_dim_v %lld in %s: this build has no kernel for it",
+      refuse("desc.head_dim_qk is %lld with desc.head_dim_v %lld in %s; accepted: what this build has kernels for",
              static_cast<long long>(problem.d_qk), static_cast<long long>(problem.d_v), name_of(problem.dtype_kv));
   }
 }

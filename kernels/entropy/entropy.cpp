@@ -27,13 +27,16 @@ const AttendKernel* kernel_for(Dtype dtype, int64_t d_qk, const DeviceTraits& de
 
 size_t entropy_workspace(const Problem& problem, const EntropyParams& params, const DeviceTraits& device) {
   if (problem.dtype_q != problem.dtype_kv)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "attn.dtype_kv: differs from dtype_q; the CUDA back-end needs one dtype");
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "attn.dtype_kv is %d with attn.dtype_q %d; accepted on CUDA: the same",
+         static_cast<int>(problem.dtype_kv), static_cast<int>(problem.dtype_q));
   if (kernel_for(problem.dtype_q, problem.d_qk, device) == nullptr)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "attn.head_dim_qk: %lld; the CUDA back-end takes at most 256",
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "attn.head_dim_qk is %lld; accepted on CUDA: 1 to 256",
          static_cast<long long>(problem.d_qk));
   constexpr int64_t kLimit = int64_t{1} << 30;
   if (problem.max_seqlen_q >= kLimit || problem.max_seqlen_k >= kLimit)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "attn.max_seqlen: the CUDA back-end takes less than 2^30");
+    fail(ADAATTN_ERROR_NOT_SUPPORTED,
+         "attn.max_seqlen_q is %lld and attn.max_seqlen_k %lld; accepted on CUDA: less than 2^30",
+         static_cast<long long>(problem.max_seqlen_q), static_cast<long long>(problem.max_seqlen_k));
   return static_cast<size_t>(problem.max_batch * problem.heads_q * row_capacity(params, problem.max_seqlen_q)) *
          sizeof(float);
 }

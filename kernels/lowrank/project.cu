@@ -288,8 +288,7 @@ void low_rank_project(const ProjectParams& p, const Allocator& allocator, cudaSt
   if (batch == 0) return;
   const int64_t shared = (p.a.cols + p.basis.cols) * static_cast<int64_t>(sizeof(double));
   if (shared > kSharedBytes)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED,
-         "low_rank_project: a has %lld columns and basis %lld; the CUDA back-end takes 5632 in all",
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "a has %lld columns and basis %lld; accepted on CUDA: 5632 in all",
          static_cast<long long>(p.a.cols), static_cast<long long>(p.basis.cols));
   // Two CTAs with their basis on each multiprocessor of a large device, or as many as have rows.
   const int tiles = mma_tiles(p);

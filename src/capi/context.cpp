@@ -59,7 +59,8 @@ std::unique_ptr<Backend> make_backend(const adaattn_config_t& config) {
          count - 1);
   return make_cuda_backend(backend);
 #else
-  fail(ADAATTN_ERROR_NOT_BUILT, "config.device is 2 (CUDA); this build of libadaattn has no CUDA back-end");
+  fail(ADAATTN_ERROR_NOT_BUILT,
+       "config.device is 2 (CUDA); accepted: 1 (CPU), as this build of libadaattn has no CUDA back-end");
 #endif
 }
 
@@ -67,7 +68,8 @@ std::unique_ptr<Backend> make_backend(const adaattn_config_t& config) {
 // deadlock a caller's hook.
 std::unique_lock<std::shared_mutex> lock_idle(adaattn_context& context, const char* what) {
   std::unique_lock lock(context.running, std::try_to_lock);
-  if (!lock.owns_lock()) fail(ADAATTN_ERROR_IN_USE, "%s while a call is running on the context", what);
+  if (!lock.owns_lock())
+    fail(ADAATTN_ERROR_IN_USE, "context is in use by another call; accepted: %s while none is running on it", what);
   return lock;
 }
 
@@ -87,7 +89,7 @@ void set_option(adaattn_context& context, adaattn_option_t option, int64_t value
         range("value of ADAATTN_OPTION_NUM_THREADS", value, 0, kMaxThreads);
       else
         range("value of ADAATTN_OPTION_ISA", value, ADAATTN_ISA_AUTO, ADAATTN_ISA_NEON);
-      const auto lock = lock_idle(context, "the option cannot be set");
+      const auto lock = lock_idle(context, "setting the option");
       context.backend->set_option(option, value);
       context.plan_cache.clear();  // its plans keep what they were made with
       return;
@@ -189,7 +191,7 @@ adaattn_status_t adaattn_destroy(adaattn_context_t* context) {
     const int64_t plans = context->live_plans.load(std::memory_order_acquire);
     if (plans != 0)
       fail(ADAATTN_ERROR_IN_USE, "context has %" PRId64 " live plans; accepted: one whose plans are destroyed", plans);
-    capi::lock_idle(*context, "context cannot be destroyed").unlock();
+    capi::lock_idle(*context, "destroying the context").unlock();
     delete context;
   });
 }

@@ -178,7 +178,8 @@ adaattn_status_t adaattn_device_info(adaattn_device_t device, int32_t device_id,
         fail(ADAATTN_ERROR_NO_DEVICE, "device_id is %" PRId32 "; accepted: 0 to %" PRId32, device_id, count - 1);
       adaattn::cuda_device_info(device_id, &found);
 #else
-      fail(ADAATTN_ERROR_NOT_BUILT, "device is 2 (CUDA); this build of libadaattn has no CUDA back-end");
+      fail(ADAATTN_ERROR_NOT_BUILT,
+           "device is 2 (CUDA); accepted: 1 (CPU), as this build of libadaattn has no CUDA back-end");
 #endif
     }
     capi::write_bytes(info, size, found);

@@ -60,26 +60,29 @@ float narrow(double value) {
 double fraction(double value, const char* field, double otherwise) {
   if (value == 0) return otherwise;
   if (!(value > 0 && value <= 1))
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %g; expected a value in (0, 1], or 0 for the policy's own",
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %g; accepted: above 0, at most 1, or 0 for the policy's own",
          field, value);
   return value;
 }
 
-int32_t choice(int32_t value, int32_t last, const char* field) {
+constexpr const char *kPrecisions = "0 (DEFAULT), 1 (I8), 2 (BF16), 3 (F16), 4 (F32)",
+                     *kSwitches = "0 (DEFAULT), 1 (ON), 2 (OFF)";
+
+int32_t choice(int32_t value, int32_t last, const char* field, const char* accepted) {
   if (value < 0 || value > last)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %d; expected 0 to %d", field, value, last);
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %d; accepted: %s", field, value, accepted);
   return value;
 }
 
 bool is_on(adaattn_switch_t value, const char* field, bool otherwise) {
-  choice(value, ADAATTN_SWITCH_OFF, field);
+  choice(value, ADAATTN_SWITCH_OFF, field, kSwitches);
   return value == ADAATTN_SWITCH_DEFAULT ? otherwise : value == ADAATTN_SWITCH_ON;
 }
 
 int64_t count(int64_t value, int64_t last, const char* field, int64_t otherwise) {
   if (value == 0) return otherwise;
   if (value < 1 || value > last)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %lld; expected 1 to %lld, or 0 for the policy's own", field,
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is %lld; accepted: 1 to %lld, or 0 for the policy's own", field,
          static_cast<long long>(value), static_cast<long long>(last));
   return value;
 }
@@ -92,35 +95,40 @@ Precision input_precision(Dtype dtype) {
 void refuse_custom_fields(const adaattn_adaptive_desc_t& d) {
   const struct {
     const char* name;
-    bool set;
-  } fields[] = {{"tile_mass", d.tile_mass != 0},   {"probe", d.probe != 0},
-                {"probe_rank", d.probe_rank != 0}, {"needle_share", d.needle_share != 0},
-                {"far_field", d.far_field != 0},   {"rank_mode", d.rank_mode != 0},
-                {"rank_ratio", d.rank_ratio != 0}, {"rank_threshold", d.rank_threshold != 0},
-                {"min_rank", d.min_rank != 0}};
-  for (const auto& field : fields) {
-    if (field.set)
-      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.%s is set, and policy %d decides it; use ADAATTN_POLICY_CUSTOM",
-           field.name, d.policy);
-  }
+    double value;
+  } fields[] = {{"tile_mass", d.tile_mass},
+                {"probe", static_cast<double>(d.probe)},
+                {"probe_rank", static_cast<double>(d.probe_rank)},
+                {"needle_share", d.needle_share},
+                {"far_field", static_cast<double>(d.far_field)},
+                {"rank_mode", static_cast<double>(d.rank_mode)},
+                {"rank_ratio", d.rank_ratio},
+                {"rank_threshold", d.rank_threshold},
+                {"min_rank", static_cast<double>(d.min_rank)}};
+  for (const auto& [name, value] : fields)
+    if (value != 0)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT,
+           "adaptive.%s is %g; accepted: 0 with adaptive.policy %d, which sets it, or any with 4 (CUSTOM)", name, value,
+           d.policy);
 }
 
 }  // namespace
 
 Options resolve_options(const adaattn_adaptive_desc_t& d, const Problem& problem) {
-  const auto policy = static_cast<Policy>(choice(d.policy, ADAATTN_POLICY_CUSTOM, "policy"));
-  if (d.reserved0 != 0) fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.reserved0 is %d; expected 0", d.reserved0);
-  choice(d.probe, ADAATTN_PROBE_FULL, "probe");
-  choice(d.rank_mode, ADAATTN_RANK_ENERGY, "rank_mode");
-  choice(d.min_precision, ADAATTN_PRECISION_F32, "min_precision");
-  choice(d.max_precision, ADAATTN_PRECISION_F32, "max_precision");
-  choice(d.on_exceed, ADAATTN_ON_EXCEED_RECOMPUTE, "on_exceed");
+  const auto policy = static_cast<Policy>(
+      choice(d.policy, ADAATTN_POLICY_CUSTOM, "policy", "0 (EXACT), 1 (QUALITY), 2 (BALANCED), 3 (SPEED), 4 (CUSTOM)"));
+  if (d.reserved0 != 0) fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.reserved0 is %d; accepted: 0", d.reserved0);
+  choice(d.probe, ADAATTN_PROBE_FULL, "probe", "0 (DEFAULT), 1 (OFF), 2 (RANK), 3 (FULL)");
+  choice(d.rank_mode, ADAATTN_RANK_ENERGY, "rank_mode", "0 (DEFAULT), 1 (OFF), 2 (FIXED), 3 (ENERGY)");
+  choice(d.min_precision, ADAATTN_PRECISION_F32, "min_precision", kPrecisions);
+  choice(d.max_precision, ADAATTN_PRECISION_F32, "max_precision", kPrecisions);
+  choice(d.on_exceed, ADAATTN_ON_EXCEED_RECOMPUTE, "on_exceed", "0 (REPORT), 1 (RECOMPUTE)");
   if (!(d.tolerance >= 0) || std::isinf(d.tolerance))
     fail(ADAATTN_ERROR_INVALID_ARGUMENT,
-         "adaptive.tolerance is %g; expected a finite value > 0, or 0 for the policy's own", d.tolerance);
+         "adaptive.tolerance is %g; accepted: finite and above 0, or 0 for the policy's own", d.tolerance);
   if (policy == Policy::kExact) return {};
   if (problem.dtype_kv == Dtype::kE4M3)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive.policy is %d; with E4M3 tensors only 0 (EXACT) is computed", d.policy);
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive.policy is %d; accepted with E4M3 tensors: 0 (EXACT)", d.policy);
   if (policy != Policy::kCustom) refuse_custom_fields(d);
 
   Options o = policy_defaults(policy);
@@ -142,19 +150,22 @@ Options resolve_options(const adaattn_adaptive_desc_t& d, const Problem& problem
   o.min_precision = d.min_precision == 0 ? (o.max_precision < input ? o.max_precision : input)
                                          : static_cast<Precision>(d.min_precision);
   if (o.min_precision > o.max_precision)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.min_precision (%d) is above adaptive.max_precision (%d)",
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.min_precision is %d; accepted: at most adaptive.max_precision, %d",
          static_cast<int>(o.min_precision), static_cast<int>(o.max_precision));
 
   if (d.verify_rows < -1)
     fail(ADAATTN_ERROR_INVALID_ARGUMENT,
-         "adaptive.verify_rows is %lld; expected -1 (none), 0 (the policy's own) or more",
+         "adaptive.verify_rows is %lld; accepted: -1 (none), 0 (the policy's own) or more",
          static_cast<long long>(d.verify_rows));
   if (d.verify_rows != 0)
     o.verify_rows = d.verify_rows < 0 ? 0 : static_cast<int>(d.verify_rows < 4096 ? d.verify_rows : 4096);
   o.feedback = is_on(d.feedback, "feedback", o.feedback) && o.verify_rows > 0;
   o.recompute = d.on_exceed == ADAATTN_ON_EXCEED_RECOMPUTE;
   if (o.recompute && o.verify_rows == 0)
-    fail(ADAATTN_ERROR_INVALID_ARGUMENT, "adaptive.on_exceed is RECOMPUTE, which needs adaptive.verify_rows > 0");
+    fail(ADAATTN_ERROR_INVALID_ARGUMENT,
+         "adaptive.verify_rows is %lld; accepted: 0 or more with adaptive.on_exceed 1 (RECOMPUTE), which needs "
+         "measured errors",
+         static_cast<long long>(d.verify_rows));
   o.freeze = is_on(d.freeze, "freeze", false);
   o.seed = d.seed;
   o.max_workspace_bytes = d.max_workspace_bytes;

@@ -8,7 +8,7 @@ ScopedBuffer::ScopedBuffer(const Allocator& allocator, size_t bytes, size_t alig
     : allocator_(allocator), bytes_(bytes), stream_(stream) {
   if (bytes == 0) return;
   data_ = allocator_.alloc(allocator_.user, bytes, alignment, stream);
-  if (data_ == nullptr) fail(ADAATTN_ERROR_OUT_OF_MEMORY, "the allocator returned NULL for %zu bytes", bytes);
+  if (data_ == nullptr) fail(ADAATTN_ERROR_OUT_OF_MEMORY, "alloc returned NULL for %zu bytes", bytes);
 }
 
 ScopedBuffer::~ScopedBuffer() {

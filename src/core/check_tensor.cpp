@@ -40,20 +40,21 @@ void check_range(const adaattn_tensor_t& t, const char* name) {
   if (is_empty(t)) return;
   for (int i = 0; i < t.ndim; ++i) {
     if (__builtin_mul_overflow(count, t.shape[i], &count) || count > kMaxSpan)
-      fail(ADAATTN_ERROR_SIZE_OVERFLOW, "%s.shape[%d] is %" PRId64 "; the tensor exceeds 2^60 bytes", name, i,
+      fail(ADAATTN_ERROR_SIZE_OVERFLOW, "%s.shape[%d] is %" PRId64 "; accepted: tensors of at most 2^60 bytes", name, i,
            t.shape[i]);
     if (t.shape[i] == 1) continue;
     int64_t step;
     if (__builtin_mul_overflow(t.stride[i], size, &step) || __builtin_mul_overflow(step, t.shape[i] - 1, &step) ||
         __builtin_add_overflow(last, step, &last) || last > kMaxSpan - size)
       fail(ADAATTN_ERROR_SIZE_OVERFLOW,
-           "%s.stride[%d] is %" PRId64 "; with shape[%d] %" PRId64 " the last element lies beyond 2^60 bytes", name, i,
-           t.stride[i], i, t.shape[i]);
+           "%s.stride[%d] is %" PRId64 "; accepted with shape[%d] %" PRId64 ": a last element within 2^60 bytes", name,
+           i, t.stride[i], i, t.shape[i]);
   }
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data);
   if (begin > UINTPTR_MAX - static_cast<uintptr_t>(last + size))
-    fail(ADAATTN_ERROR_SIZE_OVERFLOW, "%s.data is %p; its %" PRId64 " bytes reach beyond the address space", name,
-         t.data, last + size);
+    fail(ADAATTN_ERROR_SIZE_OVERFLOW,
+         "%s.data is %p; accepted: an address from which %" PRId64 " bytes stay in the address space", name, t.data,
+         last + size);
 }
 
 // Producers disagree about the strides of tensors without elements, and nothing follows them.
@@ -70,8 +71,7 @@ void check_strides(const adaattn_tensor_t& t, const char* name, Access access) {
     if (t.stride[i] == 0 && !allows_broadcast(access))
       fail(ADAATTN_ERROR_INVALID_STRIDE,
            "%s.stride[%d] is 0 with shape[%d] %" PRId64
-           "; broadcasting is accepted for k, v, bias and other inputs "
-           "without an order of their own, not here",
+           "; accepted: 1 or more here, 0 for k, v, bias and other inputs that may be broadcast",
            name, i, i, t.shape[i]);
   }
 }
@@ -194,7 +194,7 @@ void CallMemory::add(const Workspace& workspace) {
   if (workspace.data == nullptr || workspace.bytes == 0) return;
   if (workspace.bytes > static_cast<size_t>(kMaxSpan) ||
       reinterpret_cast<uintptr_t>(workspace.data) > UINTPTR_MAX - workspace.bytes)
-    fail(ADAATTN_ERROR_SIZE_OVERFLOW, "workspace_bytes is %zu; from %p they reach beyond the address space",
+    fail(ADAATTN_ERROR_SIZE_OVERFLOW, "workspace_bytes is %zu; accepted: what stays in the address space from %p on",
          workspace.bytes, workspace.data);
   entries_[count_++] = {"workspace", nullptr, memory_view(workspace.data, static_cast<int64_t>(workspace.bytes)), true,
                         -1};

@@ -23,7 +23,8 @@ thread_local bool inside_callback = false;
 }  // namespace
 
 void set_log_callback(adaattn_log_fn fn, void* user, adaattn_log_level_t level) {
-  if (inside_callback) fail(ADAATTN_ERROR_IN_USE, "the log callback cannot be replaced from inside a call of it");
+  if (inside_callback)
+    fail(ADAATTN_ERROR_IN_USE, "fn is set from inside a call of the log callback; accepted: from outside");
   const std::lock_guard lock(sink_mutex);
   sink = {fn, user};
   threshold.store(fn != nullptr ? level : ADAATTN_LOG_OFF, std::memory_order_relaxed);

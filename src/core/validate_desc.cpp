@@ -39,6 +39,11 @@ class DescReader {
            value, low, high);
   }
 
+  void choice(const char* field, int32_t value, int32_t last, const char* accepted) const {
+    if (value < 0 || value > last)
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "%s.%s is %" PRId32 "; accepted: %s", name_, field, value, accepted);
+  }
+
   void read_sizes(Problem& p) const {
     range("max_batch", d_.max_batch, 1, kMaxExtent);
     range("max_seqlen_q", d_.max_seqlen_q, 0, kMaxExtent);
@@ -88,7 +93,7 @@ class DescReader {
       fail(ADAATTN_ERROR_INVALID_ARGUMENT,
            "%s.descale_block is %" PRId64 "; accepted: 0 (one factor per head) or a multiple of 64 keys", name_, block);
     p.descale_block = block;
-    range("math", d_.math, ADAATTN_MATH_EXACT, ADAATTN_MATH_FAST_F32);
+    choice("math", d_.math, ADAATTN_MATH_FAST_F32, "0 (EXACT), 1 (FAST_F32)");
     p.fast_f32 = d_.math == ADAATTN_MATH_FAST_F32 && p.dtype_q == Dtype::kF32;
   }
 
@@ -120,7 +125,7 @@ class DescReader {
   }
 
   void read_mask(Problem& p) const {
-    range("mask", d_.mask, ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_TOP_LEFT);
+    choice("mask", d_.mask, ADAATTN_MASK_CAUSAL_TOP_LEFT, "0 (NONE), 1 (CAUSAL_BOTTOM_RIGHT), 2 (CAUSAL_TOP_LEFT)");
     if (d_.window_left < -1)
       fail(ADAATTN_ERROR_INVALID_ARGUMENT, "%s.window_left is %" PRId64 "; accepted: -1 (open) or more", name_,
            d_.window_left);
@@ -147,16 +152,18 @@ class DescReader {
     p.softcap = static_cast<float>(d_.softcap);
   }
 
-  void bits(const char* field, uint32_t value, uint32_t known) const {
+  void bits(const char* field, uint32_t value, uint32_t known, const char* names) const {
     if ((value & ~known) != 0)
-      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "%s.%s is 0x%" PRIx32 "; accepted: combinations of the bits 0x%" PRIx32,
-           name_, field, value, known);
+      fail(ADAATTN_ERROR_INVALID_ARGUMENT, "%s.%s is 0x%" PRIx32 "; accepted: %s", name_, field, value, names);
   }
 
   void read_features(Problem& p) const {
-    bits("flags", d_.flags, ADAATTN_FLAG_ALL);
+    bits("flags", d_.flags, ADAATTN_FLAG_ALL, "sums of 1 (ALIBI), 2 (SINK), 4 (BIAS)");
     // The entropy tool takes its own outputs from io; the bit that asks for what it makes anyway does no harm.
-    bits("outputs", d_.outputs, use_ == Use::kEntropy ? ADAATTN_OUTPUT_ENTROPY : ADAATTN_OUTPUT_ALL);
+    if (use_ == Use::kEntropy)
+      bits("outputs", d_.outputs, ADAATTN_OUTPUT_ENTROPY, "0, or 2 (ENTROPY)");
+    else
+      bits("outputs", d_.outputs, ADAATTN_OUTPUT_ALL, "sums of 1 (LSE), 2 (ENTROPY)");
     p.alibi = (d_.flags & ADAATTN_FLAG_ALIBI) != 0;
     p.sink = (d_.flags & ADAATTN_FLAG_SINK) != 0;
     p.bias = (d_.flags & ADAATTN_FLAG_BIAS) != 0;

@@ -74,7 +74,8 @@ class IoReader {
 
   void check(const adaattn_tensor_t& t, const char* name, Access access, int min_ndim, int max_ndim,
              std::initializer_list<Dtype> dtypes) {
-    if (is_absent(&t, name)) fail(ADAATTN_ERROR_NULL_POINTER, "%s is absent; the descriptor calls for it", name);
+    if (is_absent(&t, name))
+      fail(ADAATTN_ERROR_NULL_POINTER, "%s is absent; accepted: a tensor, as the descriptor calls for it", name);
     check_tensor(t, name, access, min_ndim, max_ndim, dtypes, scope_);
     present_[present_count_++] = {&t, name, is_output(access)};
   }

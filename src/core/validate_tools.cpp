@@ -113,7 +113,8 @@ class MatrixReader {
 constexpr Extent kAny{-1, nullptr};
 
 void require(const adaattn_tensor_t* t, const char* name) {
-  if (is_absent(t, name)) fail(ADAATTN_ERROR_NULL_POINTER, "%s is absent; the call needs it", name);
+  if (is_absent(t, name))
+    fail(ADAATTN_ERROR_NULL_POINTER, "%s is absent; accepted: a tensor, as the call needs it", name);
 }
 
 // o* and lse* of merge: [batch, tokens, heads, d] and [batch, heads, tokens], or both without the batch.

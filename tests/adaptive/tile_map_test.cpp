@@ -125,7 +125,8 @@ TEST(TileMap, ExactPlansAndTooManyTilesAreNotSupported) {
   const AdaptivePlan kept(context, large, adaptive_desc(ADAATTN_POLICY_BALANCED));
   EXPECT_EQ(adaattn_plan_get_tile_map(kept.get(), 0, 127, nullptr, 0, &rows, &columns), ADAATTN_SUCCESS);
   ++large.max_seqlen_q;
-  refused(large, ADAATTN_POLICY_BALANCED, "kept are up to 16777216");
+  refused(large, ADAATTN_POLICY_BALANCED,
+          "; accepted: one whose maps of all heads at its maxima take at most 16777216");
 }
 
 }  // namespace

@@ -229,6 +229,7 @@ TEST_P(BadAttention, IsRefusedByNameAndLeavesEverythingUsable) {
   bad.spoil(call);
   EXPECT_EQ(call.attention(context.get()), bad.status) << last_error();
   EXPECT_NE(last_error().find(bad.text), std::string::npos) << last_error();
+  EXPECT_NE(last_error().find("; accepted"), std::string::npos) << last_error();
   EXPECT_TRUE(call.outputs_untouched());
 
   Call good(bad.form);

@@ -156,6 +156,7 @@ void expect_refusals(const Bad<ToolCall> (&rows)[N]) {
     bad.spoil(call);
     EXPECT_EQ(call.run(context.get()), bad.status) << last_error();
     EXPECT_NE(last_error().find(bad.text), std::string::npos) << last_error();
+    EXPECT_NE(last_error().find("; accepted"), std::string::npos) << last_error();
     for (const Buffer* output : call.outputs) EXPECT_TRUE(output->untouched());
     ToolCall good;
     ASSERT_EQ(good.run(context.get()), ADAATTN_SUCCESS) << last_error();

@@ -74,10 +74,11 @@ class FakeBackend final : public Backend {
   int32_t device_id() const override { return 0; }
   const Allocator& allocator() const override { return allocator_; }
   void check_stream(adaattn_stream_t stream, bool) const override {
-    if (stream != nullptr) fail(ADAATTN_ERROR_INVALID_ARGUMENT, "stream must be NULL");
+    if (stream != nullptr) fail(ADAATTN_ERROR_INVALID_ARGUMENT, "stream is set; accepted: NULL");
   }
   void check_pointer(const void* pointer, const char* field) const override {
-    if (pointer == state_->foreign_pointer) fail(ADAATTN_ERROR_WRONG_DEVICE, "%s belongs elsewhere", field);
+    if (pointer == state_->foreign_pointer)
+      fail(ADAATTN_ERROR_WRONG_DEVICE, "%s belongs elsewhere; accepted: memory of the fake", field);
   }
   void set_option(adaattn_option_t option, int64_t value) override { options_[option] = value; }
   int64_t get_option(adaattn_option_t option) const override { return options_[option]; }

@@ -54,6 +54,9 @@ class Handles : public testing::Test {
   void expect_error(adaattn_status_t got, adaattn_status_t expected, const std::string& text) {
     EXPECT_EQ(got, expected);
     EXPECT_NE(last_error().find(text), std::string::npos) << last_error();
+    if (expected < ADAATTN_ERROR_NOT_SUPPORTED) {
+      EXPECT_NE(last_error().find("; accepted"), std::string::npos) << last_error();
+    }
   }
 
   std::shared_ptr<FakeState> state = std::make_shared<FakeState>();

@@ -140,9 +140,10 @@ TEST_F(E4m3, RefusalsNameTheField) {
   const struct {
     void (*change)(adaattn_attn_desc_t& desc);
     const char* text;
-  } rows[] = {{[](adaattn_attn_desc_t& d) { d.dtype_q = ADAATTN_DTYPE_F32; }, "dtype_kv: E4M3 with dtype_q F32"},
-              {[](adaattn_attn_desc_t& d) { d.head_dim_qk = 320; }, "head_dim_qk"},
-              {[](adaattn_attn_desc_t& d) { d.head_dim_v = 512; }, "head_dim_v"}};
+  } rows[] = {{[](adaattn_attn_desc_t& d) { d.dtype_q = ADAATTN_DTYPE_F32; },
+               "dtype_kv is E4M3 with desc.dtype_q F32; accepted"},
+              {[](adaattn_attn_desc_t& d) { d.head_dim_qk = 320; }, "desc.head_dim_qk is 320; accepted"},
+              {[](adaattn_attn_desc_t& d) { d.head_dim_v = 512; }, "desc.head_dim_v is 512; accepted"}};
   for (const auto& row : rows) {
     adaattn_attn_desc_t desc = make_desc(long_case(ADAATTN_MASK_NONE), e4m3(), ADAATTN_OUTPUT_LSE);
     row.change(desc);

@@ -66,10 +66,10 @@ TEST_F(EightBits, WhatIsNotServedIsRefusedByName) {
       {"adaptive.verify_rows", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.verify_rows = 8; }},
       {"adaptive.max_workspace_bytes",
        [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.max_workspace_bytes = 1000; }},
-      {"head_dim_qk: 96", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.head_dim_qk = 96; }},
+      {"head_dim_qk is 96", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.head_dim_qk = 96; }},
       {"head_dim_v 64", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.head_dim_v = 64; }},
-      {"dtype_q: F32", [](adaattn_attn_desc_t& d,
-                          adaattn_adaptive_desc_t&) { d.dtype_q = d.dtype_kv = d.dtype_o = ADAATTN_DTYPE_F32; }},
+      {"dtype_q is 1 (F32)", [](adaattn_attn_desc_t& d,
+                                adaattn_adaptive_desc_t&) { d.dtype_q = d.dtype_kv = d.dtype_o = ADAATTN_DTYPE_F32; }},
       {"dtype_o", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.dtype_o = ADAATTN_DTYPE_F32; }},
       {"softcap", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.softcap = 30; }},
       {"ALIBI", [](adaattn_attn_desc_t& d, adaattn_adaptive_desc_t&) { d.flags = ADAATTN_FLAG_ALIBI; }},
@@ -94,6 +94,7 @@ TEST_F(EightBits, WhatIsNotServedIsRefusedByName) {
               ADAATTN_ERROR_NOT_SUPPORTED)
         << refusal.text;
     EXPECT_NE(std::string(reason).find(refusal.text), std::string::npos) << reason << "; expected " << refusal.text;
+    EXPECT_NE(std::string(reason).find("; accepted"), std::string::npos) << reason;
   }
 }
 

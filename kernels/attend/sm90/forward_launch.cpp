@@ -79,7 +79,7 @@ cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call
   const int64_t tiles =
       forward.splits * (p.cu_seqlens_q != nullptr ? (tokens / tile_m + p.batch) * heads : call.m_tiles * rows);
   if (tiles >= int64_t{1} << 30) {
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "max_batch: %lld query tiles of %d rows; one launch takes less than 2^30",
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "io.q makes %lld query tiles of %d rows; accepted: less than 2^30 in one call",
          static_cast<long long>(tiles), tile_m);
   }
   forward.num_tiles = static_cast<int32_t>(tiles);
