@@ -71,6 +71,15 @@ def fragments_compile():
     assert count > 0
 
 
+def cpp_program_runs():
+    (program,) = [block for page in PAGES for block in blocks(page, "cpp")]
+    source = WORK / "program.cpp"
+    source.write_text(program, encoding="utf-8")
+    run("c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{PREFIX}/include", source, f"-L{PREFIX / LIBDIR}",
+        "-ladaattn", "-o", WORK / "cpp_program")
+    assert run(WORK / "cpp_program").startswith("0.50\ndesc.softcap is -1;")
+
+
 def links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
@@ -103,13 +112,19 @@ def names_are_in_the_header():
             assert re.search(rf"\b{name}\b", declared) or build_option, f"{page.name}: {name}"
 
 
+def tables_are_those_of_the_results():
+    run("python3", SOURCE / "bench/tables.py", "--check")
+
+
 CASES = {
     "ReadmeProgramRuns": readme_program_runs,
     "ReadmePkgConfigLineWorks": readme_pkg_config_line_works,
     "ReadmeCMakeListWorks": readme_cmake_list_works,
     "FragmentsCompile": fragments_compile,
+    "CppProgramRuns": cpp_program_runs,
     "LinksLeadSomewhere": links_lead_somewhere,
     "CommandsExist": commands_exist,
     "NamesAreInTheHeader": names_are_in_the_header,
+    "TablesAreThoseOfTheResults": tables_are_those_of_the_results,
 }
 CASES[CASE]()
