@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -63,7 +64,9 @@ __attribute__((target("avx512f"))) double read_avx512(const char* p, const char*
   for (; p < end; p += 512)
     for (int i = 0; i < 8; ++i) sum[i] = _mm512_add_epi64(sum[i], _mm512_loadu_si512(p + 64 * i));
   for (int i = 1; i < 8; ++i) sum[0] = _mm512_add_epi64(sum[0], sum[i]);
-  return static_cast<double>(_mm512_reduce_add_epi64(sum[0]));
+  alignas(64) int64_t lanes[8];
+  _mm512_store_si512(lanes, sum[0]);
+  return static_cast<double>(std::accumulate(lanes, lanes + 8, int64_t{0}));
 }
 #endif
 

@@ -91,7 +91,7 @@ void run_cpu_exact(Report& report) {
   report.set_device(std::string(info.name) + " (" + info.isa + ")");
   const int most = std::min(info.compute_units, 2);
   for (int threads = 1; threads <= most; ++threads) {
-    const std::string tail = "_" + std::to_string(threads) + "t";
+    const std::string tail = std::string("_") + std::to_string(threads) + "t";
     report.add_ceiling("fma_f32_gflops" + tail, fma_gflops(threads));
     report.add_ceiling("read_gbps" + tail, read_gbps(threads));
   }

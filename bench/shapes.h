@@ -112,8 +112,8 @@ inline std::string shape_name(const Shape& s, const char* dtype) {
   std::string name = std::string(dtype) + "/d" + std::to_string(s.head_dim) +
                      (s.mask == ADAATTN_MASK_NONE ? "/full/b" : "/causal/b") + std::to_string(s.batch) + "h" +
                      std::to_string(s.heads_q) + "kv" + std::to_string(s.heads_kv) + "/s" + std::to_string(s.seqlen_k);
-  if (s.seqlen_q != s.seqlen_k) name += "q" + std::to_string(s.seqlen_q);
-  if (s.page_size > 0) name += "/page" + std::to_string(s.page_size);
+  if (s.seqlen_q != s.seqlen_k) name.append("q").append(std::to_string(s.seqlen_q));
+  if (s.page_size > 0) name.append("/page").append(std::to_string(s.page_size));
   return name;
 }
 

@@ -18,12 +18,6 @@ constexpr int64_t kTileRows = 6;
 // Accumulators of a tile: 24 of 32 registers with AVX-512 and NEON, 12 of 16 elsewhere.
 constexpr int64_t kTileVectors = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 4 : 2;
 
-template <typename T>
-T load_as(const ConstMatrix& m, int64_t index) {
-  return m.is_f64 ? static_cast<T>(static_cast<const double*>(m.data)[index])
-                  : static_cast<T>(static_cast<const float*>(m.data)[index]);
-}
-
 // Writes `lines` strided lines of the operand as panels of kWidth interleaved lines, zero-padded:
 // packed[panel][k][line in panel].
 template <typename T, typename Source>

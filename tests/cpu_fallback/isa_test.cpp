@@ -70,7 +70,8 @@ TEST(Isa, CanBeSwitchedAndAPlanKeepsItsOwn) {
 }
 
 TEST(Isa, AMissingOneIsRefusedByName) {
-  const std::string available = " " + available_isas() + " ";
+  std::string available(" ");
+  available.append(available_isas()).append(" ");
   int missing = 0;
   for (adaattn_isa_t isa = ADAATTN_ISA_BASELINE; isa <= ADAATTN_ISA_NEON; ++isa) {
     if (isa_available(isa)) continue;
@@ -82,7 +83,7 @@ TEST(Isa, AMissingOneIsRefusedByName) {
       EXPECT_EQ(e.status(), ADAATTN_ERROR_NOT_SUPPORTED);
       EXPECT_NE(std::string(e.what()).find(isa_name(isa)), std::string::npos) << e.what();
     }
-    EXPECT_EQ(available.find(" " + std::string(isa_name(isa)) + " "), std::string::npos);
+    EXPECT_EQ(available.find(std::string(" ") + isa_name(isa) + " "), std::string::npos);
   }
   EXPECT_GT(missing, 0);  // no machine has both AVX2 and NEON
 }
