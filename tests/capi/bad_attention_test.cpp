@@ -20,6 +20,8 @@ struct BadInput {
   const char* text;  // what the message has to contain
 };
 
+void PrintTo(const BadInput& bad, std::ostream* out) { *out << bad.name; }
+
 constexpr Form kBSHD = Form::kBSHD, kBHSD = Form::kBHSD, kPacked = Form::kPacked, kPaged = Form::kPaged,
                kPackedPaged = Form::kPackedPaged;
 constexpr adaattn_status_t kArgument = ADAATTN_ERROR_INVALID_ARGUMENT, kNull = ADAATTN_ERROR_NULL_POINTER,

@@ -77,6 +77,20 @@ TEST(CxxWrapper, TileMapHasAnEntryForEachTile) {
   EXPECT_EQ(context.make_plan(desc).value().tile_map(0, 0).status().code(), ADAATTN_ERROR_NOT_SUPPORTED);
 }
 
+TEST(CxxWrapper, PoliciesReachOneCallAttentionAndCheckSupport) {
+  Problem problem;
+  const adaattn::Context context = adaattn::Context::create().value();
+  adaattn::AdaptiveDesc adaptive;
+  adaptive.policy = ADAATTN_POLICY_QUALITY;
+  EXPECT_TRUE(context.check_support(problem.desc, &adaptive).ok());
+  context.attention(problem.desc, problem.io, nullptr, &adaptive).or_throw();
+  EXPECT_EQ(problem.o, (std::vector<float>{2, 20, 2, 20}));
+  adaptive.tolerance = -1;
+  for (const adaattn::Status& status : {context.check_support(problem.desc, &adaptive),
+                                        context.attention(problem.desc, problem.io, nullptr, &adaptive)})
+    EXPECT_NE(status.text().find("adaptive.tolerance is -1"), std::string::npos) << status.text();
+}
+
 TEST(CxxWrapper, PlanKeepsItsContextAlive) {
   Problem problem;
   auto context = std::make_unique<adaattn::Context>(adaattn::Context::create().value());
@@ -116,6 +130,7 @@ TEST(CxxWrapper, TensorsThatCannotBeAreRefusedByTheCall) {
   EXPECT_EQ(context.attention(problem.desc, problem.io).code(), ADAATTN_ERROR_INVALID_SHAPE);
   problem.io.q = adaattn::tensor(problem.q.data(), {1, 2, 1, 2}, {4, 2, 1});
   EXPECT_EQ(context.attention(problem.desc, problem.io).code(), ADAATTN_ERROR_INVALID_SHAPE);
+  EXPECT_EQ(adaattn::tensor_from_dlpack(nullptr).status().code(), ADAATTN_ERROR_NULL_POINTER);
   problem.io.q = adaattn::tensor(problem.q.data(), {1, 2, 1, 2}, {4, 2, 2, 1});
   EXPECT_TRUE(context.attention(problem.desc, problem.io).ok());
 }

@@ -64,6 +64,8 @@ struct Refused {
   const char* says;
 };
 
+void PrintTo(const Refused& refused, std::ostream* out) { *out << refused.name; }
+
 class RefusedConfig : public testing::TestWithParam<Refused> {};
 
 TEST_P(RefusedConfig, NamesTheField) {

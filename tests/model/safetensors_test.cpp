@@ -27,6 +27,8 @@ struct Malformed {
   const char* says;
 };
 
+void PrintTo(const Malformed& malformed, std::ostream* out) { *out << malformed.name; }
+
 class MalformedFile : public testing::TestWithParam<Malformed> {};
 
 TEST_P(MalformedFile, IsRefusedWithTheReason) {

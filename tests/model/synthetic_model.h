@@ -26,6 +26,8 @@ struct Shape {
   int shards;
 };
 
+inline void PrintTo(const Shape& shape, std::ostream* out) { *out << shape.name; }
+
 std::vector<Shape> shapes();
 
 // A checkpoint with random weights, in as many shards as asked for.
