@@ -43,26 +43,37 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
  private:
+  // Four words of a slot as lane 0 reads them, who arrives at the slot's barrier for its warp; `uniform` gives them to
+  // the others, whose own reads nothing would order before that arrival.
+  __device__ __forceinline__ int4 read_slot(const void* words) const {
+    int4 x{};
+    asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, %4, 0;\n@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
+                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+                 : "r"(lane_), "r"(shared_address(words))
+                 : "memory");
+    return x;
+  }
   // The next query tile that sees keys; the rows of others are answered on the way. False: no more tiles.
   __device__ __forceinline__ bool next_tile() {
     for (;; ++tile_count_) {
       const int slot = tile_count_ % 2;
       mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-      const WalkTile walk = shared_.walk[slot];
+      const WalkTile& walk = shared_.walk[slot];
+      const int4 place = read_slot(&walk.m_block), range = read_slot(&walk.begin);
       // Registers are short in the loops.
       if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
       release(&shared_.tile_empty[slot]);
-      tile_.m_block = uniform(walk.tile.m_block);
-      tile_.head = uniform(walk.tile.head);
-      tile_.batch = uniform(walk.tile.batch);
+      tile_.m_block = uniform(place.x);
+      tile_.head = uniform(place.y);
+      tile_.batch = uniform(place.z);
       if (tile_.m_block < 0) return false;
       range_ = read_sequence(args_, tile_.batch);
       // After the reading of the sequence, or the compiler loses track of what is uniform.
-      begin_ = uniform(walk.begin);
-      end_ = uniform(walk.end);
-      full_begin_ = uniform(walk.full_begin);
-      full_end_ = uniform(walk.full_end);
-      kept_ = uniform(walk.kept);
+      begin_ = uniform(range.x);
+      end_ = uniform(range.y);
+      full_begin_ = uniform(range.z);
+      full_end_ = uniform(range.w);
+      kept_ = uniform(place.w);
       if (begin_ < end_) break;
       Core::store_empty();
       if constexpr (Traits::kFar) {
@@ -145,18 +156,18 @@ class WalkConsumer : ConsumerCore<Traits> {
   // The blocks of centroids, of which the skipped tiles' count, up to the weights of the last. S of the first is on its
   // way, and nothing else: its second-order term comes as a product beside it.
   __device__ __forceinline__ void first_centroids() {
-    FarBlock far = shared_.far[k_count_ % kStages];
+    FarBlock far = read_far();
     square_queries();
     add_spread<kN>(far, 0);
     release_centroids();
     Core::template begin_softmax<true, MaskSides::kNone>(0);
     Core::begin_out(kN);
-    while (uniform(far.last) == 0) far = next_centroids();
+    while (far.last == 0) far = next_centroids();
   }
   // O += P V of the block before, then one block of centroids.
   __device__ __forceinline__ FarBlock next_centroids() {
     Core::wait_full(shared_.k_full, k_count_);
-    const FarBlock far = shared_.far[k_count_ % kStages];
+    const FarBlock far = read_far();
     wgmma_fence();
     Core::issue_out(v_count_);
     Core::issue_scores(k_count_);
@@ -173,6 +184,15 @@ class WalkConsumer : ConsumerCore<Traits> {
     ++v_count_;
     return far;
   }
+  __device__ __forceinline__ FarBlock read_far() const {
+    const FarBlock& from = shared_.far[k_count_ % kStages];
+    const int4 skipped = read_slot(from.skipped), last = read_slot(&from.last);
+    const auto word = [](int low, int high) {
+      return static_cast<uint64_t>(static_cast<uint32_t>(uniform(low))) |
+             static_cast<uint64_t>(static_cast<uint32_t>(uniform(high))) << 32;
+    };
+    return {{word(skipped.x, skipped.y), word(skipped.z, skipped.w)}, uniform(last.x)};
+  }
   __device__ __forceinline__ void release_centroids() {
     release(&shared_.k_empty[k_count_ % kStages]);
     release(&shared_.k_empty[(k_count_ + 1) % kStages]);
@@ -186,7 +206,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ float2& far_row(int r) const {
     return shared_.far_rows[group_][16 * warp_ + lane_ / 4 + 8 * r];
   }
-  // What the far field holds of the rows, for share_of_far().
+  // What the far field holds of the rows, for share_of_far(); of each quad lane 0 keeps it.
   __device__ __forceinline__ void keep_far_rows(bool any) const {
     if (walk_.far_share == nullptr) return;
 #pragma unroll
@@ -194,13 +214,12 @@ class WalkConsumer : ConsumerCore<Traits> {
       const float sum = quad_sum(row_sum_[r]);
       if (lane_ % 4 == 0) far_row(r) = {row_max_[r], any ? sum : 0.f};
     }
-    __syncwarp();
   }
   __device__ __forceinline__ float share_of_far() const {
     float share = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float2 far = far_row(r);
+      const float2 far = lane_ % 4 == 0 ? far_row(r) : make_float2(0.f, 0.f);
       const float weight = far.y * exp2_approx((far.x - row_max_[r]) * args_.scale_log2), all = quad_sum(row_sum_[r]);
       if (far.y > 0 && Core::row_of(r) < range_.len_q) share += weight / all;
     }

@@ -44,10 +44,10 @@ class WalkList {
       const TableShape& shape = tables_.shape;
       walk.item = item;
       const int row = item / shape.wave_tiles;
-      walk.tile.m_block = item - row * shape.wave_tiles + tables_.first_tile;
-      walk.tile.batch = row / shape.heads_q;
-      walk.tile.head = row - walk.tile.batch * shape.heads_q;
-      const decide::TileRow range = tables_.tile_range[int64_t{row} * shape.query_tiles + walk.tile.m_block];
+      walk.m_block = item - row * shape.wave_tiles + tables_.first_tile;
+      walk.batch = row / shape.heads_q;
+      walk.head = row - walk.batch * shape.heads_q;
+      const decide::TileRow range = tables_.tile_range[int64_t{row} * shape.query_tiles + walk.m_block];
       walk.kept = tables_.kept[item];
 #pragma unroll
       for (int w = 0; w < 2; ++w) words[w] = w < mask_words ? mask[w] : 0;
@@ -88,7 +88,7 @@ class WalkProducer : Producer<Traits> {
       const int slot = i % 2;
       mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
       const WalkTile walk = shared_.walk[slot];
-      if (walk.tile.m_block < 0) break;
+      if (walk.m_block < 0) break;
       if (walk.begin < walk.end) {
         load_tile(walk, shared_.mask[slot]);
       } else {
@@ -100,7 +100,7 @@ class WalkProducer : Producer<Traits> {
  private:
   // The far field first. Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
   __device__ __forceinline__ void load_tile(const WalkTile& walk, const uint64_t* first_words) {
-    const int head_kv = walk.tile.head / args_.group_size, batch = walk.tile.batch;
+    const int head_kv = walk.head / args_.group_size, batch = walk.batch;
     const TileRange range = read_sequence(args_, batch);
     const uint64_t* mask = tables_.mask + int64_t{walk.item} * tables_.shape.mask_words;
     const int head_k = head_kv * args_.k_head_step, batch_k = batch * args_.k_batch_step;
@@ -110,7 +110,10 @@ class WalkProducer : Producer<Traits> {
     bool far_before = false;
     const auto load_other = [&] {
       if (before < 0) {
-        Loads::load_q(walk.tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
+        Tile tile;
+        tile.m_block = walk.m_block;
+        tile.head = walk.head;
+        Loads::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
       } else if (far_before) {
         Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
       } else {

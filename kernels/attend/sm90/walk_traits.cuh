@@ -32,16 +32,18 @@ struct WalkPolicy {
                                             .quick = true};
 };
 
-struct WalkTile {
-  Tile tile;
-  int item = 0;  // of the work list
+// Consumers read the first words four at a time.
+struct alignas(16) WalkTile {
+  int m_block = -1;  // -1: no more work
+  int head = 0, batch = 0;
   int kept = 0;  // key tiles computed exactly
   // Key tiles [begin, end) are visible, those of [full_begin, full_end) to every row.
   int begin = 0, end = 0, full_begin = 0, full_end = 0;
+  int item = 0;  // of the work list
 };
 
 // A block of centroids that is on its way.
-struct FarBlock {
+struct alignas(16) FarBlock {
   uint64_t skipped[2] = {0, 0};  // bit i: the centroid of the block's i-th key tile counts
   int last = 0;
 };
