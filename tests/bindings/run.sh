@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh LANGUAGE SOURCE_DIR LIBRARY WORKDIR: builds and runs a smoke caller; 77 where its toolchain is missing.
+# usage: run.sh CALLER SOURCE_DIR LIBRARY WORKDIR: builds and runs a caller; 77 where its toolchain is missing.
 set -euo pipefail
 language=$1 source_dir=$2 library=$3 work=$4
 library_dir=$(dirname "$library")
@@ -27,6 +27,10 @@ case $language in
   Python)
     require python3
     python3 "$source_dir/bindings/python/smoke.py" "$library"
+    ;;
+  PythonModule)
+    require python3
+    python3 "$source_dir/tests/bindings/python_module.py" "$library" "$source_dir"
     ;;
   *) exit 64 ;;
 esac
