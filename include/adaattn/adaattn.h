@@ -536,8 +536,8 @@ ADAATTN_API adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, a
 
 /* What the newest call did with each 128 x 128 tile of one (batch, query head): 0 no visible pair, 1 not computed
  * exactly, 2 computed exactly. As decided: a head that was computed again for its error keeps its map. Row-major
- * [*query_tiles][*key_tiles], for the lengths of that call; 0 x 0 where there was none. Writes the two extents and, if
- * cap (in bytes) holds them all, the tiles; map may be NULL when cap is 0. Adaptive plans keep the maps while those of
+ * [*query_tiles][*key_tiles], for the lengths of that call; 0 x 0 where there was none. cap 0 (map may be NULL) asks
+ * for the two extents alone; a cap of fewer bytes than tiles is refused. Adaptive plans keep the maps while those of
  * all heads at the plan's maxima take at most 16 MiB, one bit per tile, rows padded to 64 bits; all other plans refuse
  * with ADAATTN_ERROR_NOT_SUPPORTED. */
 ADAATTN_API adaattn_status_t adaattn_plan_get_tile_map(adaattn_plan_t* plan, int64_t batch, int64_t head, uint8_t* map,
