@@ -80,6 +80,17 @@ def cpp_program_runs():
     assert run(WORK / "cpp_program").startswith("0.50\ndesc.softcap is -1;")
 
 
+def python_program_runs():
+    (program,) = [block for page in PAGES for block in blocks(page, "python")]
+    if subprocess.run([sys.executable, "-c", "import numpy"], check=False, stderr=subprocess.DEVNULL).returncode != 0:
+        print(f"Skipped: no NumPy for {sys.executable}")
+        sys.exit(77)
+    os.environ["ADAATTN_LIBRARY"] = str(PREFIX / LIBDIR / "libadaattn.so.0")
+    os.environ["PYTHONPATH"] = str(SOURCE / "bindings/python")
+    kernel, pairs = run(sys.executable, "-c", program).split()
+    assert kernel.startswith("prefill_") and int(pairs) == 8 * 128 * 129 // 2, (kernel, pairs)
+
+
 def links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
@@ -105,7 +116,8 @@ def commands_exist():
 
 
 def names_are_in_the_header():
-    declared = "\n".join(header.read_text(encoding="utf-8") for header in HEADERS)
+    declared = "\n".join(file.read_text(encoding="utf-8")
+                         for file in [*HEADERS, SOURCE / "bindings/python/adaattn.py"])
     for page in PAGES:
         for name in re.findall(r"`((?:adaattn|ADAATTN)_[A-Za-z0-9_]+)(?:\(\))?`", page.read_text(encoding="utf-8")):
             build_option = re.search(rf"\b{name}\b", (SOURCE / "CMakeLists.txt").read_text(encoding="utf-8"))
@@ -122,6 +134,7 @@ CASES = {
     "ReadmeCMakeListWorks": readme_cmake_list_works,
     "FragmentsCompile": fragments_compile,
     "CppProgramRuns": cpp_program_runs,
+    "PythonProgramRuns": python_program_runs,
     "LinksLeadSomewhere": links_lead_somewhere,
     "CommandsExist": commands_exist,
     "NamesAreInTheHeader": names_are_in_the_header,
