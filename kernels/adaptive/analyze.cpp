@@ -57,6 +57,7 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   if (s.compensates) {
     t.shares = arena.take<uint16_t>(heads * s.wave_tiles * s.key_tiles);
     t.remainder = arena.take<float>(heads * s.wave_tiles * kRemainderWidth);
+    t.mean_k = arena.take<__nv_bfloat16>(units * 2 * s.d_qk);
   }
   t.head_sums = arena.take<HeadSums>(heads);
   t.unit_sums = arena.take<UnitSums>(units);
@@ -180,6 +181,7 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile) {
   t.group_v = from.group_v;
   t.group_v_low = from.group_v_low;
   t.remainder = from.remainder;
+  t.mean_k = from.mean_k;
   return t;
 }
 

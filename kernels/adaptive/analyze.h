@@ -87,6 +87,7 @@ struct AnalyzeTables {
   // codes; null where nothing is compensated.
   uint16_t* shares = nullptr;
   float* remainder = nullptr;                 // AdaptiveTables' with the same name; null without shares
+  __nv_bfloat16* mean_k = nullptr;            // likewise
   HeadSums* head_sums = nullptr;              // [batch, heads_q], zeros before and after decide
   UnitSums* unit_sums = nullptr;              // [units], likewise
   decide::HeadLevels* head_levels = nullptr;  // [batch, heads_q]
@@ -129,7 +130,7 @@ struct AnalyzeArgs {
   AnalyzeTables tables;
   AdaptiveState state;
   float scale_log2 = 0;           // scale log2(e)
-  float compensation = 0;         // share of the estimate of what a query tile leaves out that its rows get
+  float compensation = 0;         // weight of what a query tile leaves out, in its masses by the estimate
   float log2_needle = 0;          // log2 of the share of a needle from which on its tile is kept
   uint32_t keep_peak = 0;         // share of a cell from which on its tile is kept at every mass level: decide/cells.h
   int32_t multiprocessors = 132;  // of the device

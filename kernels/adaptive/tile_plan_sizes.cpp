@@ -30,8 +30,8 @@ void place(TilePlanSizes& sizes, const Options& o) {
 }
 
 // What a named policy keeps and makes up for, at context 16384: the shares of a row in a cell and in a needle from
-// which on their tile is kept (0: there are no needles), and the part of the estimate of what is left out that rows
-// get.
+// which on their tile is kept (0: there are no needles), and the weight of what is left out in its masses by the
+// estimate, which is of means, and these have less mass than what they are of.
 struct NamedRule {
   double cell, needle, left_out;
   // A share falls as there are more cells: at half the context the shares of the same loss are 2^power times as large.
@@ -42,7 +42,7 @@ struct NamedRule {
 NamedRule rule_of(decide::Policy policy) {
   switch (policy) {
     case decide::Policy::kQuality:
-      return {0.001, 0, 0.5, 0.5};
+      return {0.0018, 0, 3, 0.5};
     case decide::Policy::kBalanced:
       return {0.004, 0.0023, 0, 0.6};
     case decide::Policy::kSpeed:

@@ -21,7 +21,7 @@ decide::Options device_options(const decide::Options& given);
 uint32_t keep_peak(const Problem& problem);
 // The same for finer cells (decide/needles.h); 0: there are none.
 double needle_share(const Problem& problem);
-// Share of the estimate of what a query tile leaves out that its rows get; 0: nothing.
+// What rows get for what their query tile leaves out, in its masses by the estimate; 0: nothing.
 float compensation(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.

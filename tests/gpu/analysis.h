@@ -25,8 +25,9 @@ using decide::kTileK;
 using decide::kTileQ;
 constexpr int64_t kCells = decide::kCellsOfTile;
 
-// Of the policy as the CPU has it but for the probe, without a far field and a projected V, and with needles besides.
-enum class Rules { kAll, kTiles, kNeedles };
+// Of the policy as the CPU has it but for the probe; without a far field and a projected V; with needles, or with what
+// is left out, besides.
+enum class Rules { kAll, kTiles, kNeedles, kRemainder };
 
 class Analysis {
  public:
@@ -44,6 +45,7 @@ class Analysis {
     args.shape = cuda::table_shape(problem_, wave_tiles);
     args.shape.needles = rules == Rules::kNeedles;
     args.shape.by_shares = rules != Rules::kAll;
+    args.shape.compensates = rules == Rules::kRemainder;
     cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
     const size_t units = static_cast<size_t>(args.shape.batch * args.shape.heads_kv);

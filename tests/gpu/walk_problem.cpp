@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "decide/cells.h"
+
 namespace adaattn::test {
 namespace {
 
@@ -70,6 +72,7 @@ void WalkProblem::lay_out() {
   make(work, decide::kRankClasses * items);
   make(work_count, decide::kRankClasses);
   make(remainder, items * cuda::kRemainderWidth);
+  make(mean_k, units * 2 * kD);
   make(far_share, items * cuda::sm90::kWalkShares);
   make(counters, 2);
 }
@@ -85,8 +88,11 @@ void WalkProblem::fill() {
   normal(*basis, 1 / std::sqrt(static_cast<double>(s.max_rank)));
   normal(*group_v_low, 1);
   for (size_t i = 0; i < remainder->host.size(); ++i)
-    remainder->host[i] = i % cuda::kRemainderWidth == kD ? static_cast<float>(0.3 * random_.uniform())
-                                                         : static_cast<float>(0.2 * random_.normal());
+    remainder->host[i] = static_cast<float>(
+        static_cast<int64_t>(i % cuda::kRemainderWidth) < kD ? random_.normal() : 4 + 2 * random_.normal());
+  // Any two rows, of which the second is as small as a rounding.
+  for (size_t i = 0; i < mean_k->host.size(); ++i)
+    mean_k->host[i] = __float2bfloat16(static_cast<float>(random_.normal() * (i / 8 % 2 == 0 ? 1 : 0x1p-8)));
   for (float& x : v_mean->host) x = static_cast<float>(random_.normal());
   for (Bf16& x : o->host) x = __float2bfloat16(std::nanf(""));
   std::fill(lse->host.begin(), lse->host.end(), std::nanf(""));
@@ -191,7 +197,8 @@ void WalkProblem::decide_masks() {
       for (int64_t tile = s.first_tile; tile < std::min<int64_t>(s.first_tile + t.wave_tiles, t.query_tiles); ++tile) {
         const decide::TileRow& row = range->host[(b * s.heads_q + h) * t.query_tiles + tile];
         if (kept->host[item(b, h, tile)] == row.end - row.begin)
-          std::fill_n(remainder->host.begin() + item(b, h, tile) * cuda::kRemainderWidth, cuda::kRemainderWidth, 0.f);
+          std::fill_n(remainder->host.begin() + item(b, h, tile) * cuda::kRemainderWidth + kD, kTile / decide::kCell,
+                      -INFINITY);
       }
   for (int c = 0; c < decide::kRankClasses; ++c) {
     const auto first = work->host.begin() + c * items;
@@ -211,7 +218,11 @@ void WalkProblem::upload() {
   counters->upload();
   tables.v_mean = v_mean->upload();
   remainder->upload();
-  if (s.remainder) tables.remainder = remainder->data();
+  mean_k->upload();
+  if (s.remainder) {
+    tables.remainder = remainder->data();
+    tables.mean_k = mean_k->data();
+  }
   tables.mask = mask->upload();
   tables.kept = kept->upload();
   tables.tile_range = range->upload();
@@ -275,12 +286,26 @@ WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {
   }
   double top = -INFINITY, sum = 0, far = 0;
   for (const Entry& e : entries) top = std::max(top, e.log2_weight);
+  const float* const rest = remainder->host.data() + item(b, h, tile) * cuda::kRemainderWidth;
+  double left_out = -INFINITY;
+  if (tables.remainder != nullptr) {
+    double score = 0;
+    for (int64_t d = 0; d < kD; ++d) {
+      const int64_t at_mean = unit * 2 * kD + d / 8 * 16 + d % 8;
+      score += at(*q, q_row(b, h, i) * kD + d) * (at(*mean_k, at_mean) + at(*mean_k, at_mean + 8));
+    }
+    left_out = rest[kD + i % kTile / decide::kCell] + c * score;
+  }
   std::vector<double> mixed(static_cast<size_t>(width));
   for (const Entry& e : entries) {
     const double weight = std::exp2(e.log2_weight - top);
     sum += weight;
     far += e.far ? weight : 0;
     for (int64_t d = 0; d < width; ++d) mixed[d] += weight * at(*e.values, e.first + d);
+  }
+  if (const double weight = std::exp2(left_out - top); weight > 0) {
+    sum += weight;
+    for (int64_t d = 0; d < width; ++d) mixed[d] += weight * rest[d];
   }
   result.lse = (top + std::log2(sum)) / kLog2e;
   result.far = far / sum;
@@ -291,11 +316,6 @@ WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {
     }
     result.o[d] = v_mean->host[unit * kD + d];
     for (int64_t x = 0; x < width; ++x) result.o[d] += mixed[x] / sum * at(*basis, (unit * kD + d) * t.max_rank + x);
-  }
-  if (tables.remainder != nullptr && kept->host[item(b, h, tile)] < row.end - row.begin) {
-    const float* rest = remainder->host.data() + item(b, h, tile) * cuda::kRemainderWidth;
-    result.lse -= std::log(1 - static_cast<double>(rest[kD]));
-    for (int64_t d = 0; d < kD; ++d) result.o[d] = (1 - static_cast<double>(rest[kD])) * result.o[d] + rest[d];
   }
   return result;
 }

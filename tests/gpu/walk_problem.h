@@ -110,7 +110,7 @@ class WalkProblem {
   WalkShape s;
   AttnParams params, host_params;
   cuda::AdaptiveTables tables;
-  std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low;
+  std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low, mean_k;
   std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder;
   std::unique_ptr<Mirror<uint64_t>> mask;
   std::unique_ptr<Mirror<int32_t>> kept, starts_q, starts_k;

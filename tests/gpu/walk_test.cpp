@@ -72,7 +72,7 @@ TEST_P(MaskWalk, AgreesWithTheOracleThatWalksTheSameTiles) {
   }
 }
 
-TEST_P(MaskWalk, RowsGetTheMeanOfWhatTheirTileLeavesOut) {
+TEST_P(MaskWalk, RowsHaveOneMoreKeyForWhatTheirTileLeavesOut) {
   WalkShape s = GetParam();
   s.remainder = true;
   WalkProblem x(s, run_seed());

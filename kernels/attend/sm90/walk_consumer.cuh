@@ -4,6 +4,7 @@
 
 #include "attend/sm90/consumer_core.cuh"
 #include "attend/sm90/walk.h"
+#include "attend/sm90/walk_mean.cuh"
 #include "attend/sm90/walk_traits.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -13,7 +14,7 @@ constexpr float kGroupBonus = 7.0f;  // log2(kFarKeys)
 // 128 keys have no Gaussian tail: it is taken as v/2 / (1 + v/8), here in units of log2.
 constexpr float kSpreadLimit = 0.17328679513998632f;  // ln(2) / 4
 static_assert(kFarKeys == 128);
-constexpr int kRemainderBarrier = static_cast<int>(NamedBarrier::kQuantized);  // which only 8-bit kernels use
+constexpr float kMostLeftOut = 15.f;  // log2 of the weight of what is left out over that of the row's maximum
 
 template <class Traits>
 class WalkConsumer : ConsumerCore<Traits> {
@@ -29,16 +30,21 @@ class WalkConsumer : ConsumerCore<Traits> {
       : Core(args.forward, shared, group), walk_(args) {}
 
   __device__ __forceinline__ void run() {
-    if (!next_tile()) return;
-    do {
+    take_tile();
+    while (begin_taken()) {
       begin_tile();
       exact_blocks();
-      Core::last_block();
+      // What does not need O runs under the last product.
+      Core::issue_last();
       if constexpr (Traits::kFar) {
         if (walk_.far_share != nullptr) write_share(share_of_far());
       }
-      store();
-    } while (next_tile());
+      if constexpr (Traits::kRemainder) add_remainder();
+      const RowScale scale = Core::finish_rows();
+      take_tile();
+      Core::finish_last();
+      store(scale);
+    }
     Core::drain();
   }
 
@@ -53,34 +59,33 @@ class WalkConsumer : ConsumerCore<Traits> {
                  : "memory");
     return x;
   }
-  // The next query tile that sees keys; the rows of others are answered on the way. False: no more tiles.
-  __device__ __forceinline__ bool next_tile() {
-    for (;; ++tile_count_) {
-      const int slot = tile_count_ % 2;
-      mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-      const WalkTile& walk = shared_.walk[slot];
-      const int4 place = read_slot(&walk.m_block), range = read_slot(&walk.begin);
+  // The next query tile, while the one before may still be at work.
+  __device__ __forceinline__ void take_tile() {
+    const int slot = tile_count_ % 2;
+    mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
+    const WalkTile& walk = shared_.walk[slot];
+    taken_ = read_slot(&walk.m_block);
+    taken_range_ = read_slot(&walk.begin);
+    if constexpr (Traits::kFar) {
       // Registers are short in the loops.
       if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
-      release(&shared_.tile_empty[slot]);
-      tile_.m_block = uniform(place.x);
-      tile_.head = uniform(place.y);
-      tile_.batch = uniform(place.z);
-      if (tile_.m_block < 0) return false;
-      range_ = read_sequence(args_, tile_.batch);
-      // After the reading of the sequence, or the compiler loses track of what is uniform.
-      begin_ = uniform(range.x);
-      end_ = uniform(range.y);
-      full_begin_ = uniform(range.z);
-      full_end_ = uniform(range.w);
-      kept_ = uniform(place.w);
-      if (begin_ < end_) break;
-      Core::store_empty();
-      if constexpr (Traits::kFar) {
-        if (walk_.far_share != nullptr) write_share(0);
-      }
     }
+    release(&shared_.tile_empty[slot]);
     ++tile_count_;
+  }
+  // Goes on to it. False: no more.
+  __device__ __forceinline__ bool begin_taken() {
+    tile_.m_block = uniform(taken_.x);
+    tile_.head = uniform(taken_.y);
+    tile_.batch = uniform(taken_.z);
+    if (tile_.m_block < 0) return false;
+    range_ = read_sequence(args_, tile_.batch);
+    // After the reading of the sequence, or the compiler loses track of what is uniform.
+    begin_ = uniform(taken_range_.x);
+    end_ = uniform(taken_range_.y);
+    full_begin_ = uniform(taken_range_.z);
+    full_end_ = uniform(taken_range_.w);
+    kept_ = uniform(taken_.w);
     return true;
   }
 
@@ -90,7 +95,8 @@ class WalkConsumer : ConsumerCore<Traits> {
     const int valid = range_.len_k - (end_ - 1) * kN;
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     Core::first_scores(k_count_);
-    if constexpr (Traits::kRemainder) fetch_remainder();
+    float mean_scores[4];
+    if constexpr (Traits::kRemainder) issue_mean_scores(mean_scores, shared_.q[group_], shared_.mean_k[group_]);
     Core::set_limits(range_.off, range_.len_k);
     if (far) {
       if constexpr (Traits::kFar) {
@@ -102,6 +108,10 @@ class WalkConsumer : ConsumerCore<Traits> {
     } else {
       wgmma_wait<0>();
       pin(scores_);
+      if constexpr (Traits::kRemainder) {
+        pin(mean_scores);
+        keep_mean_scores(mean_scores);
+      }
       Core::release_scores(k_count_++, kept_ == 1);
       Core::template begin_softmax<true, MaskSides::kBoth>(end_ - 1);
       Core::begin_out(valid);
@@ -260,54 +270,60 @@ class WalkConsumer : ConsumerCore<Traits> {
     }
   }
 
-  __device__ __forceinline__ void store() {
+  __device__ __forceinline__ void store(const RowScale& scale) {
     if constexpr (Traits::kLowRank) {
-      store_projected(Core::finish_rows());
-    } else if constexpr (Traits::kRemainder) {
-      store_with_remainder();
+      store_projected(scale);
     } else {
-      Core::store();
+      if constexpr (Traits::kRemainder) add_values();
+      Core::store(scale);
     }
   }
 
-  // On its way from the tile's start on, when the group has read that of the tile before. Without a branch on the lane:
-  // the compiler keeps what is uniform.
-  __device__ __forceinline__ void fetch_remainder() const {
-    named_barrier_sync(kRemainderBarrier + group_, kWarpgroup);
-    const int thread = warp_ * 32 + lane_, item = shared_.item[group_][warp_];
-    const float* const from = walk_.tables.remainder + int64_t{item} * kRemainderWidth + 4 * thread;
-    asm volatile(
-        "{ .reg .pred p; setp.lt.s32 p, %2, %3; @p cp.async.cg.shared.global [%0], [%1], 16; cp.async.commit_group; "
-        "}" ::"r"(shared_address(shared_.remainder[group_]) + 16 * thread),
-        "l"(from), "r"(thread), "n"(kRemainderWidth / 4)
-        : "memory");
-  }
-  // The sums of the weights grow by what is left out, so that LSE has it too.
-  __device__ __forceinline__ void store_with_remainder() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    named_barrier_sync(kRemainderBarrier + group_, kWarpgroup);
-    const float* const rest = shared_.remainder[group_];
-    const float grow = __fdividef(1.f, 1.f - rest[kWalkDim]);
+  // Of the thread's rows with K's mean, as the product leaves them: in the first lane of each quad, which keeps them.
+  __device__ __forceinline__ void keep_mean_scores(const float (&scores)[4]) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_sum_[r] *= grow;
-    const RowScale scale = Core::finish_rows();
+    for (int r = 0; r < 2; ++r) {
+      asm volatile(
+          "{\n.reg .pred p;\nsetp.eq.s32 p, %1, 0;\n@p st.shared.f32 [%0], %2;\n}" ::"r"(mean_score_address(r)),
+          "r"(lane_ % 4), "f"(scores[2 * r] + scores[2 * r + 1])
+          : "memory");
+    }
+  }
+  __device__ __forceinline__ float mean_score(int r) const {
+    float score = 0;
+    asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, %2, 0;\n@p ld.shared.f32 %0, [%1];\n}"
+                 : "+f"(score)
+                 : "r"(mean_score_address(r)), "r"(lane_ % 4)
+                 : "memory");
+    return __shfl_sync(~0u, score, lane_ & ~3);
+  }
+  __device__ __forceinline__ uint32_t mean_score_address(int r) const {
+    return shared_address(&shared_.mean_scores[group_][16 * warp_ + lane_ / 4 + 8 * r]);
+  }
+
+  // What is left out is one more key of each row: its share of the row sum, so that LSE has it too, and its values.
+  __device__ __forceinline__ void add_remainder() {
+    mbarrier_wait(&shared_.remainder_full, remainder_count_++ & 1);
+    const float level = shared_.remainder[kWalkDim + 2 * group_ + warp_ / 2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // A row without keys has a maximum of -inf, and no use for the weight.
+      const float weight = fmaf(mean_score(r) - row_max_[r], args_.scale_log2, level);
+      left_out_[r] = level == -INFINITY ? 0.f : exp2_approx(fminf(weight, kMostLeftOut));
+      row_sum_[r] += lane_ % 4 == 0 ? left_out_[r] : 0.f;
+    }
+  }
+  __device__ __forceinline__ void add_values() {
 #pragma unroll
     for (int j = 0; j < Traits::kDv / 8; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(rest + 8 * j + 2 * (lane_ % 4));
+      const float2 x = *reinterpret_cast<const float2*>(shared_.remainder + 8 * j + 2 * (lane_ % 4));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        out_[4 * j + 2 * r] = fmaf(out_[4 * j + 2 * r], scale.factor[r], x.x * scale.share[r]);
-        out_[4 * j + 2 * r + 1] = fmaf(out_[4 * j + 2 * r + 1], scale.factor[r], x.y * scale.share[r]);
+        out_[4 * j + 2 * r] = fmaf(x.x, left_out_[r], out_[4 * j + 2 * r]);
+        out_[4 * j + 2 * r + 1] = fmaf(x.y, left_out_[r], out_[4 * j + 2 * r + 1]);
       }
     }
-    const float one[2] = {1.f, 1.f};
-    if constexpr (Traits::kStagedOut) {
-      if (uniform(args_.p.cu_seqlens_q == nullptr || Core::warp_row() + 16 <= range_.len_q)) {
-        Core::store_box(one);
-        return;
-      }
-    }
-    Core::store_rows(out_, one);
+    mbarrier_arrive(&shared_.remainder_empty);  // of every lane, for each has read
   }
 
   // O = O' U^T + (sum of weights) mean of V; O' is normalised before it is rounded as an operand.
@@ -354,8 +370,10 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
   const WalkArgs& walk_;
+  int4 taken_, taken_range_;  // a WalkTile's first words, in lane 0
   int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
-  uint32_t k_count_ = 0, basis_count_ = 0;
+  float left_out_[2];  // weights, in units of the row's
+  uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

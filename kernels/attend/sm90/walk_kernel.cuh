@@ -25,6 +25,10 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
     }
     init_barriers(shared, Traits::kGroups);
     ptx::mbarrier_init(&shared.draw, 1);
+    if constexpr (Traits::kRemainder) {
+      ptx::mbarrier_init(&shared.remainder_full, 1);
+      ptx::mbarrier_init(&shared.remainder_empty, kWarpgroup * Traits::kGroups);
+    }
     ptx::mbarrier_init(&shared.basis_full, 1);
     ptx::mbarrier_init(&shared.basis_empty, kWarpgroup / 32 * Traits::kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
@@ -35,7 +39,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
   if (warpgroup == 0) {
     set_max_registers_down<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) WalkProducer<Traits>(args, shared).run();
-    if (threadIdx.x == 32) WalkList<Traits>(args, shared).run();
+    if (threadIdx.x / 32 == 1) WalkList<Traits>(args, shared).run();
   } else {
     set_max_registers_up<Traits::kConsumerRegisters>();
     WalkConsumer<Traits>(args, shared, warpgroup - 1).run();

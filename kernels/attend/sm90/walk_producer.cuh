@@ -1,5 +1,5 @@
-// The warps that feed the mask-walking kernels, one lane of each: the list's draws query tiles from the work list, the
-// producer loads the key tiles whose bits are set and the centroids of the others.
+// The warps that feed the mask-walking kernels: the list's draws query tiles from the work list, one lane of the
+// producer's loads the key tiles whose bits are set and the centroids of the others.
 #pragma once
 
 #include "attend/sm90/forward_producer.cuh"
@@ -7,34 +7,46 @@
 
 namespace adaattn::cuda::sm90 {
 
+// One box of a rank-4 tensor into the L2 cache.
+__device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
 // A query tile's number, range and mask are a chain of reads from memory, so they are fetched while the tile before is
-// still at work; as late as hides the chain, for who draws early takes from others that end sooner.
+// still at work; as late as hides the chain, for who draws early takes from others that end sooner. The rows of tiles
+// that see no keys are answered on the way. All lanes of a warp run it.
 template <class Traits>
 class WalkList {
  public:
   __device__ __forceinline__ WalkList(const WalkArgs& args, typename Traits::Shared& shared)
-      : walk_(args), tables_(args.tables), shared_(shared) {}
+      : walk_(args), tables_(args.tables), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() {
     const uint32_t count = *walk_.work_count;
     uint32_t* const counters = walk_.forward.counters;
     uint32_t number = blockIdx.x;
-    for (int i = 0;; ++i) {
+    for (int i = 0;;) {
       const bool more = number < count;
-      put(i, more, more ? static_cast<int>(walk_.work[number]) : 0);
-      if (!more) break;
-      mbarrier_wait(&shared_.draw, i & 1);
-      number = atomicAdd(counters, 1u) + gridDim.x;
+      if (put(i, more, more ? static_cast<int>(walk_.work[number]) : 0)) {
+        if (!more) break;
+        mbarrier_wait(&shared_.draw, i & 1);
+        ++i;
+      }
+      if (lane_ == 0) number = atomicAdd(counters, 1u) + gridDim.x;
+      number = __shfl_sync(~0u, number, 0);
     }
     // The last CTA to finish leaves the counters as it found them.
-    if (atomicAdd(counters + 1, 1u) == gridDim.x - 1) {
+    if (lane_ == 0 && atomicAdd(counters + 1, 1u) == gridDim.x - 1) {
       counters[0] = 0;
       counters[1] = 0;
     }
   }
 
  private:
-  __device__ __forceinline__ void put(int i, bool more, int item) {
+  // False: the tile has no keys, and is done with.
+  __device__ __forceinline__ bool put(int i, bool more, int item) {
     WalkTile walk;
     const int slot = i % 2;
     uint64_t words[2];
@@ -51,6 +63,12 @@ class WalkList {
       walk.kept = tables_.kept[item];
 #pragma unroll
       for (int w = 0; w < 2; ++w) words[w] = w < mask_words ? mask[w] : 0;
+      const TileRange sequence = read_sequence(walk_.forward, walk.batch);
+      if (range.begin >= range.end) {
+        answer_empty(walk, sequence);
+        return false;
+      }
+      prefetch_q(walk, sequence);
       walk.begin = range.begin;
       walk.end = range.end;
       // Narrow windows leave no tile that every row sees whole.
@@ -59,24 +77,58 @@ class WalkList {
       if (walk.full_begin >= walk.full_end) walk.full_begin = walk.full_end = range.begin;
     }
     mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
-    shared_.walk[slot] = walk;
-    if (more) {
+    if (lane_ == 0) {
+      shared_.walk[slot] = walk;
+      if (more) {
 #pragma unroll
-      for (int w = 0; w < 2; ++w) shared_.mask[slot][w] = words[w];
-      for (int w = 2; w < mask_words; ++w) shared_.mask[slot][w] = mask[w];
+        for (int w = 0; w < 2; ++w) shared_.mask[slot][w] = words[w];
+        for (int w = 2; w < mask_words; ++w) shared_.mask[slot][w] = mask[w];
+      }
+      mbarrier_arrive(&shared_.tile_full[slot]);
     }
-    mbarrier_arrive(&shared_.tile_full[slot]);
+    __syncwarp();
+    return true;
+  }
+
+  // O = 0, LSE that of the sink alone.
+  __device__ __forceinline__ void answer_empty(const WalkTile& walk, const TileRange& sequence) const {
+    const AttnParams& p = walk_.forward.p;
+    const int first = walk.m_block * Traits::kM, rows = min(Traits::kM, sequence.len_q - first);
+    uint8_t* const o = static_cast<uint8_t*>(p.o.data) + 2 * (walk.batch * p.o.stride_b + walk.head * p.o.stride_h);
+    for (int i = lane_ / 16; i < rows; i += 2) {
+      const int64_t position = sequence.q_start + first + i;
+      reinterpret_cast<uint4*>(o + 2 * position * p.o.stride_s)[lane_ % 16] = make_uint4(0, 0, 0, 0);
+      if (p.lse.data != nullptr && lane_ % 16 == 0) {
+        static_cast<float*>(
+            p.lse.data)[walk.batch * p.lse.stride_b + position * p.lse.stride_s + walk.head * p.lse.stride_h] =
+            p.sinks != nullptr ? p.sinks[walk.head * p.sinks_stride] : -INFINITY;
+      }
+    }
+    if (Traits::kFar && walk_.far_share != nullptr && lane_ < kWalkShares)
+      walk_.far_share[int64_t{walk.item} * kWalkShares + lane_] = 0;
+  }
+
+  // Its rows are read but once, and there is room for them only when the tile before is done with its own: the way from
+  // memory would be waited for.
+  __device__ __forceinline__ void prefetch_q(const WalkTile& walk, const TileRange& sequence) const {
+    const ForwardArgs& args = walk_.forward;
+    const int first = sequence.q_start + walk.m_block * Traits::kM;
+    const int batch = args.p.cu_seqlens_q != nullptr ? 0 : walk.batch;
+    if (lane_ >= Traits::kGroups * Traits::kChunks) return;
+    tma_prefetch_4d(&args.q_map, lane_ % Traits::kChunks * Traits::kChunk, first + lane_ / Traits::kChunks * kGroupRows,
+                    walk.head, batch);
   }
 
   const WalkArgs& walk_;
   const AdaptiveTables& tables_;
   typename Traits::Shared& shared_;
+  const int lane_;
 };
 
 template <class Traits>
 class WalkProducer : Producer<Traits> {
   using Loads = Producer<Traits>;
-  using Loads::args_, Loads::shared_, Loads::keep_;
+  using Loads::args_, Loads::shared_, Loads::keep_, Loads::stream_, Loads::q_count_;
 
  public:
   __device__ __forceinline__ WalkProducer(const WalkArgs& args, typename Traits::Shared& shared)
@@ -89,11 +141,7 @@ class WalkProducer : Producer<Traits> {
       mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
       const WalkTile walk = shared_.walk[slot];
       if (walk.m_block < 0) break;
-      if (walk.begin < walk.end) {
-        load_tile(walk, shared_.mask[slot]);
-      } else {
-        mbarrier_arrive(&shared_.draw);
-      }
+      load_tile(walk, shared_.mask[slot]);
     }
   }
 
@@ -110,10 +158,8 @@ class WalkProducer : Producer<Traits> {
     bool far_before = false;
     const auto load_other = [&] {
       if (before < 0) {
-        Tile tile;
-        tile.m_block = walk.m_block;
-        tile.head = walk.head;
-        Loads::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : batch);
+        load_queries(walk, range.q_start + walk.m_block * Traits::kM, args_.p.cu_seqlens_q != nullptr ? 0 : batch,
+                     int64_t{batch} * tables_.shape.heads_kv + head_kv);
       } else if (far_before) {
         Loads::load_v(walk_.group_v_map, before * Traits::kN, head_kv, batch);
       } else {
@@ -145,6 +191,10 @@ class WalkProducer : Producer<Traits> {
       load_other();
       before = tile;
       far_before = false;
+      // Behind what the tile's first product takes, which consumers may wait for before they store the tile before.
+      if constexpr (Traits::kRemainder) {
+        if (left == 0) load_remainder(walk.item);
+      }
     };
     // The sequence's first tile comes as soon as no limits apply: where it draws attention, the maxima of later blocks
     // stay under its own. Full masks keep the exact kernels' order.
@@ -186,6 +236,33 @@ class WalkProducer : Producer<Traits> {
     return false;
   }
 
+  // Q, and for the remainder K's mean beside the queries of each group, which is let go of with them.
+  __device__ __forceinline__ void load_queries(const WalkTile& walk, int first_row, int batch, int64_t unit) {
+    const int parity = q_count_++ & 1;
+#pragma unroll
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      mbarrier_wait(&shared_.q_empty[group], parity ^ 1);
+      mbarrier_arrive_expect_tx(&shared_.q_full[group],
+                                Traits::kQBytes + (Traits::kRemainder ? Traits::kMeanBytes : 0));
+#pragma unroll
+      for (int c = 0; c < Traits::kChunks; ++c) {
+        tma_load_4d(shared_.q[group] + c * kGroupRows * Traits::kWidth, &args_.q_map, &shared_.q_full[group], stream_,
+                    c * Traits::kChunk, first_row + group * kGroupRows, walk.head, batch);
+      }
+      if constexpr (Traits::kRemainder) {
+        bulk_load(shared_.mean_k[group], tables_.mean_k + unit * (Traits::kMeanBytes / 2), Traits::kMeanBytes,
+                  &shared_.q_full[group], keep_);
+      }
+    }
+  }
+  __device__ __forceinline__ void load_remainder(int item) {
+    constexpr uint32_t kBytes = kRemainderWidth * sizeof(float);
+    mbarrier_wait(&shared_.remainder_empty, (remainder_count_++ & 1) ^ 1);
+    mbarrier_arrive_expect_tx(&shared_.remainder_full, kBytes);
+    bulk_load(shared_.remainder, tables_.remainder + int64_t{item} * kRemainderWidth, kBytes, &shared_.remainder_full,
+              stream_);
+  }
+
   __device__ __forceinline__ void load_basis(int head_kv, int batch) {
     mbarrier_wait(&shared_.basis_empty, (basis_count_++ & 1) ^ 1);
     mbarrier_arrive_expect_tx(&shared_.basis_full, Traits::kBasisBytes);
@@ -198,7 +275,7 @@ class WalkProducer : Producer<Traits> {
 
   const WalkArgs& walk_;
   const AdaptiveTables& tables_;
-  uint32_t basis_count_ = 0;
+  uint32_t basis_count_ = 0, remainder_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -55,6 +55,7 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   static constexpr bool kRemainder = Policy::kLeftOut == LeftOut::kRemainder;
   static constexpr bool kFar = Policy::kLeftOut == LeftOut::kCentroids;
   static constexpr bool kStagedOut = Base::kStagedOut && !kLowRank;
+  static constexpr int kMeanBytes = 2 * kWalkDim * 2;
   static constexpr int kBasisBytes = kWalkDim * Base::kDv * 2;
 
   struct Basis {
@@ -68,7 +69,11 @@ struct WalkTraits : ForwardTraits<T, Policy> {
     FarBlock far[kStages];
   };
   struct Remainder {
-    alignas(16) float remainder[Base::kGroups][kRemainderWidth];
+    // The product with it reads 96 bytes beyond, into columns that nobody looks at.
+    alignas(16) uint8_t mean_k[Base::kGroups][kMeanBytes];
+    float remainder[kRemainderWidth];
+    float mean_scores[Base::kGroups][kGroupRows];  // of the rows with K's mean
+    alignas(8) uint64_t remainder_full, remainder_empty;
   };
   // Bases of one type each: an empty one may stand once only.
   struct NoBasis {};
