@@ -594,10 +594,10 @@ ADAATTN_API adaattn_status_t adaattn_entropy(adaattn_context_t* context, const a
 
 typedef struct adaattn_low_rank_desc {
   size_t struct_size;
-  int64_t batch;            /* matrices in a call, default 1 */
-  int64_t rows;             /* m */
-  int64_t cols;             /* n */
-  int64_t rank;             /* r, 1..min(m, n); CUDA: with oversampling at most 1024 where min(m, n) is above that */
+  int64_t batch; /* matrices in a call, default 1 */
+  int64_t rows;  /* m */
+  int64_t cols;  /* n */
+  int64_t rank;  /* r, 1..min(m, n); CUDA, min(m, n) > 1024: r + oversampling at most 1024, under 3/4 of min(m, n) */
   int64_t oversampling;     /* default 8 */
   int64_t power_iterations; /* default 2, at most 1000 */
   uint64_t seed;
