@@ -34,7 +34,7 @@ def table(head, rows):
 
 
 def ratio(row):
-    return f"{row['ratio']:.2f}" if row else ""
+    return f"{row['ratio']:.2f}" if row and "ratio" in row else ""
 
 
 def by_peer(results, suite):
@@ -49,15 +49,17 @@ def by_peer(results, suite):
 def prefill(results):
     shapes = {}
     for name, peers in by_peer(results, "fwd/bf16/").items():
-        _, dim, mask, batch, heads_q, heads_kv, keys, queries, rest = fields(name)
-        if not rest and not queries:
-            shapes.setdefault((dim, heads_q, heads_kv, batch, keys), {})[mask] = peers
+        shape = fields(name)
+        if shape is None or shape[-1] or shape[-2]:  # pages, queries in chunks
+            continue
+        _, dim, mask, batch, heads_q, heads_kv, keys, _, _ = shape
+        shapes.setdefault((dim, heads_q, heads_kv, batch, keys), {})[mask] = peers
     rows = []
     for (dim, heads_q, heads_kv, batch, keys), masks in sorted(shapes.items()):
         cells = [f"{dim}", f"{heads_q}/{heads_kv}", f"{batch}", f"{keys}"]
         for mask in "full", "causal":
             peers = masks.get(mask, {})
-            cells += [f"{peers['cudnn']['rate']:.0f}" if peers else "", ratio(peers.get("cudnn")),
+            cells += [f"{next(iter(peers.values()))['rate']:.0f}" if peers else "", ratio(peers.get("cudnn")),
                       ratio(peers.get("flash"))]
         rows.append(cells)
     return table(["head_dim", "heads q/kv", "batch", "seqlen", "full, TFLOP/s", "× cuDNN", "× FA2", "causal, TFLOP/s",
@@ -67,13 +69,14 @@ def prefill(results):
 def decode():
     rows = []
     for name, peers in by_peer("h200_hopper", "decode/").items():
-        dtype, _, _, batch, heads_q, heads_kv, keys, _, rest = fields(name)
-        if rest == "/cold":
+        shape = fields(name)
+        if shape is None or shape[-1] == "/cold":
             continue
-        row = peers["cudnn"]
+        dtype, _, _, batch, heads_q, heads_kv, keys, _, rest = shape
+        row = next(iter(peers.values()))
         rows.append((rest, batch, keys, dtype, [
             "E4M3" if dtype == "e4m3kv" else "BF16", rest[5:] or "none", f"{batch}", f"{heads_q}/{heads_kv}", f"{keys}",
-            f"{row['ours_us']:.1f}", f"{row['rate']:.0f}", ratio(row), ratio(peers.get("flash"))]))
+            f"{row['ours_us']:.1f}", f"{row['rate']:.0f}", ratio(peers.get("cudnn")), ratio(peers.get("flash"))]))
     return table(["k and v", "pages", "batch", "heads q/kv", "keys", "µs", "GB/s", "× cuDNN", "× FA2"],
                  [cells for *_, cells in sorted(rows, key=lambda row: row[:4])])
 
@@ -81,13 +84,15 @@ def decode():
 def eight_bits():
     shapes = {}
     for row in rows_of("h200_int8"):
-        dtype, dim, mask, batch, heads_q, heads_kv, keys, _, rest = fields(row["name"])
+        shape = fields(row["name"])
+        if shape is None:
+            continue
+        dtype, dim, mask, batch, heads_q, heads_kv, keys, _, rest = shape
         kind = "e4m3" if dtype == "e4m3" else rest
         shapes.setdefault((dim, mask, heads_q, heads_kv, batch, keys), {})[kind] = row
     rows = [[f"{dim}", f"{heads_q}/{heads_kv}", f"{batch}", f"{keys}", mask]
-            + [cell for kind in ("/int8", "/int8/attend", "e4m3")
-               for cell in (ratio(kinds.get(kind)),)]
-            + [f"{kinds[kind]['error']:.3f}" for kind in ("/int8", "e4m3")]
+            + [ratio(kinds.get(kind)) for kind in ("/int8", "/int8/attend", "e4m3")]
+            + [f"{kinds[kind]['error']:.3f}" if kind in kinds else "" for kind in ("/int8", "e4m3")]
             for (dim, mask, heads_q, heads_kv, batch, keys), kinds in sorted(shapes.items())]
     return table(["head_dim", "heads q/kv", "batch", "seqlen", "mask", "int8, × BF16", "int8 without its pass over k and v",
                   "E4M3, × BF16", "error of int8", "error of E4M3"], rows)
@@ -108,7 +113,7 @@ def cpu(results):
         some = next(row for row in measured if row)
         rows.append([f"decode, batch {batch}" if queries else mask, dtype, f"{dim}", f"{heads_q}/{heads_kv}", f"{keys}"]
                     + [f"{row['rate']:.0f}" if row else "" for row in measured] + [some["unit"]]
-                    + [ratio(row) for row in measured] + [AGAINST[some["peer"]]])
+                    + [ratio(row) for row in measured] + [AGAINST.get(some["peer"], some["peer"])])
     return table(["call", "dtype", "head_dim", "heads q/kv", "keys", "1 thread", "2 threads", "", "1 thread", "2 threads",
                   ""], rows)
 
