@@ -23,7 +23,7 @@ class AttentionCall {
   AttentionCall& operator=(const AttentionCall&) = delete;
   double flops() const;          // of the scores a dense kernel owes
   double kv_bytes() const;       // K and V together
-  double sampled_error() const;  // ||o - oracle|| / ||oracle|| over some rows of some heads
+  double sampled_error() const;  // RMS over some rows of some heads of ||o - oracle|| / ||oracle||
   std::string kernel() const;
 
  protected:

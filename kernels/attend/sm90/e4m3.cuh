@@ -22,7 +22,6 @@ struct E4m3 {
                                             .k_stages = 4,
                                             .quick = true};
   static constexpr int kKeep = 12, kRawStages = 3, kVStages = 4;
-  static constexpr float kBits = 5;
   using Traits = E4m3Traits<E4m3>;
 
   static AttendKernel row(const char* name) {

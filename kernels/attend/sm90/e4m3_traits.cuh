@@ -10,6 +10,7 @@ constexpr int kSlabKeys = 32;
 
 template <class Policy>
 struct E4m3Traits {
+  using Score = float;
   static constexpr ForwardConfig kC = Policy::kConfig;
   static constexpr int kD = kC.d_qk, kDv = kC.d_v, kN = kC.tile_n, kGroups = kC.groups;
   static constexpr int kM = kGroupRows * kGroups;
@@ -18,10 +19,10 @@ struct E4m3Traits {
   static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kN * kDv;
   // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
   static constexpr int kLines = kDv + 8, kSlabs = kN / kSlabKeys, kSlabBytes = kSlabKeys * kLines;
+  static constexpr int kVLine = kSlabKeys, kVStep = kSlabBytes;  // of V's operand: a line, from 32 keys to the next
   static constexpr int kKStages = kC.k_stages, kRawStages = Policy::kRawStages, kVStages = Policy::kVStages;
-  static constexpr float kBits = Policy::kBits;
   static constexpr int kOut = kDv / 2, kPart = kLines / 2;  // accumulators of a thread
-  // The tensor cores add with 14 bits: after so many blocks O moves to fp32 sums in shared memory.
+  // Blocks after which O moves to fp32 sums in shared memory.
   static constexpr int kKeep = Policy::kKeep;
   // The kernel is launched with 128 a thread: no more than 512 for the four warpgroups together, or setmaxnreg waits
   // for ever.
