@@ -41,6 +41,7 @@ adaattn_attn_desc_t desc_of(const Shape& shape, adaattn_dtype_t dtype) {
   desc.head_dim_qk = shape.head_dim;
   desc.dtype_q = dtype;
   desc.mask = shape.mask;
+  if (shape.window > 0) desc.window_left = shape.window - 1;
   return desc;
 }
 
@@ -142,7 +143,11 @@ double AttentionCall::flops() const {
   return 4.0 * static_cast<double>(shape_.batch * shape_.heads_q * shape_.head_dim) * pairs;
 }
 
-double AttentionCall::kv_bytes() const { return 2.0 * static_cast<double>(key_bytes()); }
+double AttentionCall::kv_bytes() const {
+  const int64_t seen =
+      shape_.window > 0 ? std::min(shape_.window + shape_.seqlen_q - 1, shape_.seqlen_k) : shape_.seqlen_k;
+  return 2.0 * static_cast<double>(key_bytes()) * static_cast<double>(seen) / static_cast<double>(shape_.seqlen_k);
+}
 
 double AttentionCall::sampled_error() const {
   // A row's relative error varies by a tenth, and rows of few keys are large: each row counts alike.
@@ -177,6 +182,7 @@ double AttentionCall::sampled_error() const {
     head.v = rows_of(io_.v, b, h / group, 0, shape_.seqlen_k);
     head.scale = 1 / std::sqrt(static_cast<double>(d));
     head.causal = shape_.mask != ADAATTN_MASK_NONE;
+    if (shape_.window > 0) head.window_left = shape_.window - 1;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t place = 2 * (sample + kHeads * row) + 1;
       const int64_t i = std::min(place * shape_.seqlen_q / (2 * kHeads * rows), shape_.seqlen_q - 1);

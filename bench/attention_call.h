@@ -22,7 +22,7 @@ class AttentionCall {
   AttentionCall(const AttentionCall&) = delete;
   AttentionCall& operator=(const AttentionCall&) = delete;
   double flops() const;          // of the scores a dense kernel owes
-  double kv_bytes() const;       // K and V together
+  double kv_bytes() const;       // of the keys and values that are seen
   double sampled_error() const;  // RMS over some rows of some heads of ||o - oracle|| / ||oracle||
   std::string kernel() const;
 

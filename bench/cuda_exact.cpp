@@ -23,7 +23,7 @@ struct Case {
 std::vector<Case> cases(const Report& report) {
   std::vector<Case> list;
   const auto add = [&](const Shape& shape, NamedDtype dtype, adaattn_math_t math, bool cold) {
-    const char* direction = shape.seqlen_q == 1 ? "decode/" : "fwd/";
+    const char* direction = is_decode(shape) ? "decode/" : "fwd/";
     std::string type = math == ADAATTN_MATH_FAST_F32 ? "tf32" : dtype.name;
     Case c{direction + shape_name(shape, type.c_str()) + (cold ? "/cold" : ""), shape, dtype, math, cold};
     if (report.wants(c.name)) list.push_back(c);
@@ -35,7 +35,7 @@ std::vector<Case> cases(const Report& report) {
     for (const bool cold : {false, true}) add(shape, kDtypes[1], ADAATTN_MATH_EXACT, cold);
     add(shape, kE4m3Cache, ADAATTN_MATH_EXACT, false);
   }
-  for (const Shape& shape : cuda_paged_shapes())
+  for (const Shape& shape : cuda_engine_shapes())
     for (const NamedDtype& dtype : {kDtypes[1], kE4m3Cache}) add(shape, dtype, ADAATTN_MATH_EXACT, false);
   for (const Shape& shape : cuda_cache_prefill_shapes()) add(shape, kE4m3Cache, ADAATTN_MATH_EXACT, false);
   return list;
@@ -57,6 +57,7 @@ nlohmann::json peers_of(const std::vector<Case>& list) {
   std::set<std::string> asked;
   for (const Case& own : list) {
     const Case c = peers_case(own);
+    if (c.shape.window > 0) continue;  // SDPA has no windows
     if (!asked.insert(c.name).second) continue;
     request.push_back({{"name", c.name},
                        {"dtype", c.dtype.name},
@@ -85,12 +86,12 @@ double copy_tbps() {
 
 // Rate over the ceiling of the same run: products of large matrices in the row's arithmetic, copies for a decode row.
 double share_of_ceiling(const Report& report, const Case& c, double rate) {
-  const std::string name = c.shape.seqlen_q == 1                 ? "copy_tbps"
+  const std::string name = is_decode(c.shape)                    ? "copy_tbps"
                            : c.dtype.dtype == ADAATTN_DTYPE_BF16 ? "bf16_tflops"
                            : c.math == ADAATTN_MATH_FAST_F32     ? "tf32_tflops"
                                                                  : "f32_tflops";
   if (!report.has_ceiling(name)) return 0;
-  return rate / (report.ceiling(name) * (c.shape.seqlen_q == 1 ? 1e3 : 1));
+  return rate / (report.ceiling(name) * (is_decode(c.shape) ? 1e3 : 1));
 }
 
 void run_case(Report& report, adaattn_context_t* context, const Case& c, const nlohmann::json& peers) {
@@ -98,7 +99,7 @@ void run_case(Report& report, adaattn_context_t* context, const Case& c, const n
   Row row;
   row.name = c.name;
   row.time = measure_on_device([&](cudaStream_t stream) { call.run(stream); }, c.cold);
-  const bool decode = c.shape.seqlen_q == 1;
+  const bool decode = is_decode(c.shape);
   row.rate = decode ? call.kv_bytes() / row.time.us * 1e-3 : call.flops() / row.time.us * 1e-6;
   row.unit = decode ? "GB/s" : "TFLOP/s";
   row.error = call.sampled_error();

@@ -150,10 +150,10 @@ void run_all(Report& report) {
 }  // namespace
 }  // namespace adaattn::bench
 
-// [JSON file to write [only rows whose name contains this]]
+// [JSON file to write [only rows whose name contains one of these...]]
 int main(int argc, char** argv) {
   try {
-    adaattn::bench::Report report(argc > 2 ? argv[2] : "");
+    adaattn::bench::Report report(std::vector<std::string>(argv + std::min(argc, 2), argv + argc));
     adaattn::bench::run_all(report);
     if (argc > 1) report.write(argv[1]);
   } catch (const std::exception& e) {

@@ -1,6 +1,7 @@
 // What every suite shares: timing, rows, and the JSON file that a run leaves.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -38,18 +39,24 @@ struct Row {
 // Collects a run and prints it as it goes.
 class Report {
  public:
-  explicit Report(std::string filter) : filter_(std::move(filter)) {}
+  // Rows whose name contains one of these; none: all rows.
+  explicit Report(std::vector<std::string> filter) : filter_(std::move(filter)) {}
   void set_device(std::string name) { device_ = std::move(name); }
   void add_ceiling(const std::string& name, double value);
   double ceiling(const std::string& name) const { return ceilings_.at(name); }
   bool has_ceiling(const std::string& name) const { return ceilings_.count(name) != 0; }
-  bool wants(const std::string& name) const { return name.find(filter_) != std::string::npos; }
+  bool wants(const std::string& name) const {
+    return filter_.empty() || std::any_of(filter_.begin(), filter_.end(), [&](const std::string& part) {
+             return name.find(part) != std::string::npos;
+           });
+  }
   void add(const Row& row);
   const Row* find(const std::string& name) const;
   void write(const std::string& path) const;
 
  private:
-  std::string filter_, device_;
+  std::vector<std::string> filter_;
+  std::string device_;
   std::map<std::string, double> ceilings_;
   std::vector<Row> rows_;
 };

@@ -24,13 +24,14 @@ int main(int argc, char** argv) {
   };
 
   CLI::App app("Benches of libadaattn");
-  std::string suite, out, filter;
+  std::string suite, out;
+  std::vector<std::string> filter;
   app.add_option(
          "--suite", suite,
          "cpu_exact, cpu_tools, cpu_adaptive, or with CUDA cuda_adaptive, cuda_exact, cuda_tools, cuda_policies")
       ->required();
   app.add_option("--out", out, "JSON file to write");
-  app.add_option("--filter", filter, "run only the rows whose name contains this");
+  app.add_option("--filter", filter, "run only the rows whose name contains one of these")->delimiter(',');
   CLI11_PARSE(app, argc, argv);
   try {
     for (const Suite& s : kSuites) {

@@ -13,7 +13,11 @@ struct Shape {
   int64_t batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim;
   adaattn_mask_t mask = ADAATTN_MASK_NONE;
   int64_t page_size = 0;  // of k and v; 0: contiguous
+  int64_t window = 0;     // keys that a query sees, its own and those before it; 0: all that the mask allows
 };
+
+// Few queries at a time over many keys: bound by the bytes of k and v.
+inline bool is_decode(const Shape& s) { return s.seqlen_q <= 8 && s.seqlen_q < s.seqlen_k; }
 
 struct NamedDtype {
   const char* name;
@@ -91,11 +95,16 @@ inline const std::vector<Shape>& cuda_decode_shapes() {
   return shapes;
 }
 
-// The same from pages as inference engines keep them.
-inline const std::vector<Shape>& cuda_paged_shapes() {
-  static const std::vector<Shape> shapes = {{1, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
-                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
-                                            {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 64}};
+// As inference engines call it: decode from pages, several queries at once (drafts that a model verifies), windows, a
+// chunk of a long prompt.
+inline const std::vector<Shape>& cuda_engine_shapes() {
+  static const std::vector<Shape> shapes = {
+      {1, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},          {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 16},
+      {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 64},         {16, 32, 8, 1, 8192, 128, ADAATTN_MASK_NONE, 1},
+      {1, 32, 8, 1, 131072, 128, ADAATTN_MASK_NONE, 16},        {16, 32, 8, 4, 8192, 128, ADAATTN_MASK_CAUSAL},
+      {16, 64, 8, 8, 8192, 128, ADAATTN_MASK_CAUSAL},           {16, 64, 8, 8, 8192, 128, ADAATTN_MASK_CAUSAL, 16},
+      {16, 32, 8, 1, 32768, 128, ADAATTN_MASK_CAUSAL, 0, 4096}, {1, 32, 8, 1024, 32768, 128, ADAATTN_MASK_CAUSAL, 16},
+  };
   return shapes;
 }
 
@@ -107,13 +116,15 @@ inline const std::vector<Shape>& cuda_cache_prefill_shapes() {
   return shapes;
 }
 
-// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys and /page<size> of a paged cache.
+// "f32/d128/causal/b1h8kv8/s2048", with q<queries> where they differ from the keys, /page<size> of a paged cache and
+// /window<keys>.
 inline std::string shape_name(const Shape& s, const char* dtype) {
   std::string name = std::string(dtype) + "/d" + std::to_string(s.head_dim) +
                      (s.mask == ADAATTN_MASK_NONE ? "/full/b" : "/causal/b") + std::to_string(s.batch) + "h" +
                      std::to_string(s.heads_q) + "kv" + std::to_string(s.heads_kv) + "/s" + std::to_string(s.seqlen_k);
   if (s.seqlen_q != s.seqlen_k) name.append("q").append(std::to_string(s.seqlen_q));
   if (s.page_size > 0) name.append("/page").append(std::to_string(s.page_size));
+  if (s.window > 0) name.append("/window").append(std::to_string(s.window));
   return name;
 }
 

@@ -7,6 +7,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 warnings.filterwarnings("ignore")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -51,14 +52,19 @@ def peers_of(row):
 
     q = make(row["seqlen_q"], row["heads_q"])
     k, v = make(row["seqlen_k"], row["heads_kv"]), make(row["seqlen_k"], row["heads_kv"])
+    mask = {"is_causal": row["causal"]}
+    if row["causal"] and row["seqlen_q"] != row["seqlen_k"]:  # is_causal aligns the first query with the first key
+        mask = {"attn_mask": causal_lower_right(row["seqlen_q"], row["seqlen_k"])}
     found = {}
     for name, backend in PEERS.items():
         if name == "efficient" and row["dtype"] != "f32":
             continue
+        if name == "cudnn" and "attn_mask" in mask:  # would read the mask as a tensor
+            continue
         try:
             with sdpa_kernel(backend):
                 grouped = row["heads_q"] != row["heads_kv"]
-                call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=row["causal"], enable_gqa=grouped)
+                call = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
                 version = f"-{torch.backends.cudnn.version()}" if name == "cudnn" else f"-torch{torch.__version__}"
                 found[name + version] = timed(call, row["cold"])
         except RuntimeError:  # this back-end does not serve the row

@@ -38,6 +38,12 @@ bool runs_on(const AttendKernel& kernel, const DeviceTraits& device) {
   return arch && static_cast<int64_t>(kernel.shared_bytes) <= device.shared_bytes;
 }
 
+// For kernels of pages alone, which read whole blocks of keys: a block at a window's left end holds keys that no row
+// sees, whose pages may have got another use since.
+bool has_pages(const Problem& problem, int64_t multiple) {
+  return problem.layout_kv == Layout::kPaged && problem.page_size % multiple == 0 && problem.window_left < 0;
+}
+
 // The least padding wins, then the newer architecture, then the order of the table. For E4M3 tensors the architecture
 // comes first: with 8-bit products padding to twice the width costs no more than widening.
 const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features, const DeviceTraits& device) {
@@ -48,7 +54,7 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
         kernel->d_v < problem.d_v ||
         (!(kernel->features & kRagged) && (kernel->d_qk != problem.d_qk || kernel->d_v != problem.d_v)) ||
         (features & ~kernel->features) != 0 || !runs_on(*kernel, device) ||
-        (kernel->page_multiple != 0 && problem.page_size % kernel->page_multiple != 0))
+        (kernel->page_multiple != 0 && !has_pages(problem, kernel->page_multiple)))
       continue;
     if (found == nullptr || (eight_bits && kernel->arch > found->arch)) {
       found = kernel;

@@ -111,10 +111,18 @@ static __device__ __noinline__ void report_sequence(const AttendArgs& args, int 
     tiles += visible_tiles(p, s, q, decide::kTileQ, decide::kTileK);
   if (tiles > 0) atomicAdd(&args.record->tiles, static_cast<unsigned long long>(tiles * p.heads_q));
   if (p.block_table != nullptr) {
+    // Several entries at once: a long table would otherwise take the CTA longer than its keys.
+    constexpr int kAtOnce = 16;
     const int64_t pages = (s.len_k + p.page_size - 1) / p.page_size;
-    for (int64_t i = thread; i < pages && bad.field == Field::kNone; i += threads) {
-      const int64_t page = p.block_table[b * p.block_table_stride + i];
-      if (page < 0 || page >= p.num_pages) bad = {Field::kBlockTable, b * p.pages_per_seq + i, page};
+    const int32_t* const table = p.block_table + b * p.block_table_stride;
+    for (int64_t first = thread; first < pages && bad.field == Field::kNone; first += kAtOnce * int64_t{threads}) {
+      int32_t page[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) page[i] = first + i * threads < pages ? table[first + i * threads] : 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (bad.field == Field::kNone && (page[i] < 0 || page[i] >= p.num_pages))
+          bad = {Field::kBlockTable, b * p.pages_per_seq + first + i * threads, page[i]};
     }
   }
   if (bad.field != Field::kNone) {

@@ -73,12 +73,16 @@ struct KeyRows<T, true> {
     }
   }
   __device__ __forceinline__ bool paged() const { return table != nullptr; }
-  __device__ __forceinline__ const T* row(int key) const {
-    if (table == nullptr) return base + key * stride_s;
-    const int slot = page_shift >= 0 ? key >> page_shift : key / page_size;
-    const int page = min(max(table[slot], 0), num_pages - 1);
-    return base + page * stride_page + (key - slot * page_size) * stride_s;
+  __device__ __forceinline__ const T* row(int key) const { return row(key, paged() ? entry(key) : 0); }
+  // The two halves of that, for those who look up entries of the table ahead.
+  __device__ __forceinline__ int32_t entry(int key) const { return table[slot(key)]; }
+  __device__ __forceinline__ const T* row(int key, int32_t entry) const {
+    if (!paged()) return base + key * stride_s;
+    return base + min(max(entry, 0), num_pages - 1) * stride_page + (key - slot(key) * page_size) * stride_s;
   }
+
+ private:
+  __device__ __forceinline__ int slot(int key) const { return page_shift >= 0 ? key >> page_shift : key / page_size; }
 };
 
 __host__ __device__ constexpr int chunk_lanes(int chunks) { return chunks % 16 == 0 ? 16 : chunks % 8 == 0 ? 8 : 4; }

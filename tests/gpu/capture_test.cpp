@@ -24,7 +24,18 @@ std::vector<AttentionCase> captured_cases() {
            .layout_kv = ADAATTN_LAYOUT_PAGED,
            .page_size = 16,
            .mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT,
-           .used_k = {400, 1, 33}}};
+           .used_k = {400, 1, 33}},
+          {.name = "PagedPrefill",
+           .batch = 2,
+           .heads_q = 4,
+           .heads_kv = 2,
+           .seqlen_q = 150,
+           .seqlen_k = 256,
+           .d_qk = 64,
+           .layout_kv = ADAATTN_LAYOUT_PAGED,
+           .page_size = 64,
+           .mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT,
+           .used_k = {256, 170}}};
 }
 
 TEST_F(Capture, ReplayReadsTheInputsOfThatMoment) {

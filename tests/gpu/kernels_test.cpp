@@ -55,7 +55,7 @@ AttentionCase case_for(const AttendKernel& kernel, bool ragged, bool causal) {
   if (has("_paged")) {
     c.layout_kv = ADAATTN_LAYOUT_PAGED;
     c.page_size = 16;
-    c.used_k = {333, 150};
+    c.used_k = {static_cast<int32_t>(c.seqlen_k), 150};
   }
   return c;
 }
@@ -139,6 +139,25 @@ TEST_P(DecodeKernel, JoinsSplitKeysEitherWay) {
   for (const int multiprocessors : {13, 48, 1000}) run_row(kernel, c, multiprocessors);
 }
 
+// Runs of keys within a page, keys of their own pages, and blocks cut off by a window or by the end of a sequence.
+TEST_P(DecodeKernel, ReadsPagesOfAnySize) {
+  const AttendKernel& kernel = *GetParam();
+  for (const bool ragged : {false, true}) {
+    AttentionCase c = case_for(kernel, ragged, true);
+    c.batch = 3;
+    c.seqlen_k = 700;
+    c.layout_kv = ADAATTN_LAYOUT_PAGED;
+    c.used_k = {700, 397, 5};
+    for (const int page_size : {1, 8, 16, 17, 48, 64, 256})
+      for (const int window_left : {-1, 301}) {
+        c.page_size = page_size;
+        c.window_left = window_left;
+        run_row(kernel, c, window_left < 0 ? 0 : 13);
+        if (HasFatalFailure()) return;
+      }
+  }
+}
+
 // Hopper kernels that split keys and put the heads of a group into the rows of one tile.
 class SplitKernels : public EveryKernel {};
 
@@ -192,13 +211,27 @@ std::vector<AttentionCase> split_cases() {
   };
 }
 
+// The same keys in pages, short of the left side of a window: keys before it may be in no page any more.
+AttentionCase in_pages(AttentionCase c, int64_t page_size) {
+  c.layout_kv = ADAATTN_LAYOUT_PAGED;
+  c.page_size = page_size;
+  c.window_left = -1;
+  if (!c.lens_k.empty()) c.seqlen_k = *std::max_element(c.lens_k.begin(), c.lens_k.end());
+  if (c.used_k.empty()) c.used_k = c.lens_k;
+  c.lens_k.clear();
+  if (c.used_k.empty()) c.used_k.assign(static_cast<size_t>(c.batch), static_cast<int32_t>(c.seqlen_k));
+  return c;
+}
+
 TEST_P(SplitKernels, AgreeWithTheOracleOnPartsAndGroups) {
-  for (AttentionCase c : split_cases()) {
-    c.d_qk = GetParam()->d_qk;
-    c.d_v = GetParam()->d_v;
-    run_row(*GetParam(), c);
-    if (testing::Test::HasFatalFailure()) return;
-  }
+  const bool paged = (GetParam()->features & cuda::kPaged) != 0;
+  for (const int64_t page_size : paged ? std::vector<int64_t>{16, 48, 64, 256} : std::vector<int64_t>{0})
+    for (AttentionCase c : split_cases()) {
+      c.d_qk = GetParam()->d_qk;
+      c.d_v = GetParam()->d_v;
+      run_row(*GetParam(), paged ? in_pages(c, page_size) : c);
+      if (testing::Test::HasFatalFailure()) return;
+    }
 }
 
 class PersistentKernels : public OnTheDevice {};

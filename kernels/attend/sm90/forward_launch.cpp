@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "attend/sm90/paged_boxes.h"
 #include "attend/sm90/tensor_map.h"
 #include "core/error.h"
 
@@ -14,17 +15,20 @@ namespace adaattn::cuda::sm90 {
 ForwardArgs common_args(const ForwardConfig& c, const AttnParams& p) {
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   const Extents queries{p.d_qk, packed_q ? p.total_q : p.seqlen_q, p.heads_q, packed_q ? 1 : p.batch};
-  const int64_t tokens_k = packed_k ? p.total_k : p.seqlen_k;
-  const Extents keys{p.d_qk, tokens_k, p.heads_kv, packed_k ? 1 : p.batch};
-  const Extents values{p.d_v, tokens_k, p.heads_kv, packed_k ? 1 : p.batch};
+  // A page stands where otherwise a sequence does.
+  const bool paged = p.block_table != nullptr;
+  const int64_t tokens_k = paged ? p.page_size : packed_k ? p.total_k : p.seqlen_k;
+  const int64_t batch_k = paged ? p.num_pages : packed_k ? 1 : p.batch;
+  const int rows_k = paged ? box_rows(static_cast<int>(p.page_size & -p.page_size), c.tile_n) : c.tile_n;
+  const Extents keys{p.d_qk, tokens_k, p.heads_kv, batch_k}, values{p.d_v, tokens_k, p.heads_kv, batch_k};
   const int width_qk = c.d_qk % 64 == 0 ? 128 : 64, width_v = c.d_v % 64 == 0 ? 128 : 64;
 
   ForwardArgs args{};
   args.q_map = make_map(p.q, queries, width_qk, 64, "q");
   args.o_map = make_map(p.o, {p.d_v, queries.tokens, p.heads_q, queries.batch}, width_v, 16, "o");
-  if (tokens_k > 0) {  // otherwise nothing is loaded
-    args.k_map = make_map(p.k, keys, width_qk, c.tile_n, "k");
-    args.v_map = make_map(p.v, values, width_v, c.tile_n, "v");
+  if (p.seqlen_k > 0 && tokens_k > 0) {  // otherwise nothing is loaded
+    args.k_map = make_map(p.k, keys, width_qk, rows_k, "k");
+    args.v_map = make_map(p.v, values, width_v, rows_k, "v");
   }
   args.p = p;
   if (packed_q) args.p.o.stride_b = args.p.lse.stride_b = 0;

@@ -16,9 +16,9 @@ ForwardArgs common_args(const ForwardConfig& config, const AttnParams& params);
 cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
                          cudaStream_t stream);
 
-// The instance serves the call: 16-byte aligned rows, no bias, ALiBi, paging, entropy or f32 output, scale > 0, and a
-// masked or softcap instance where one is needed. Capture-safe; launches that share args.scheduler must be ordered.
-// Throws Error where the driver refuses a tensor.
+// The instance serves the call: 16-byte aligned rows, no bias, ALiBi, entropy or f32 output, pages only of a paged
+// instance, scale > 0, and a masked or softcap instance where one is needed. Capture-safe; launches that share
+// args.scheduler must be ordered. Throws Error where the driver refuses a tensor.
 cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& args, cudaStream_t stream);
 
 }  // namespace adaattn::cuda::sm90

@@ -1,0 +1,74 @@
+// Hopper forward kernels over pages of keys and values, their registry rows included. A tile's rows may be the query
+// heads of a group and its keys come in parts where tiles are few, as in the split instances.
+#pragma once
+
+#include "attend/launch.h"
+#include "attend/sm90/forward_kernel.cuh"
+#include "attend/sm90/forward_launch.h"
+#include "attend/sm90/paged_producer.cuh"
+
+namespace adaattn::cuda::sm90 {
+
+template <typename T, class Policy>
+__global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
+    paged_kernel(const __grid_constant__ ForwardArgs args) {
+  using Traits = ForwardTraits<T, Policy>;
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&args.q_map);
+    if (args.seqlen_k > 0) {
+      prefetch_tensor_map(&args.k_map);
+      prefetch_tensor_map(&args.v_map);
+    }
+    init_barriers(shared, Traits::kGroups);
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    set_max_registers_down<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) PagedProducer<Traits>(args, shared).run();
+  } else {
+    set_max_registers_up<Traits::kConsumerRegisters>();
+    Consumer<Traits>(args, shared, warpgroup - 1).run();
+  }
+}
+
+template <typename T, int kDqk, int kDv, uint32_t kFeatures>
+struct Paged {
+  static_assert(kFeatures == kSplit);
+  static constexpr ForwardConfig kConfig = {.d_qk = kDqk,
+                                            .d_v = kDv,
+                                            .masked = true,
+                                            .dynamic = true,
+                                            .ordered = false,
+                                            .k_stages = 3,
+                                            .quick = true,
+                                            .split = true};
+  using Traits = ForwardTraits<T, Paged>;
+  static_assert(Traits::kN % kPageMultiple == 0);
+
+  static AttendKernel row(const char* name) {
+    static const ForwardInstance instance{name, dtype_of<T>(), kConfig,
+                                          static_cast<int>(sizeof(typename Traits::Shared)),
+                                          reinterpret_cast<const void*>(&paged_kernel<T, Paged>)};
+    AttendKernel k{};
+    k.name = name;
+    k.arch = 90;
+    k.phase = Phase::kForward;
+    k.dtype = dtype_of<T>();
+    k.d_qk = kDqk;
+    k.d_v = kDv;
+    k.features = kPaged | kVarlen | kSink | kRagged | kMasked | kSplit | kPacked;
+    k.tile_q = Traits::kM;
+    k.tile_k = Traits::kN;
+    k.ctas_per_sm = 1;
+    k.page_multiple = kPageMultiple;
+    k.shared_bytes = sizeof(typename Traits::Shared);
+    k.function = instance.kernel;
+    k.launch = [](const AttendArgs& args, cudaStream_t stream) { return launch_forward(instance, args, stream); };
+    return k;
+  }
+};
+
+}  // namespace adaattn::cuda::sm90
