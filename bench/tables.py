@@ -72,13 +72,15 @@ def decode():
         shape = fields(name)
         if shape is None or shape[-1] == "/cold":
             continue
-        dtype, _, _, batch, heads_q, heads_kv, keys, _, rest = shape
+        dtype, _, _, batch, heads_q, heads_kv, keys, queries, rest = shape
         row = next(iter(peers.values()))
-        rows.append((rest, batch, keys, dtype, [
-            "E4M3" if dtype == "e4m3kv" else "BF16", rest[5:] or "none", f"{batch}", f"{heads_q}/{heads_kv}", f"{keys}",
-            f"{row['ours_us']:.1f}", f"{row['rate']:.0f}", ratio(peers.get("cudnn")), ratio(peers.get("flash"))]))
-    return table(["k and v", "pages", "batch", "heads q/kv", "keys", "µs", "GB/s", "× cuDNN", "× FA2"],
-                 [cells for *_, cells in sorted(rows, key=lambda row: row[:4])])
+        pages, window = (re.fullmatch(f"/{word}([0-9]+)", rest) for word in ("page", "window"))
+        rows.append((queries, window is not None, int(pages[1]) if pages else 0, batch, keys, dtype, [
+            "E4M3" if dtype == "e4m3kv" else "BF16", f"{queries}", pages[1] if pages else "none", f"{batch}",
+            f"{heads_q}/{heads_kv}", f"{window[1]} of {keys}" if window else f"{keys}", f"{row['ours_us']:.1f}",
+            f"{row['rate']:.0f}", ratio(peers.get("cudnn")), ratio(peers.get("flash"))]))
+    return table(["k and v", "queries", "pages", "batch", "heads q/kv", "keys", "µs", "GB/s", "× cuDNN", "× FA2"],
+                 [cells for *_, cells in sorted(rows, key=lambda row: row[:6])])
 
 
 def eight_bits():
