@@ -162,19 +162,52 @@ __device__ __forceinline__ void load_whole_rows(uint32_t shared, int thread, con
   }
 }
 
+// The same for paged keys: the pages of several rows of a thread are looked up side by side.
+template <int kD, int kRows, int kThreads, typename T>
+__device__ __forceinline__ void load_whole_paged_rows(uint32_t shared, int thread, const KeyRows<T, true>& keys,
+                                                      int first_key) {
+  using Layout = RowLayout<T, kD>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
+  constexpr int kLanes = chunk_lanes(Layout::kChunks);
+  constexpr int kRowStep = kThreads / kLanes, kAtOnce = kRows / kRowStep % 4 == 0 ? 4 : kRows / kRowStep;
+  static_assert(kRows % kRowStep == 0);
+  const int lane = thread % kLanes;
+#pragma unroll 1
+  for (int first = thread / kLanes; first < kRows; first += kAtOnce * kRowStep) {
+    int32_t entry[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) entry[i] = keys.entry(first_key + first + i * kRowStep);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int r = first + i * kRowStep;
+      const T* source = keys.row(first_key + r, entry[i]) + lane * kPerChunk;
+#pragma unroll
+      for (int c = 0; c < Layout::kChunks; c += kLanes)
+        cp_async16(shared + Layout::offset(r, lane + c), source + c * kPerChunk);
+    }
+  }
+}
+
 // The same for the keys of block `block` that lie in [keys_begin, keys_end).
 template <int kD, int kRows, int kThreads, bool kMayBeUnaligned, typename T, bool kMayBePaged>
 __device__ __forceinline__ void load_keys(uint32_t shared, int thread, int d, const KeyRows<T, kMayBePaged>& keys,
                                           int block, int keys_begin, int keys_end, bool aligned) {
   const int first_key = block * kRows;
   const RowSpan valid{keys_begin - first_key, keys_end - first_key};
-  if (keys.paged()) {
-    load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
-                                                    [&](int r) { return keys.row(first_key + r); });
-    return;
+  const bool whole = valid.begin <= 0 && valid.end >= kRows && d == kD && (!kMayBeUnaligned || aligned);
+  if constexpr (kMayBePaged) {
+    if (keys.paged()) {
+      if (whole) {
+        load_whole_paged_rows<kD, kRows, kThreads>(shared, thread, keys, first_key);
+      } else {
+        load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,
+                                                        [&](int r) { return keys.row(first_key + r); });
+      }
+      return;
+    }
   }
   const T* base = keys.base + first_key * keys.stride_s;
-  if (valid.begin <= 0 && valid.end >= kRows && d == kD && (!kMayBeUnaligned || aligned)) {
+  if (whole) {
     load_whole_rows<kD, kRows, kThreads>(shared, thread, base, keys.stride_s);
   } else {
     load_rows<kD, kRows, kThreads, kMayBeUnaligned>(shared, thread, d, valid, aligned,

@@ -21,7 +21,8 @@ TEST_P(RandomAttention, AgreesWithTheOracle) {
                           : random.chance(0.5) ? random.pick(mixed_dtypes())
                                                : random.pick(e4m3_cache_dtypes());
     SCOPED_TRACE("number " + std::to_string(n) + ", " + dtypes.name + ", " + describe(c));
-    AttentionData data(c, dtypes, static_cast<uint64_t>(random.between(0, 1 << 30)));
+    const auto outputs = random.pick({0u, ADAATTN_OUTPUT_LSE, ADAATTN_OUTPUT_ALL});
+    AttentionData data(c, dtypes, static_cast<uint64_t>(random.between(0, 1 << 30)), outputs);
     const reference::AttentionResult expected = reference::attention(data.desc, data.io());
     for (const Target& target : targets) {
       SCOPED_TRACE(target.name);
