@@ -131,7 +131,7 @@ class CudaBackend final : public Backend {
     if (status == cudaStreamCaptureStatusActive) {
       if (will_allocate)
         fail(ADAATTN_ERROR_CAPTURE,
-             "workspace is NULL while the stream is being captured; accepted: a workspace of the caller's");
+             "stream is being captured and the call would allocate; accepted: a workspace, and a plan made before");
       return;
     }
     int stream_device = device_id_;

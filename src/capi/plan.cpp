@@ -257,7 +257,10 @@ adaattn_status_t adaattn_attention(adaattn_context_t* context, const adaattn_att
     capi::Running call(context);
     const adaattn::Problem problem = capi::read_problem(desc, adaptive);
     capi::PlanCache::Node node = call->plan_cache.take(problem);
-    if (node.empty()) node.push_back({problem, call.backend().make_plan(problem)});
+    if (node.empty()) {
+      call.backend().check_stream(stream, true);  // a new plan may allocate, which would break a capture
+      node.push_back({problem, call.backend().make_plan(problem)});
+    }
     // The plan goes back after a failure too: a refused io says nothing about it.
     struct Return {
       capi::PlanCache& cache;

@@ -91,6 +91,25 @@ TEST_F(Capture, WithoutAWorkspaceIsRefusedAndLeavesTheCaptureUsable) {
   require(cudaGraphDestroy(graph));
 }
 
+// A context's first plan allocates; a capture in which that is tried is lost.
+TEST_F(Capture, OneCallAttentionIsRefusedAndLeavesTheCaptureUsable) {
+  const AttentionCase c = captured_cases()[0];
+  const Context context(kCuda);
+  AttentionData data(c, kBf16All, run_seed());
+  data.upload(kDevice);
+  const adaattn_io_t io = data.io(kDevice);
+  const Stream stream;
+  require(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeGlobal));
+  EXPECT_EQ(adaattn_attention(context.get(), &data.desc, nullptr, &io, stream.get()), ADAATTN_ERROR_CAPTURE);
+  cudaGraph_t graph = nullptr;
+  require(cudaStreamEndCapture(stream.get(), &graph));
+  require(cudaGraphDestroy(graph));
+  EXPECT_TRUE(succeeded(adaattn_attention(context.get(), &data.desc, nullptr, &io, stream.get())));
+  stream.wait();
+  data.download(kDevice);
+  EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
+}
+
 TEST_F(Capture, CountersOfReplaysAreReadFromTheDevice) {
   const AttentionCase c = captured_cases()[2];
   const Context context(kCuda);
