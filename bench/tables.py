@@ -171,6 +171,8 @@ TABLES = {
     "tools on an H200": lambda old: tools(),
     "policies on two threads of Zen 4": lambda old: policies(
         "zen4_cpu_adaptive_f32", "model/f32/s8192/{}/t2", [speedup, tiles, rank, error], old),
+    "policies on two threads of Emerald Rapids": lambda old: policies(
+        "emr_cpu_adaptive", "model/bf16/s8192/{}/t2", [speedup, tiles, error], old),
     "policies on an H200": lambda old: policies(
         "h200_policies", "model/bf16/d128/causal/b4h6kv2/s16384/{}", [speedup, of_cudnn, tiles, error], old),
 }
