@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/performance.md and docs/adaptive.md from bench/results.
+"""Writes the tables of README.md, docs/performance.md and docs/adaptive.md from bench/results.
 
 usage: tables.py [--check]   --check: changes nothing, and fails where a table is not what the results say
 
@@ -12,7 +12,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs/performance.md", ROOT / "docs/adaptive.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/adaptive.md"]
 
 
 def rows_of(name):
@@ -64,6 +64,18 @@ def prefill(results):
         rows.append(cells)
     return table(["head_dim", "heads q/kv", "batch", "seqlen", "full, TFLOP/s", "× cuDNN", "× FA2", "causal, TFLOP/s",
                   "× cuDNN", "× FA2"], rows)
+
+
+def highlights():
+    """Prefill with head_dim 128 and 16 heads: against cuDNN and, in parentheses, FlashAttention 2."""
+    cells = {}
+    for name, peers in by_peer("h200_hopper", "fwd/bf16/d128/").items():
+        _, _, mask, _, heads_q, heads_kv, keys, queries, rest = fields(name)
+        if (heads_q, heads_kv, queries, rest) == (16, 16, 0, ""):
+            cells.setdefault(keys, {})[mask] = f"{ratio(peers.get('cudnn'))} ({ratio(peers.get('flash'))})"
+    lengths = sorted(cells)
+    return table(["seqlen", *map(str, lengths)],
+                 [[mask, *(cells[length].get(mask, "") for length in lengths)] for mask in ("full", "causal")])
 
 
 def decode():
@@ -162,6 +174,7 @@ def error(row):
 
 
 TABLES = {
+    "highlights": lambda old: highlights(),
     "prefill on an H200": lambda old: prefill("h200_hopper"),
     "prefill on an H200 with the portable kernels": lambda old: prefill("h200_portable"),
     "decode on an H200": lambda old: decode(),
