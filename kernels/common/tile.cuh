@@ -162,6 +162,25 @@ __device__ __forceinline__ void load_whole_rows(uint32_t shared, int thread, con
   }
 }
 
+// The same where row_of(r) gives the address of row r.
+template <int kD, int kRows, int kThreads, typename RowOf>
+__device__ __forceinline__ void load_whole_rows(uint32_t shared, int thread, const RowOf& row_of) {
+  using T = std::remove_cvref_t<decltype(*row_of(0))>;
+  using Layout = RowLayout<T, kD>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
+  constexpr int kLanes = chunk_lanes(Layout::kChunks);
+  constexpr int kRowStep = kThreads / kLanes;
+  static_assert(kRows % kRowStep == 0);
+  const int lane = thread % kLanes, first = thread / kLanes;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowStep) {
+    const T* source = row_of(first + i) + lane * kPerChunk;
+#pragma unroll
+    for (int c = 0; c < Layout::kChunks; c += kLanes)
+      cp_async16(shared + Layout::offset(first + i, lane + c), source + c * kPerChunk);
+  }
+}
+
 // The same for paged keys: the pages of several rows of a thread are looked up side by side.
 template <int kD, int kRows, int kThreads, typename T>
 __device__ __forceinline__ void load_whole_paged_rows(uint32_t shared, int thread, const KeyRows<T, true>& keys,

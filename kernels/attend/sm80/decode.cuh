@@ -108,7 +108,8 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
   const KeyRows<T, true> k_rows(args, p.k, s, tile.batch, head_kv), v_rows(args, p.v, s, tile.batch, head_kv);
 
   const uint32_t stages = shared_address(shared_memory) + warp * Shape::kWarpBytes;
-  // A lane keeps the table entry of one key of the block that is loaded next: it arrives while others are multiplied.
+  // A lane finds the row of one key of a block, and others get it from there. Its table entry it has looked up a block
+  // ahead: it arrives while others are multiplied.
   const auto key_of_lane = [&](int block) {
     return max(min(block * kKeys + lane % kKeys, blocks.end_key - 1), blocks.first_key);
   };
@@ -117,25 +118,19 @@ __global__ __launch_bounds__(DecodeShape<T, kD>::kThreads) void decode_kernel(co
     if (k_rows.paged() && block < blocks.end) entry = k_rows.entry(key_of_lane(block));
   };
   look_up(blocks.begin + warp);
-  // Keys that lie one stride apart.
-  constexpr int kRun = 16;
-  const bool in_runs = (!k_rows.paged() || k_rows.page_size % kRun == 0) && (!kExtras || args.aligned);
   const auto load_stage = [&](int stage, int block) {
     if (block < blocks.end) {
       const uint32_t to = stages + stage * Shape::kStageBytes;
       const int first_key = block * kKeys, key = key_of_lane(block);
       const RowSpan valid{blocks.first_key - first_key, blocks.end_key - first_key};
+      const bool all = valid.begin <= 0 && valid.end >= kKeys && (!kExtras || args.aligned);
       const auto load = [&](uint32_t tile, int d, const KeyRows<T, true>& rows) {
-        if (in_runs && valid.begin <= 0 && valid.end >= kKeys && d == kD) {
-#pragma unroll
-          for (int r = 0; r < kKeys; r += kRun)
-            load_whole_rows<kD, kRun, 32>(tile + r * Layout::kPitch, lane,
-                                          rows.row(first_key + r, __shfl_sync(0xffffffffu, entry, r)), rows.stride_s);
+        const auto row = reinterpret_cast<unsigned long long>(rows.row(key, entry));
+        const auto row_of = [&](int r) { return reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row, r)); };
+        if (all && d == kD) {
+          load_whole_rows<kD, kKeys, 32>(tile, lane, row_of);
         } else {
-          const auto row = reinterpret_cast<unsigned long long>(rows.row(key, entry));
-          load_rows<kD, kKeys, 32, kExtras>(tile, lane, d, valid, args.aligned, [&](int r) {
-            return reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row, r));
-          });
+          load_rows<kD, kKeys, 32, kExtras>(tile, lane, d, valid, args.aligned, row_of);
         }
       };
       load(to, d_qk, k_rows);
