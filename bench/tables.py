@@ -95,6 +95,19 @@ def decode():
                  [cells for *_, cells in sorted(rows, key=lambda row: row[:6])])
 
 
+def cache_prefill():
+    rows = []
+    for suite in "fwd/bf16/", "fwd/e4m3kv/":
+        for name, peers in by_peer("h200_hopper", suite).items():
+            dtype, dim, _, batch, heads_q, heads_kv, keys, queries, rest = fields(name)
+            if dtype == "bf16" and not rest:
+                continue
+            row = next(iter(peers.values()))
+            rows.append(["E4M3" if dtype == "e4m3kv" else "BF16", rest[5:] or "none", f"{dim}", f"{heads_q}/{heads_kv}",
+                         f"{batch}", f"{queries or keys}", f"{keys}", f"{row['rate']:.0f}", ratio(peers.get("flash"))])
+    return table(["k and v", "pages", "head_dim", "heads q/kv", "batch", "queries", "keys", "TFLOP/s", "× FA2"], rows)
+
+
 def eight_bits():
     shapes = {}
     for row in rows_of("h200_int8"):
@@ -177,6 +190,7 @@ TABLES = {
     "highlights": lambda old: highlights(),
     "prefill on an H200": lambda old: prefill("h200_hopper"),
     "prefill on an H200 with the portable kernels": lambda old: prefill("h200_portable"),
+    "prefill over a cache on an H200": lambda old: cache_prefill(),
     "decode on an H200": lambda old: decode(),
     "8 bits on an H200": lambda old: eight_bits(),
     "Zen 4": lambda old: cpu("zen4_cpu_exact"),
