@@ -276,6 +276,9 @@ class WalkConsumer : ConsumerCore<Traits> {
     } else {
       if constexpr (Traits::kRemainder) add_values();
       Core::store(scale);
+      // Of every lane, for each has read; and only here, for an arrival overtakes reads that nobody has waited for: the
+      // next record was there before them.
+      if constexpr (Traits::kRemainder) mbarrier_arrive(&shared_.remainder_empty);
     }
   }
 
@@ -323,7 +326,6 @@ class WalkConsumer : ConsumerCore<Traits> {
         out_[4 * j + 2 * r + 1] = fmaf(x.y, left_out_[r], out_[4 * j + 2 * r + 1]);
       }
     }
-    mbarrier_arrive(&shared_.remainder_empty);  // of every lane, for each has read
   }
 
   // O = O' U^T + (sum of weights) mean of V; O' is normalised before it is rounded as an operand.
