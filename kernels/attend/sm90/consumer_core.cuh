@@ -7,6 +7,7 @@
 #include <cfloat>
 
 #include "attend/sm90/forward_schedule.cuh"
+#include "common/ptx.cuh"
 #include "common/sm90_ptx.cuh"
 #include "common/sm90_wgmma.cuh"
 
@@ -195,7 +196,9 @@ class ConsumerCore {
 
   __device__ __forceinline__ void release_scores(uint32_t k, bool last) {
     release(&shared_.k_empty[k % Traits::kKStages]);
-    if (last) release(&shared_.q_empty[group_]);
+    if constexpr (!kC.q_in_registers) {
+      if (last) release(&shared_.q_empty[group_]);
+    }
   }
 
   // O += P V of the tile's last block, whole or in two parts with work between them that does not need O.
@@ -226,20 +229,51 @@ class ConsumerCore {
   }
 
   __device__ __forceinline__ void issue_scores(uint32_t count) {
-    issue_products(scores_, shared_.q[group_], shared_.k[count % Traits::kKStages]);
+    const uint8_t* const k = shared_.k[count % Traits::kKStages];
+    if constexpr (kC.q_in_registers) {
+      const uint64_t b = Descriptor<Traits::kWidth>::k_major(shared_address(k));
+#pragma unroll
+      for (int i = 0; i < Traits::kD / 16; ++i) {
+        Wgmma<T, kN>::template rs<0>(scores_, query_[i][0], query_[i][1], query_[i][2], query_[i][3],
+                                     b + step_bytes(i, kN) / 16, i > 0);
+      }
+      wgmma_commit();
+    } else {
+      issue_products(scores_, shared_.q[group_], k);
+    }
   }
+  // Where step i of 16 columns begins in a tile of so many rows.
+  static constexpr int step_bytes(int i, int rows) {
+    constexpr int kPerChunk = Traits::kChunk / 16;
+    return i / kPerChunk * rows * Traits::kWidth + i % kPerChunk * 32;
+  }
+
+  // The warp's 16 rows of Q as A operands. A product that reads them from shared memory takes 96 of the 128 bytes a
+  // clock that there are, with Q in registers 64; and the next tile's Q can come at once.
+  __device__ __forceinline__ void load_q() {
+    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
+    constexpr int kWidth = Traits::kWidth;
+    const int row = warp_ * 16 + lane_ % 16;
+    const uint32_t base = shared_address(shared_.q[group_]) + row * kWidth;
+    const int swizzle = kWidth == 128 ? row % 8 : row / 2 % 4;
+#pragma unroll
+    for (int i = 0; i < Traits::kD / 16; ++i) {
+      const int unit = i % (Traits::kChunk / 16) * 2 + lane_ / 16;
+      ldmatrix_x4(query_[i], base + i / (Traits::kChunk / 16) * kGroupRows * kWidth + (unit ^ swizzle) * 16);
+    }
+    release(&shared_.q_empty[group_]);
+  }
+
   // out = a b^T over head_dim; a: the warpgroup's 64 rows, b: rows of a block of kN from `first` on.
   template <int kHalf>
   __device__ __forceinline__ void issue_products(float (&out)[kHalf], const uint8_t* a_rows, const uint8_t* b_rows,
                                                  int first = 0) {
-    constexpr int kWidth = Traits::kWidth, kPerChunk = Traits::kChunk / 16;
+    constexpr int kWidth = Traits::kWidth;
     const uint64_t a = Descriptor<kWidth>::k_major(shared_address(a_rows));
     const uint64_t b = Descriptor<kWidth>::k_major(shared_address(b_rows) + first * kWidth);
 #pragma unroll
     for (int i = 0; i < Traits::kD / 16; ++i) {
-      const int chunk = i / kPerChunk, inside = i % kPerChunk * 32;
-      Wgmma<T, 2 * kHalf>::template ss<0>(out, a + (chunk * kGroupRows * kWidth + inside) / 16,
-                                          b + (chunk * kN * kWidth + inside) / 16, i > 0);
+      Wgmma<T, 2 * kHalf>::template ss<0>(out, a + step_bytes(i, kGroupRows) / 16, b + step_bytes(i, kN) / 16, i > 0);
     }
     wgmma_commit();
   }
@@ -568,6 +602,7 @@ class ConsumerCore {
   float shift_[2], sum_[4];  // of the block in work
   float scores_[kN / 2];
   uint32_t probabilities_[kN / 4];
+  uint32_t query_[kC.q_in_registers ? Traits::kD / 16 : 1][4];
   float out_[Traits::kDv / 2];
 };
 

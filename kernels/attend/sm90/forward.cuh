@@ -19,21 +19,25 @@ constexpr ForwardConfig forward_config() {
     c.ordered = !c.masked;
     c.quick = !c.softcap;
     c.k_stages = 3;
+    c.pass_unseen = c.masked && !c.split;
   } else if (kDqk <= 96) {
     c.ordered = false;
     c.quick = !c.softcap;
     c.k_stages = 3;
     c.load_ahead = c.quick && c.masked;
+    c.q_in_registers = c.quick;
   } else if (kDqk <= 128 && kDv <= 64) {
     // Short products: a third warpgroup keeps the tensor cores busy during the exponentials of two.
     c.groups = 3;
     c.ordered = false;
+    c.pass_unseen = c.masked && !c.split;
   } else if (kDqk <= 128) {
     c.ordered = c.softcap;
     c.early_columns = c.softcap ? 6 : 0;
     c.quick = !c.softcap;
     c.k_stages = c.quick ? 3 : 2;
     c.load_ahead = c.quick && !c.split;
+    c.q_in_registers = c.quick;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;

@@ -14,18 +14,20 @@ namespace adaattn::cuda::sm90 {
 struct ForwardConfig {
   int d_qk = 128;
   int d_v = 128;
-  int tile_n = 128;            // keys per block
-  int groups = 2;              // consumer warpgroups
-  bool masked = false;         // causal and window masks; otherwise only the length of K is respected
-  bool softcap = false;        // at run time it would split the basic blocks of every softmax
-  bool dynamic = false;        // tiles from a counter, longest first; otherwise a static stride over the grid
-  bool ordered = true;         // warpgroups take turns in issuing matrix products
-  int k_stages = 2;            // buffers of K: quick steps hold one until the vote
-  int early_columns = 0;       // of tile_n / 8 column groups, those whose exponentials run under the PV before
-  bool quick = false;          // blocks without a mask take the maxima of earlier ones for granted
-  bool load_ahead = false;     // a tile is announced and its first K loaded before the last V of the one before
-  bool rescale_early = false;  // O is rescaled while QK runs instead of after PV
-  bool split = false;          // parts of the keys, and the query heads of a group in the rows of one tile
+  int tile_n = 128;             // keys per block
+  int groups = 2;               // consumer warpgroups
+  bool masked = false;          // causal and window masks; otherwise only the length of K is respected
+  bool softcap = false;         // at run time it would split the basic blocks of every softmax
+  bool dynamic = false;         // tiles from a counter, longest first; otherwise a static stride over the grid
+  bool ordered = true;          // warpgroups take turns in issuing matrix products
+  int k_stages = 2;             // buffers of K: quick steps hold one until the vote
+  int early_columns = 0;        // of tile_n / 8 column groups, those whose exponentials run under the PV before
+  bool quick = false;           // blocks without a mask take the maxima of earlier ones for granted
+  bool load_ahead = false;      // a tile is announced and its first K loaded before the last V of the one before
+  bool q_in_registers = false;  // Q is read once and stays in registers
+  bool pass_unseen = false;     // a warpgroup passes by the blocks at a tile's end that only later rows see
+  bool rescale_early = false;   // O is rescaled while QK runs instead of after PV
+  bool split = false;           // parts of the keys, and the query heads of a group in the rows of one tile
 };
 
 struct ForwardArgs {

@@ -25,6 +25,12 @@ class Consumer : protected ForwardCore<Traits> {
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
     for (bool more = next_tile(); more;) {
+      if constexpr (kC.pass_unseen) {
+        if (pass_unseen()) {
+          more = next_tile();
+          continue;
+        }
+      }
       first_block();
       middle_blocks();
       if constexpr (kC.split) {
@@ -81,9 +87,41 @@ class Consumer : protected ForwardCore<Traits> {
   int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
 
  private:
+  // Lets the blocks at the tile's end pass by that no row of this warpgroup sees; what remains ends at range_.n_max.
+  // True: nothing remains, the rows are answered.
+  __device__ __forceinline__ bool pass_unseen() {
+    const int first = tile_.m_block * Traits::kM + group_ * kGroupRows, right = args_.window_right;
+    int end = range_.n_max;
+    if (right >= 0) {
+      const int last = min(position_of<Traits>(args_, first + kGroupRows - 1), range_.len_q - 1);
+      end = min(end, (max(0, last + range_.off + right + 1) + kN - 1) / kN);
+    }
+    if (position_of<Traits>(args_, first) >= range_.len_q) end = 0;
+    end = uniform(max(end, range_.n_min));
+    for (int n = range_.n_max; n > end; --n) {
+      // The barriers count arrivals of one phase at a time: none before the block is there.
+      Core::wait_k(v_count_);
+      release(&shared_.k_empty[v_count_ % Traits::kKStages]);
+      Core::wait_full(shared_.v_full, v_count_);
+      release(&shared_.v_empty[v_count_ % kStages]);
+      ++v_count_;
+    }
+    v_count_ = uniform(v_count_);
+    range_.n_max = end;
+    if (range_.blocks() > 0) return false;
+    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
+    release(&shared_.q_empty[group_]);
+    Core::store_empty();
+    return true;
+  }
+
   // S of a tile's first block, the last in the sequence. The row limits are computed under it.
   __device__ __forceinline__ void first_block() {
-    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
+    if constexpr (kC.q_in_registers) {
+      Core::load_q();
+    } else {
+      mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
+    }
     first_scores(v_count_);
     row_limits();
     wgmma_wait<0>();
