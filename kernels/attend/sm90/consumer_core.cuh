@@ -251,7 +251,6 @@ class ConsumerCore {
   // The warp's 16 rows of Q as A operands. A product that reads them from shared memory takes 96 of the 128 bytes a
   // clock that there are, with Q in registers 64; and the next tile's Q can come at once.
   __device__ __forceinline__ void load_q() {
-    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     constexpr int kWidth = Traits::kWidth;
     const int row = warp_ * 16 + lane_ % 16;
     const uint32_t base = shared_address(shared_.q[group_]) + row * kWidth;

@@ -24,13 +24,16 @@ class Consumer : protected ForwardCore<Traits> {
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
-    for (bool more = next_tile(); more;) {
+    bool more = next_tile();
+    if constexpr (kC.scores_ahead) start_tile(more);
+    while (more) {
       if constexpr (kC.pass_unseen) {
         if (pass_unseen()) {
           more = next_tile();
           continue;
         }
       }
+      if constexpr (!kC.scores_ahead) start_tile(true);
       first_block();
       middle_blocks();
       if constexpr (kC.split) {
@@ -43,8 +46,13 @@ class Consumer : protected ForwardCore<Traits> {
         const auto scale = Core::finish_rows();
         more = next_tile();
         Core::finish_last();
+        if constexpr (kC.scores_ahead) start_tile(more);
         Core::store(scale);
       }
+    }
+    if constexpr (kC.scores_ahead) {
+      wgmma_wait<0>();
+      pin(scores_);
     }
     Core::drain();
   }
@@ -105,6 +113,10 @@ class Consumer : protected ForwardCore<Traits> {
       Core::wait_full(shared_.v_full, v_count_);
       release(&shared_.v_empty[v_count_ % kStages]);
       ++v_count_;
+      if (n < range_.n_max) {
+        Core::take_turn();
+        pass_turn();
+      }
     }
     v_count_ = uniform(v_count_);
     range_.n_max = end;
@@ -115,15 +127,25 @@ class Consumer : protected ForwardCore<Traits> {
     return true;
   }
 
-  // S of a tile's first block, the last in the sequence. The row limits are computed under it.
-  __device__ __forceinline__ void first_block() {
-    if constexpr (kC.q_in_registers) {
-      Core::load_q();
-    } else {
-      mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
+  // Enqueues S of a tile's first block, the last in the sequence. Without another tile: of what lies in the buffers,
+  // for two ways of leaving would cost the loops their uniform registers.
+  __device__ __forceinline__ void start_tile(bool more) {
+    wait_if(more, shared_.q_full[group_], q_count_++ & 1);
+    if constexpr (kC.q_in_registers) Core::load_q();
+    wait_if(more, shared_.k_full[v_count_ % Traits::kKStages], v_count_ / Traits::kKStages & 1);
+    wgmma_fence();
+    Core::issue_scores(v_count_);
+  }
+  static __device__ __forceinline__ void wait_if(bool needed, uint64_t& barrier, uint32_t parity) {
+    while (needed && !ptx::mbarrier_try_wait_parity(&barrier, parity)) {
     }
-    first_scores(v_count_);
+  }
+
+  // Up to P of that block. The row limits are computed under the product.
+  __device__ __forceinline__ void first_block() {
     row_limits();
+    // K is there: the poll ends the basic block, to whose start ptxas moves the wait for the product.
+    if constexpr (kC.scores_ahead) Core::wait_k(v_count_);
     wgmma_wait<0>();
     pin(scores_);
     release_scores(v_count_, range_.blocks() == 1);
