@@ -19,7 +19,7 @@ constexpr ForwardConfig forward_config() {
     c.ordered = !c.masked;
     c.quick = !c.softcap;
     c.k_stages = 3;
-    c.pass_unseen = !c.split;
+    c.pass_unseen = c.masked && !c.split;
   } else if (kDqk <= 96) {
     c.ordered = false;
     c.quick = !c.softcap;
@@ -37,8 +37,8 @@ constexpr ForwardConfig forward_config() {
     c.quick = !c.softcap;
     c.k_stages = c.quick ? 3 : 2;
     c.load_ahead = c.quick && !c.split;
-    c.q_in_registers = c.quick;
-    c.scores_ahead = c.quick && c.masked && !c.split;
+    c.q_in_registers = c.load_ahead;
+    c.scores_ahead = c.load_ahead && c.masked;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;

@@ -113,10 +113,6 @@ class Consumer : protected ForwardCore<Traits> {
       Core::wait_full(shared_.v_full, v_count_);
       release(&shared_.v_empty[v_count_ % kStages]);
       ++v_count_;
-      if (n < range_.n_max) {
-        Core::take_turn();
-        pass_turn();
-      }
     }
     v_count_ = uniform(v_count_);
     range_.n_max = end;
