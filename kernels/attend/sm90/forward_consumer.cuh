@@ -19,6 +19,9 @@ class Consumer : protected ForwardCore<Traits> {
   using Core::kC, Core::kN, Core::scores_;
   using Core::uniform, Core::release, Core::pass_turn, Core::first_scores, Core::release_scores, Core::begin_out;
 
+  static_assert(!kC.scores_ahead || (kC.q_in_registers && !kC.split && !kC.pass_unseen));
+  static_assert(!kC.pass_unseen || !kC.ordered, "a warpgroup that passes blocks by takes no turns");
+
  public:
   using Core::Core;
 
