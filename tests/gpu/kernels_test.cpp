@@ -233,6 +233,40 @@ TEST_P(SplitKernels, AgreeWithTheOracleOnPartsAndGroups) {
   }
 }
 
+class MaskedHopperKernels : public EveryKernel {};
+
+// Tiles of 128 and 192 rows whose last warpgroups have no rows, see fewer blocks than the others or none at all, and
+// several tiles for each CTA.
+std::vector<AttentionCase> edge_cases() {
+  AttentionCase c = {.name = "Edge", .batch = 2, .heads_q = 3, .heads_kv = 3};
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  std::vector<AttentionCase> cases;
+  for (const auto& [seqlen_q, seqlen_k, window_left] : std::initializer_list<std::array<int64_t, 3>>{
+           {450, 450, -1}, {450, 130, -1}, {193, 64, -1}, {200, 1000, -1}, {700, 700, 100}, {385, 385, 0}}) {
+    c.seqlen_q = seqlen_q;
+    c.seqlen_k = seqlen_k;
+    c.window_left = window_left;
+    cases.push_back(c);
+  }
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
+  c.batch = 5;
+  c.window_left = -1;
+  c.lens_q = {450, 0, 7, 200, 129};
+  c.lens_k = {450, 10, 0, 100, 400};
+  cases.push_back(c);
+  return cases;
+}
+
+TEST_P(MaskedHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
+  for (AttentionCase c : edge_cases()) {
+    c.d_qk = GetParam()->d_qk;
+    c.d_v = GetParam()->d_v;
+    if ((GetParam()->features & cuda::kSoftcap) != 0) c.softcap = 20;
+    run_row(*GetParam(), c, 3);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 class PersistentKernels : public OnTheDevice {};
 
 // Two launches of one plan at a time.
@@ -316,6 +350,14 @@ std::vector<const AttendKernel*> split_rows() {
   return list;
 }
 
+std::vector<const AttendKernel*> masked_hopper_rows() {
+  std::vector<const AttendKernel*> list = rows({Phase::kForward});
+  std::erase_if(list, [](const AttendKernel* kernel) {
+    return kernel->arch != 90 || (kernel->features & cuda::kMasked) == 0 || (kernel->features & cuda::kSplit) != 0;
+  });
+  return list;
+}
+
 std::string name_of(const testing::TestParamInfo<const AttendKernel*>& info) { return info.param->name; }
 
 // No exact plan runs the phases that are not listed. Hopper kernels with products in E4M3 are run by E4m3.*, with the
@@ -324,6 +366,7 @@ INSTANTIATE_TEST_SUITE_P(Table, EveryKernel,
                          testing::ValuesIn(rows({Phase::kForward, Phase::kDecode, Phase::kExactF32, Phase::kTf32})),
                          name_of);
 INSTANTIATE_TEST_SUITE_P(Table, DecodeKernel, testing::ValuesIn(rows({Phase::kDecode})), name_of);
+INSTANTIATE_TEST_SUITE_P(Table, MaskedHopperKernels, testing::ValuesIn(masked_hopper_rows()), name_of);
 INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(split_rows()), name_of);
 
 }  // namespace
