@@ -19,9 +19,10 @@ PEERS = {
 RUNS = 15
 
 
-def timed(call, cold=False, seconds=10.0):
-    """Median of device times in us; a spin hides the launches, a write over the L2 cache makes runs cold. Slow calls
-    are run less often, so that all runs take about that many seconds, but at least once."""
+def timed(call, cold=False, seconds=10.0, calls=1):
+    """Median of device times of a call in us; a spin hides the launches, a write over the L2 cache makes runs cold. A
+    run is that many calls in a row: where the card meets its power limit, they are slower than calls with rests. Slow
+    calls are run less often, so that all runs take about that many seconds, but at least once."""
     flush = torch.empty(torch.cuda.get_device_properties(0).L2_cache_size * 2 if cold else 1, dtype=torch.uint8, device="cuda")
     started = time.monotonic()
     call()
@@ -36,10 +37,11 @@ def timed(call, cold=False, seconds=10.0):
         if cold:
             flush.zero_()
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
+        times.append(start.elapsed_time(stop) / calls * 1e3)
     return sorted(times)[len(times) // 2]
 
 
@@ -66,7 +68,7 @@ def peers_of(row):
                 grouped = row["heads_q"] != row["heads_kv"]
                 call = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
                 version = f"-{torch.backends.cudnn.version()}" if name == "cudnn" else f"-torch{torch.__version__}"
-                found[name + version] = timed(call, row["cold"])
+                found[name + version] = timed(call, row["cold"], calls=row.get("calls", 1))
         except RuntimeError:  # this back-end does not serve the row
             pass
     return found
