@@ -32,5 +32,9 @@ case $language in
     require python3
     python3 "$source_dir/tests/bindings/python_module.py" "$library" "$source_dir"
     ;;
+  PythonModuleOnCuda)
+    require python3
+    python3 "$source_dir/tests/bindings/python_torch.py" "$library" "$source_dir"
+    ;;
   *) exit 64 ;;
 esac
