@@ -21,7 +21,7 @@ struct E4m3 {
                                             .ordered = false,
                                             .k_stages = 4,
                                             .quick = true};
-  static constexpr int kKeep = 12, kRawStages = 3, kVStages = 4;
+  static constexpr int kSums = 12, kKeep = 24, kRawStages = 3, kVStages = 4;
   using Traits = E4m3Traits<E4m3>;
 
   static AttendKernel row(const char* name) {

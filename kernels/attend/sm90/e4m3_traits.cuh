@@ -10,7 +10,6 @@ constexpr int kSlabKeys = 32;
 
 template <class Policy>
 struct E4m3Traits {
-  using Score = float;
   static constexpr ForwardConfig kC = Policy::kConfig;
   static constexpr int kD = kC.d_qk, kDv = kC.d_v, kN = kC.tile_n, kGroups = kC.groups;
   static constexpr int kM = kGroupRows * kGroups;
@@ -19,11 +18,10 @@ struct E4m3Traits {
   static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kN * kDv;
   // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
   static constexpr int kLines = kDv + 8, kSlabs = kN / kSlabKeys, kSlabBytes = kSlabKeys * kLines;
-  static constexpr int kVLine = kSlabKeys, kVStep = kSlabBytes;  // of V's operand: a line, from 32 keys to the next
   static constexpr int kKStages = kC.k_stages, kRawStages = Policy::kRawStages, kVStages = Policy::kVStages;
   static constexpr int kOut = kDv / 2, kPart = kLines / 2;  // accumulators of a thread
-  // Blocks after which O moves to fp32 sums in shared memory.
-  static constexpr int kKeep = Policy::kKeep;
+  // Blocks after which row sums leave the accumulators, and O.
+  static constexpr int kSums = Policy::kSums, kKeep = Policy::kKeep;
   // The kernel is launched with 128 a thread: no more than 512 for the four warpgroups together, or setmaxnreg waits
   // for ever.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
