@@ -44,7 +44,7 @@ NamedRule rule_of(decide::Policy policy) {
     case decide::Policy::kQuality:
       return {0.0018, 0, 3, 0.5};
     case decide::Policy::kBalanced:
-      return {0.004, 0.0023, 0, 0.6};
+      return {0.0035, 0.0023, 0, 0.6};
     case decide::Policy::kSpeed:
       return {0.02, 0.0053, 0, 0.65};
     default:
