@@ -49,7 +49,7 @@ CpuFeatures detect() {
              bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31);
   f.avx512_vnni = f.avx512 && bit(leaf7.ecx, 11);
   f.avx512_bf16 = f.avx512 && bit(leaf7_1.eax, 5);
-  f.amx_bf16 = f.avx512_bf16 && os_tiles && bit(leaf7.edx, 22) && bit(leaf7.edx, 24);
+  f.amx = f.avx512_bf16 && os_tiles && bit(leaf7.edx, 22) && bit(leaf7.edx, 24) && bit(leaf7.edx, 25);
   return f;
 }
 
@@ -76,8 +76,7 @@ bool request_amx() {
 #if defined(__x86_64__)
   // Linux keeps the 8 KiB tile state out of a process until it is asked for (Documentation/arch/x86/xstate.rst).
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
-  static const bool granted =
-      cpu_features().amx_bf16 && syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  static const bool granted = cpu_features().amx && syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
   return granted;
 #else
   return false;

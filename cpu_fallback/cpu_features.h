@@ -11,7 +11,7 @@ struct CpuFeatures {
   bool avx512 = false;       // AVX-512 F, BW, CD, DQ, VL
   bool avx512_bf16 = false;  // vdpbf16ps
   bool avx512_vnni = false;  // vpdpbusd
-  bool amx_bf16 = false;     // tiles with bf16 products; the kernel's permission is asked for by request_amx()
+  bool amx = false;  // tiles with products of bf16 and of bytes; the kernel's permission is asked for by request_amx()
   bool neon = false;
 };
 

@@ -49,16 +49,13 @@ void mean_of_needles(const float* needles, int64_t d, float* mean) {
 
 size_t analyze_scratch(const UnitShape& s, const AdaptiveKernels& kernels) {
   Arena tile;
-  tile.take<float>((decide::kTileQ + 2 * decide::kCellsOfTile) * std::max(s.d_qk, padded_rank(s.probe_rank)));
-  tile.take<char>(decide::kNeedleRowsOfTile * s.needle_row_bytes);
-  take_masses(tile, s);
-  tile.take<int32_t>(2 * decide::kTileQ);
+  tile.take<float>(decide::kTileQ * std::max(s.d_qk, padded_rank(s.probe_rank)));
   tile.take<double>(kGroupsPerTile * (s.d_qk + s.d_v));
   if (s.packs) {
     rows_of_tile(s, {}, 0, tile);
     tile.take<char>(static_cast<int64_t>(kernels.project_scratch(std::max(s.d_qk, s.d_v))));
   }
-  return std::max(basis_scratch(s, kernels), tile.used() + Arena::kAlignment);
+  return std::max({basis_scratch(s, kernels), tile.used(), query_scratch(s)}) + Arena::kAlignment;
 }
 
 namespace {

@@ -94,54 +94,86 @@ void add_needles(const AdaptiveCall& call, const Unit& unit, const decide::TileR
 
 }  // namespace
 
-void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch) {
-  const UnitShape& s = call.shape;
-  const int64_t d = s.d_qk, first = tile * decide::kTileQ;
-  const int64_t n = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - first);
-  Arena arena(scratch);
-  float* rows = arena.take<float>(decide::kTileQ * d);
-  float* means = arena.take<float>(decide::kCellsOfTile * d);
-  const TileMasses x = take_masses(arena, s);
-  int32_t* begin = arena.take<int32_t>(2 * decide::kTileQ);
-  int32_t* end = begin + decide::kTileQ;
+namespace {
 
-  char* needle_rows = arena.take<char>(decide::kNeedleRowsOfTile * s.needle_row_bytes);
-  float needle_scales[decide::kNeedleRowsOfTile];
-  const Operand q = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1).q;
-  const int64_t index = member * s.query_tiles + tile;
-  int64_t blocks = (n + decide::kCell - 1) / decide::kCell;
-  if (s.needles) {
-    call.kernels.row_means(q, 1, first, n, d, decide::kNeedleRows, rows);
-    const int64_t needles = (n + decide::kNeedleRows - 1) / decide::kNeedleRows;
-    call.kernels.quantize_needle_rows(rows, needles, d, d, query_factor(call), needle_rows, needle_scales);
-    static_assert(decide::kCell == 2 * decide::kNeedleRows);
-    for (int64_t b = 0; b < blocks; ++b) {
-      // The second half of the last block may be short, or not there.
-      const int64_t there = std::min<int64_t>(decide::kCell, n - b * decide::kCell);
-      const float of_second =
-          static_cast<float>(std::max<int64_t>(there - decide::kNeedleRows, 0)) / static_cast<float>(there);
-      const float *x = rows + 2 * b * d, *y = of_second > 0 ? x + d : x;
-      for (int64_t c = 0; c < d; ++c) means[b * d + c] = x[c] + of_second * (y[c] - x[c]);
+// What the analysis of a query tile works in.
+struct QueryScratch {
+  float* needle_means;  // [heads][8][d], of 16 rows each
+  float* means;         // [4][d], of 32
+  TileMasses masses;
+  int32_t *begin, *end;
+  char* needle_rows;
+};
+
+QueryScratch lay_out_queries(Arena& arena, const UnitShape& s) {
+  QueryScratch x;
+  x.needle_means = arena.take<float>(s.needles ? kQueryHeads * decide::kNeedleRowsOfTile * s.d_qk : 0);
+  x.means = arena.take<float>(decide::kCellsOfTile * s.d_qk);
+  x.masses = take_masses(arena, s);
+  x.begin = arena.take<int32_t>(decide::kTileQ);
+  x.end = arena.take<int32_t>(decide::kTileQ);
+  x.needle_rows = arena.take<char>(decide::kNeedleRowsOfTile * s.needle_row_bytes);
+  return x;
+}
+
+// One head of a query tile.
+struct QueryHead {
+  Unit* unit;
+  int64_t member;
+  Operand q;     // from the tile's first row on
+  int64_t rows;  // 0: nothing to analyze
+};
+
+// Means of 16 rows, for all heads at once: those of a query lie side by side in memory.
+void mean_needle_rows(const AdaptiveCall& call, const QueryHead* heads, int64_t count, float* means) {
+  const int64_t d = call.shape.d_qk;
+  for (int64_t i = 0; i < decide::kNeedleRowsOfTile; ++i) {
+    const int64_t first = i * decide::kNeedleRows;
+    for (int64_t h = 0; h < count; ++h) {
+      const QueryHead& head = heads[h];
+      const int64_t n = std::min<int64_t>(decide::kNeedleRows, head.rows - first);
+      if (n <= 0) continue;
+      const auto bytes = static_cast<int64_t>(dtype_size(head.q.dtype)), stride = head.q.stride_s * bytes;
+      // This head's next rows: they lie apart, where the processor does not look ahead.
+      const char* ahead = static_cast<const char*>(head.q.data) + (first + decide::kNeedleRows) * stride;
+      for (int64_t j = first + decide::kNeedleRows; j < std::min(first + 2 * decide::kNeedleRows, head.rows); ++j) {
+        for (int64_t at = 0; at < d * bytes; at += 64) __builtin_prefetch(ahead + at);
+        ahead += stride;
+      }
+      call.kernels.row_means(head.q, 1, first, n, d, decide::kNeedleRows,
+                             means + (h * decide::kNeedleRowsOfTile + i) * d);
     }
-  } else {
-    Operand sampled = q;
-    sampled.data = static_cast<char*>(q.data) + first * q.stride_s * dtype_size(q.dtype);
-    sampled.stride_s *= kQueryStep;
-    constexpr int64_t kSamples = decide::kCell / kQueryStep;
-    const int64_t samples = (n + kQueryStep - 1) / kQueryStep;
-    call.kernels.row_means(sampled, 1, 0, samples, d, kSamples, means);
-    blocks = (samples + kSamples - 1) / kSamples;
   }
-  call.kernels.quantize_cells(means, blocks, d, d, nullptr, query_factor(call), 1,
-                              unit.query_cells + index * decide::kCellsOfTile * d,
-                              unit.query_scales + index * decide::kCellsOfTile);
+}
 
-  decide::TileLevels& levels = unit.tile_levels[index];
-  levels = {};
-  if (s.masked) unit.covered[index] = 0;
-  fill_ranges(call.params, unit.seq, 1, first, n, begin, end);
-  decide::TileRow& row = levels.row;
-  int64_t lowest = unit.seq.len_k, highest = 0, begin_max = 0, end_min = unit.seq.len_k, seen = 0;
+// Means of blocks of 32 rows, from those of their halves. Returns the number of blocks.
+int64_t mean_of_needle_rows(const float* rows, int64_t n, int64_t d, float* means) {
+  static_assert(decide::kCell == 2 * decide::kNeedleRows);
+  const int64_t blocks = (n + decide::kCell - 1) / decide::kCell;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // The second half of the last block may be short, or not there.
+    const int64_t there = std::min<int64_t>(decide::kCell, n - b * decide::kCell);
+    const float of_second =
+        static_cast<float>(std::max<int64_t>(there - decide::kNeedleRows, 0)) / static_cast<float>(there);
+    const float *x = rows + 2 * b * d, *y = of_second > 0 ? x + d : x;
+    for (int64_t c = 0; c < d; ++c) means[b * d + c] = x[c] + of_second * (y[c] - x[c]);
+  }
+  return blocks;
+}
+
+// The same from a sample of the rows.
+int64_t mean_of_sample(const AdaptiveCall& call, const QueryHead& head, float* means) {
+  Operand sampled = head.q;
+  sampled.stride_s *= kQueryStep;
+  constexpr int64_t kSamples = decide::kCell / kQueryStep;
+  const int64_t samples = (head.rows + kQueryStep - 1) / kQueryStep;
+  call.kernels.row_means(sampled, 1, 0, samples, call.shape.d_qk, kSamples, means);
+  return (samples + kSamples - 1) / kSamples;
+}
+
+// The key tiles of a query tile, from what its rows see; and how many keys they see in all.
+int64_t see_tiles(const int32_t* begin, const int32_t* end, int64_t n, int64_t len_k, decide::TileRow* row) {
+  int64_t lowest = len_k, highest = 0, begin_max = 0, end_min = len_k, seen = 0;
   for (int64_t i = 0; i < n; ++i) {
     begin_max = std::max<int64_t>(begin_max, begin[i]);
     end_min = std::min<int64_t>(end_min, end[i]);
@@ -150,13 +182,42 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
     highest = std::max<int64_t>(highest, end[i]);
     seen += end[i] - begin[i];
   }
-  if (lowest >= highest) return;
-  row.begin = static_cast<int32_t>(lowest / decide::kTileK);
-  row.end = static_cast<int32_t>((highest + decide::kTileK - 1) / decide::kTileK);
-  row.full_begin = static_cast<int32_t>((begin_max + decide::kTileK - 1) / decide::kTileK);
-  row.full_end = static_cast<int32_t>(end_min / decide::kTileK);
+  *row = {};
+  if (lowest >= highest) return 0;
+  row->begin = static_cast<int32_t>(lowest / decide::kTileK);
+  row->end = static_cast<int32_t>((highest + decide::kTileK - 1) / decide::kTileK);
+  row->full_begin = static_cast<int32_t>((begin_max + decide::kTileK - 1) / decide::kTileK);
+  row->full_end = static_cast<int32_t>(end_min / decide::kTileK);
+  return seen;
+}
 
-  const CellArgs cells = cell_args(call, unit, member, tile, x);
+// rows: the head's means where there are needles. seen: keys that all rows see together.
+void analyze_head(const AdaptiveCall& call, const QueryHead& head, int64_t tile, const float* rows,
+                  const decide::TileRow& row, int64_t seen, const QueryScratch& scratch) {
+  const UnitShape& s = call.shape;
+  Unit& unit = *head.unit;
+  const int64_t d = s.d_qk, n = head.rows, index = head.member * s.query_tiles + tile;
+  const TileMasses& x = scratch.masses;
+  float needle_scales[decide::kNeedleRowsOfTile];
+  int64_t blocks = 0;
+  if (s.needles) {
+    const int64_t needles = (n + decide::kNeedleRows - 1) / decide::kNeedleRows;
+    call.kernels.quantize_needle_rows(rows, needles, d, d, query_factor(call), scratch.needle_rows, needle_scales);
+    blocks = mean_of_needle_rows(rows, n, d, scratch.means);
+  } else {
+    blocks = mean_of_sample(call, head, scratch.means);
+  }
+  call.kernels.quantize_cells(scratch.means, blocks, d, d, nullptr, query_factor(call), 1,
+                              unit.query_cells + index * decide::kCellsOfTile * d,
+                              unit.query_scales + index * decide::kCellsOfTile);
+
+  decide::TileLevels& levels = unit.tile_levels[index];
+  levels = {};
+  if (s.masked) unit.covered[index] = 0;
+  levels.row = row;
+  if (row.begin >= row.end) return;
+
+  const CellArgs cells = cell_args(call, unit, head.member, tile, x);
   levels.usable = call.kernels.weigh_cells(cells);
   if (!levels.usable) return;
   const decide::Options& o = call.problem.adaptive;
@@ -172,7 +233,7 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
     levels.threshold[first_level] = kNoMass;
     uint64_t* mask = unit.masks + index * s.mask_words;
     mask_of_level(levels, first_level, x, o.keep_peak, s.mask_words, mask);
-    if (s.needles) add_needles(call, unit, row, cells, needle_rows, needle_scales, n, mask);
+    if (s.needles) add_needles(call, unit, row, cells, scratch.needle_rows, needle_scales, n, mask);
     count_kept(cells, mask, first_level, &levels);
     if (s.dropped_floats > 0)
       call.kernels.weigh_dropped({.cells = cells,
@@ -182,6 +243,44 @@ void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, in
                                   .d_v = s.d_v,
                                   .k_mean = unit.k_mean,
                                   .dropped = unit.dropped + index * s.dropped_floats});
+  }
+}
+
+}  // namespace
+
+size_t query_scratch(const UnitShape& s) {
+  Arena arena;
+  lay_out_queries(arena, s);
+  return arena.used();
+}
+
+void analyze_query_tile(const AdaptiveCall& call, Unit* units, int64_t first, int64_t count, int64_t tile,
+                        char* scratch) {
+  const UnitShape& s = call.shape;
+  Arena arena(scratch);
+  const QueryScratch x = lay_out_queries(arena, s);
+  QueryHead heads[kQueryHeads];
+  const int64_t row = tile * decide::kTileQ;
+  for (int64_t h = 0; h < count; ++h) {
+    Unit& unit = units[(first + h) / s.group];
+    const int64_t member = (first + h) % s.group;
+    heads[h] = {&unit, member, row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + member, 1).q, 0};
+    if (!unit.analyzed || !unit.finite || row >= unit.seq.len_q) continue;
+    heads[h].q.data = static_cast<char*>(heads[h].q.data) + row * heads[h].q.stride_s * dtype_size(heads[h].q.dtype);
+    heads[h].rows = std::min<int64_t>(decide::kTileQ, unit.seq.len_q - row);
+  }
+  if (s.needles) mean_needle_rows(call, heads, count, x.needle_means);
+  decide::TileRow tiles;
+  int64_t seen = 0, sequence = -1;
+  for (int64_t h = 0; h < count; ++h) {
+    const Unit& unit = *heads[h].unit;
+    if (heads[h].rows == 0) continue;
+    if (unit.b != sequence) {
+      sequence = unit.b;
+      fill_ranges(call.params, unit.seq, 1, row, heads[h].rows, x.begin, x.end);
+      seen = see_tiles(x.begin, x.end, heads[h].rows, unit.seq.len_k, &tiles);
+    }
+    analyze_head(call, heads[h], tile, x.needle_means + h * decide::kNeedleRowsOfTile * s.d_qk, tiles, seen, x);
   }
 }
 

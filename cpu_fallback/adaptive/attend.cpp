@@ -58,8 +58,8 @@ void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendI
   call.exact.prefill(args);
 }
 
-void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const Unit* next_unit,
-                       const AttendItem* next, char* scratch) {
+void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const AttendItem* next,
+                       char* scratch) {
   const UnitShape& s = call.shape;
   const decide::Options& o = call.problem.adaptive;
   const int64_t tile = item.row_begin / decide::kTileQ, words = s.mask_words;
@@ -96,9 +96,7 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& i
     }
     args.scratch = x.kernel;
     if (next != nullptr && count < next->members) {
-      const Operand q = row_operands(call.params, next_unit->b, next_unit->seq,
-                                     next_unit->kv_head * s.group + next->member + count, 1)
-                            .q;
+      const Operand q = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group + next->member + count, 1).q;
       const int64_t stride = q.stride_s * static_cast<int64_t>(dtype_size(q.dtype));
       args.next_q = {static_cast<const char*>(q.data) + next->row_begin * stride, stride, next->row_count,
                      s.d_qk * static_cast<int64_t>(dtype_size(q.dtype))};

@@ -38,6 +38,7 @@ inline float query_factor(const AdaptiveCall& call) { return call.params.scale *
 // ---- analyze
 size_t analyze_scratch(const UnitShape& shape, const AdaptiveKernels& kernels);
 size_t basis_scratch(const UnitShape& shape, const AdaptiveKernels& kernels);
+size_t query_scratch(const UnitShape& shape);
 // K and V of one key tile: widened copies and statistics of their groups.
 void load_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
 // Means, tile statistics and spreads, from all tiles.
@@ -48,9 +49,12 @@ void make_value_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, ch
 void make_probe_basis(const AdaptiveCall& call, Unit& unit, WarmBasis& start, char* scratch);
 // V and K of one key tile in the bases.
 void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* scratch);
-// Statistics of one query tile and what each mass level would keep of its key tiles. Where shape.masked, what the
-// lowest level keeps too.
-void analyze_query_tile(const AdaptiveCall& call, Unit& unit, int64_t member, int64_t tile, char* scratch);
+// Heads of a query tile that are analyzed together.
+inline constexpr int64_t kQueryHeads = 8;
+// Statistics of one query tile and what each mass level would keep of its key tiles; where shape.masked, what the
+// lowest level keeps too. For query heads [first, first + count) of the units, count <= kQueryHeads.
+void analyze_query_tile(const AdaptiveCall& call, Unit* units, int64_t first, int64_t count, int64_t tile,
+                        char* scratch);
 // Estimates of the key tiles that a query tile sees, from the first of them on.
 struct TileMasses {
   float* scores = nullptr;  // scratch of the kernel
@@ -76,9 +80,10 @@ void tile_mask(const AdaptiveCall& call, const Unit& unit, int64_t member, int64
 // ---- attend
 size_t attend_scratch(const UnitShape& shape, const decide::Options& options, const KernelTable& exact,
                       const AdaptiveKernels& kernels);
-// The heads of an item that are not dense. next: the item that the same thread will probably take then, or null.
-void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const Unit* next_unit,
-                       const AttendItem* next, char* scratch);
+// The heads of an item that are not dense. next: the item of the unit that the same thread will probably take then, or
+// null.
+void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& item, const AttendItem* next,
+                       char* scratch);
 void attend_exact_rows(const AdaptiveCall& call, const Unit& unit, const AttendItem& item, char* scratch);
 
 // ---- verify

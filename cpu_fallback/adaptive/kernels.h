@@ -219,6 +219,7 @@ struct Bf16Tiles {
   size_t (*project_scratch)(int64_t d);
   double (*project_tile)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, const float* basis,
                          int64_t r, float* y, int64_t y_stride, char* scratch);
+  void (*find_needles)(const NeedleArgs& args);  // null: as without bf16 products
 };
 
 #if defined(__x86_64__)

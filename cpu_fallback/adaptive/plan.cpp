@@ -109,7 +109,7 @@ class AdaptivePlan final : public AttentionPlan {
     maps_ = TileMaps(problem, layout_.shape);
     unit_memory_.resize(static_cast<size_t>(units));
     units_.resize(static_cast<size_t>(layout_.units));
-    schedule_ = AttendSchedule(layout_.shape, layout_.units);
+    schedule_ = AttendSchedule(layout_.shape, layout_.units, lanes_);
     const UnitShape& s = layout_.shape;
     for (UnitMemory& memory : unit_memory_) {
       memory.entropy.resize(static_cast<size_t>(s.group));
@@ -266,16 +266,15 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
       if (unit.finite) project_key_tile(call, unit, tile, scratch);
     });
   }
-  // Heads of a unit lie side by side, and so do units: rows are read where the last ones ended.
-  const int64_t members = count * s.query_tiles < 4 * lanes_ ? 1 : s.group, pieces = s.group / members * count;
+  // Heads of a query lie side by side: they are read together, unless that leaves lanes without work.
+  const int64_t heads = count * s.group, together = s.query_tiles < 4 * lanes_ ? 1 : std::min(heads, kQueryHeads);
+  const int64_t pieces = ceil_div(heads, together);
   pool_.for_each(
       s.query_tiles * pieces,
       [&](int64_t lane, int64_t item) {
-        const int64_t tile = item / pieces, first = item % pieces * members;
-        Unit& unit = units_[static_cast<size_t>(first / s.group)];
-        if (!unit.analyzed || !unit.finite || tile * decide::kTileQ >= unit.seq.len_q) return;
-        for (int64_t member = first % s.group; member < first % s.group + members; ++member)
-          analyze_query_tile(call, unit, member, tile, lane_memory(lanes, lane));
+        const int64_t first = item % pieces * together;
+        analyze_query_tile(call, units_.data(), first, std::min(together, heads - first), item / pieces,
+                           lane_memory(lanes, lane));
       },
       lanes_);
   sum.seconds_analyze += seconds_since(time);
@@ -306,7 +305,7 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
           ceil_div(unit.seq.len_q, decide::kTileQ),
           [&](int64_t lane, int64_t tile) {
             const int64_t begin = tile * decide::kTileQ, end = std::min(begin + decide::kTileQ, unit.seq.len_q);
-            attend_exact_rows(call, unit, {0, static_cast<int32_t>(g), 1, true, begin, end - begin},
+            attend_exact_rows(call, unit, {0, static_cast<int32_t>(g), 1, true, false, begin, end - begin},
                               lane_memory(lanes, lane));
           },
           lanes_);
@@ -319,27 +318,20 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
 // The exact rows to compare with, and every query.
 void AdaptivePlan::attend(const AdaptiveCall& call, int64_t count, char* lanes) {
   const UnitShape& s = layout_.shape;
-  const int64_t checks = problem_.adaptive.verify_rows > 0 ? count : 0;
-  const std::vector<AttendItem>& items = schedule_.build(units_, count, s, lanes_);
+  const int64_t items = schedule_.build(units_, count, s, lanes_, problem_.adaptive.verify_rows > 0);
   pool_.for_each(
-      checks + static_cast<int64_t>(items.size()),
-      [&](int64_t lane, int64_t i) {
+      items,
+      [&](int64_t lane, int64_t) {
         char* scratch = lane_memory(lanes, lane);
-        if (i < checks) {
-          Unit& unit = units_[static_cast<size_t>(i)];
-          const auto approximate = [](const HeadState& head) { return !head.choice.dense; };
-          if (std::any_of(unit.heads, unit.heads + s.group, approximate)) compute_exact_rows(call, unit, scratch);
-          return;
-        }
-        const AttendItem& item = items[static_cast<size_t>(i - checks)];
+        const AttendItem* next = nullptr;
+        const AttendItem& item = schedule_.take(lane, &next);
         Unit& unit = units_[static_cast<size_t>(item.unit)];
-        if (item.exact) {
+        if (item.check) {
+          compute_exact_rows(call, unit, scratch);
+        } else if (item.exact) {
           attend_exact_rows(call, unit, item, scratch);
         } else {
-          const size_t after = static_cast<size_t>(i - checks + lanes_);
-          const AttendItem* next = after < items.size() && !items[after].exact ? &items[after] : nullptr;
-          const Unit* next_unit = next == nullptr ? nullptr : &units_[static_cast<size_t>(next->unit)];
-          attend_query_tile(call, unit, item, next_unit, next, scratch);
+          attend_query_tile(call, unit, item, next != nullptr && !next->exact ? next : nullptr, scratch);
         }
       },
       lanes_);

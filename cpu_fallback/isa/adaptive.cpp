@@ -1,6 +1,8 @@
 // Compiled once per instruction set; ADAATTN_UNIT_* and the flags say which.
 #include "cpu_fallback/isa/adaptive-inl.h"
-#if !defined(ADAATTN_UNIT_BF16)
+#if defined(ADAATTN_UNIT_AMX)
+#include "cpu_fallback/isa/needles_amx-inl.h"
+#elif !defined(ADAATTN_UNIT_BF16)
 #include "cpu_fallback/isa/cells-inl.h"
 #include "cpu_fallback/isa/needles-inl.h"
 #endif
@@ -28,6 +30,11 @@ const Bf16Tiles ADAATTN_TILES = {
     .gram = gram_tiles,
     .project_scratch = project_scratch,
     .project_tile = project_tile,
+#if defined(ADAATTN_UNIT_AMX)
+    .find_needles = find_needles,
+#else
+    .find_needles = nullptr,
+#endif
 };
 
 #else

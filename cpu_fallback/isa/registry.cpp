@@ -20,7 +20,7 @@ struct IsaRow {
 // where there are (Sapphire and Emerald Rapids).
 const KernelTable* avx512_kernels() {
   const CpuFeatures& cpu = cpu_features();
-  return cpu.avx512_bf16 && cpu.avx512_vnni && !cpu.amx_bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+  return cpu.avx512_bf16 && cpu.avx512_vnni && !cpu.amx ? &kAvx512Bf16Kernels : &kAvx512Kernels;
 }
 
 const AdaptiveKernels* avx512_adaptive() {
@@ -42,6 +42,7 @@ AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   kernels.gram = tiles.gram;
   kernels.project_scratch = tiles.project_scratch;
   kernels.project_tile = tiles.project_tile;
+  if (tiles.find_needles != nullptr) kernels.find_needles = tiles.find_needles;
   return kernels;
 }
 

@@ -65,11 +65,13 @@ std::vector<float> random_means(int64_t n, std::mt19937& rng) {
 }
 
 TEST_P(Needles, TilesAreThoseOfTheSharedCode) {
-  const AdaptiveKernels& kernels = *adaptive_kernels_of(GetParam(), false);
   const unsigned seed = std::random_device{}();
   SCOPED_TRACE(testing::Message() << "seed " << seed);
   std::mt19937 rng(seed);
-  for (const int64_t d : {1, 40, 128, 512}) {
+  for (int64_t i = 0; i < 14; ++i) {
+    constexpr int64_t kWidths[] = {1, 40, 64, 65, 100, 128, 512};
+    const int64_t d = kWidths[i / 2];
+    const AdaptiveKernels& kernels = *adaptive_kernels_of(GetParam(), i % 2 == 1);
     const int64_t there = 1 + static_cast<int64_t>(rng() % kNeedleRowsOfTile);  // rows; the others are beyond the end
     const std::vector<float> keys = random_means(kTiles * kNeedleLanes * d, rng), shift = random_means(d, rng);
     const std::vector<float> queries = random_means(there * d, rng);
