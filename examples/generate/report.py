@@ -57,10 +57,11 @@ def grid(heads, value):
 
 
 def heat_tables(heads):
+    precisions = {(h["layer"], h["head"]): PRECISIONS.get(h["precision"], str(h["precision"])) for h in heads}
     panels = [
         ("entropy", lambda h: h["entropy"], "{:.2f}", "Purples", 1),
         ("tiles kept", lambda h: h["kept_tiles"], "{:.0%}", "Blues", 1),
-        ("rank of V", lambda h: h["rank_v"], "{:.0f}", "Greens", None),
+        ("rank of V, precision", lambda h: h["rank_v"], "{:.0f}\n{precision}", "Greens", None),
         ("predicted error", lambda h: h["predicted_error"], "{:.3f}", "Oranges", "error"),
         ("measured error", lambda h: h["measured_error"], "{:.3f}", "Oranges", "error"),
     ]
@@ -72,7 +73,7 @@ def heat_tables(heads):
         axis.imshow(rows, cmap=colors, vmin=0, vmax=1.15 * top or 1, aspect="auto")
         for y, row in enumerate(rows):
             for x, number in enumerate(row):
-                label = "exact" if number != number else text.format(number)
+                label = "exact" if number != number else text.format(number, precision=precisions[y, x])
                 color = "white" if number > 0.65 * top else "#222"
                 axis.text(x, y, label, ha="center", va="center", fontsize=9, color=color)
         axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(len(rows[0])), yticks=range(len(rows)))
