@@ -31,8 +31,13 @@ constexpr NamedPolicy kPolicies[] = {
 struct NamedType {
   const char* name;
   adaattn_dtype_t dtype;
+  int turns;  // the shorter calls are, the more a neighbour's load moves them
+  adaattn_precision_t least;
 };
-constexpr NamedType kTypes[] = {{"f32", ADAATTN_DTYPE_F32}, {"bf16", ADAATTN_DTYPE_BF16}};
+constexpr NamedType kTypes[] = {{"f32", ADAATTN_DTYPE_F32, 3, ADAATTN_PRECISION_DEFAULT},
+                                {"bf16", ADAATTN_DTYPE_BF16, 7, ADAATTN_PRECISION_DEFAULT},
+                                {"f32-from-i8", ADAATTN_DTYPE_F32, 2, ADAATTN_PRECISION_I8},
+                                {"bf16-from-i8", ADAATTN_DTYPE_BF16, 3, ADAATTN_PRECISION_I8}};
 
 adaattn::Context make_context(int threads) {
   Config config;
@@ -54,9 +59,12 @@ Timing timing(const std::vector<double>& us, size_t turn) {
 // Plans of all layers of one policy; the exact one serves every layer.
 class Runner {
  public:
-  Runner(adaattn::Context& context, const ModelAttention& model, adaattn_policy_t policy) : model_(model) {
+  Runner(adaattn::Context& context, const ModelAttention& model, adaattn_policy_t policy,
+         adaattn_precision_t least = ADAATTN_PRECISION_DEFAULT)
+      : model_(model) {
     AdaptiveDesc adaptive;
     adaptive.policy = policy;
+    adaptive.min_precision = least;
     const bool exact = policy == ADAATTN_POLICY_EXACT;
     const size_t layers = model.windows[0].size();
     for (size_t i = 0; i < (exact ? 1 : layers); ++i)
@@ -84,7 +92,7 @@ class Runner {
   double element(size_t layer, int64_t index) const { return reference::load(o_[layer].data(), model_.dtype, index); }
 
   // Counts of all calls since forget(), as fractions and means.
-  std::map<std::string, double> details(double exact_us) const {
+  std::map<std::string, double> details(double exact_us, double exact_f32_us) const {
     adaattn_plan_stats_t sum = {};
     for (const Plan& plan : plans_) generate::add_stats(plan.stats().value(), &sum);
     const auto rounds = static_cast<double>(times_.size()), heads = static_cast<double>(sum.heads);
@@ -94,8 +102,11 @@ class Runner {
     d["attend_us"] = 1e6 * sum.seconds_attend / rounds;
     d["verify_us"] = 1e6 * sum.seconds_verify / rounds;
     d["analyze_of_exact"] = d["analyze_us"] / exact_us;
+    d["analyze_of_f32_exact"] = d["analyze_us"] / exact_f32_us;
     d["tiles_kept"] = static_cast<double>(sum.tiles_kept) / static_cast<double>(sum.tiles);
     d["dense_heads"] = static_cast<double>(sum.heads_dense) / heads;
+    d["bf16_heads"] = static_cast<double>(sum.heads_bf16) / heads;
+    d["i8_heads"] = static_cast<double>(sum.heads_i8) / heads;
     d["mean_rank_v"] = sum.rank_v_sum / heads;
     d["predicted_error"] = sum.predicted_error_sum / heads;
     d["measured_error"] = sum.verified_heads > 0 ? sum.measured_error_sum / static_cast<double>(sum.verified_heads) : 0;
@@ -130,9 +141,31 @@ double dense_flops(const ModelAttention& model) {
          (s + 1) / 2;
 }
 
+// Time of exact attention on the same bf16 values in f32, the yardstick of the analysis for every type.
+double exact_f32_us(adaattn::Context& context, const ModelAttention& model) {
+  ModelAttention wide = model;
+  wide.dtype = ADAATTN_DTYPE_F32;
+  const auto widen = [&](std::vector<char>& data) {
+    // bf16 is the upper half of an f32.
+    std::vector<char> to(2 * data.size());
+    for (size_t i = 0; i < data.size(); i += 2) std::copy_n(data.data() + i, 2, to.data() + 2 * i + 2);
+    data.swap(to);
+  };
+  for (auto& window : wide.windows) {
+    for (auto& layer : window) {
+      widen(layer.q);
+      widen(layer.k);
+      widen(layer.v);
+    }
+  }
+  Runner exact(context, wide, ADAATTN_POLICY_EXACT);
+  for (size_t window = 0; window < wide.windows.size(); ++window) exact.run(window);
+  return exact.time(static_cast<int>(wide.windows.size())).us;
+}
+
 // Every policy beside exact attention, one round after another, so that they share the machine's moods.
 void compare(Report& report, const ModelAttention& model, const std::string& prefix, const std::string& suffix,
-             int threads, int turn, int turns) {
+             int threads, int turn, int turns, adaattn_precision_t least) {
   std::vector<NamedPolicy> wanted;
   for (const NamedPolicy& p : kPolicies) {
     if (report.wants(prefix + p.name + suffix)) wanted.push_back(p);
@@ -141,7 +174,7 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
   adaattn::Context context = make_context(threads);
   Runner exact(context, model, ADAATTN_POLICY_EXACT);
   std::vector<Runner> runners;
-  for (const NamedPolicy& p : wanted) runners.emplace_back(context, model, p.policy);
+  for (const NamedPolicy& p : wanted) runners.emplace_back(context, model, p.policy, least);
   const auto warm_rounds = static_cast<int>(model.windows.size());
   for (int round = -warm_rounds; round < turn * turns; ++round) {
     const size_t window = static_cast<size_t>(round + warm_rounds) % model.windows.size();
@@ -153,6 +186,7 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
     for (Runner& runner : runners) runner.run(window);
   }
   const double flops = dense_flops(model);
+  const double f32_us = model.dtype == ADAATTN_DTYPE_F32 ? exact.time(turn).us : exact_f32_us(context, model);
   const auto elements = model.seqlen * model.heads_q * model.head_dim;
   const auto add = [&](const std::string& name, const Runner& runner) {
     Row row;
@@ -168,7 +202,7 @@ void compare(Report& report, const ModelAttention& model, const std::string& pre
     row.error = relative_error(runners[i], exact, model.windows[0].size(), elements);
     row.peer = "own-exact";
     row.peer_us = exact.time(turn).us;
-    row.details = runners[i].details(row.peer_us);
+    row.details = runners[i].details(row.peer_us, f32_us);
     report.add(row);
   }
 }
@@ -202,10 +236,10 @@ void run_cpu_adaptive(Report& report) {
     const auto wanted = [&](const NamedPolicy& p) { return report.wants(prefix + p.name + suffix); };
     if (std::none_of(std::begin(kPolicies), std::end(kPolicies), wanted)) continue;
     compare(report, capture_attention(ADAATTN_BENCH_MODEL, kContext, kWindows, type.dtype, threads), prefix, suffix,
-            threads, kWindows, 2);
+            threads, kWindows, type.turns, type.least);
   }
   compare(report, random_attention(kContext), "random/f32/s" + std::to_string(kContext) + "/", suffix, threads,
-          kLookedAtEvery, 3);
+          kLookedAtEvery, 3, ADAATTN_PRECISION_DEFAULT);
 }
 
 }  // namespace adaattn::bench
