@@ -210,6 +210,27 @@ void project_key_tile(const AdaptiveCall& call, Unit& unit, int64_t tile, char* 
   if (s.packs && call.problem.adaptive.far_field)
     call.kernels.pack_groups(unit.group_k + group * s.group_k_stride, groups, s.d_qk, s.group_k_stride, unit.k_mean,
                              unit.packed_groups + group * 2 * packed_width(s.d_qk));
+  const auto squares_of = [&](const float* wide) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t c = 0; c < s.d_qk; ++c)
+        sum += static_cast<double>(wide[j * s.k_stride + c]) * wide[j * s.k_stride + c];
+    }
+    return sum;
+  };
+  if (s.bytes || s.rounds) {
+    if (s.packs)
+      call.kernels.load_keys(key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head), first, n, s.d_qk,
+                             rows.k, s.k_stride);
+    if (s.bytes) {
+      call.kernels.pack_bytes(rows.k, n, s.d_qk, s.k_stride, unit.k_mean,
+                              unit.byte_tiles + tile * byte_tile_bytes(s.d_qk), &unit.key_squares[tile],
+                              &unit.key_steps[tile]);
+    } else {
+      unit.key_squares[tile] = squares_of(rows.k);
+      unit.key_steps[tile] = 0;
+    }
+  }
   unit.captured[tile] = 0;
   if (unit.rank_class > 0) {
     const int64_t rank = decide::rank_of_class(static_cast<int>(unit.rank_class));

@@ -1,5 +1,6 @@
 // What analyze finds out about a tile of queries: estimates of its key tiles, and which of them are worth computing.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cpu_fallback/adaptive/call.h"
@@ -99,7 +100,7 @@ namespace {
 // What the analysis of a query tile works in.
 struct QueryScratch {
   float* needle_means;  // [heads][8][d], of 16 rows each
-  float* means;         // [4][d], of 32
+  float* means;         // [4][d], of 32, and a row of Q
   TileMasses masses;
   int32_t *begin, *end;
   char* needle_rows;
@@ -108,7 +109,7 @@ struct QueryScratch {
 QueryScratch lay_out_queries(Arena& arena, const UnitShape& s) {
   QueryScratch x;
   x.needle_means = arena.take<float>(s.needles ? kQueryHeads * decide::kNeedleRowsOfTile * s.d_qk : 0);
-  x.means = arena.take<float>(decide::kCellsOfTile * s.d_qk);
+  x.means = arena.take<float>((decide::kCellsOfTile + 1) * s.d_qk);
   x.masses = take_masses(arena, s);
   x.begin = arena.take<int32_t>(decide::kTileQ);
   x.end = arena.take<int32_t>(decide::kTileQ);
@@ -171,6 +172,25 @@ int64_t mean_of_sample(const AdaptiveCall& call, const QueryHead& head, float* m
   return (samples + kSamples - 1) / kSamples;
 }
 
+// What rounding of Q and K does to scores, from every sixteenth row. row: scratch.
+void sample_squares(const AdaptiveCall& call, const QueryHead& head, float* row, int64_t index) {
+  constexpr int64_t kStep = 16;
+  const int64_t d = call.shape.d_qk;
+  float squares = 0, steps = 0;
+  int64_t samples = 0;
+  for (int64_t j = 0; j < head.rows; j += kStep, ++samples) {
+    call.kernels.load_rows(head.q, 1, j, 1, d, 1.0f, row);
+    float top = 0;
+    for (int64_t c = 0; c < d; ++c) {
+      squares += row[c] * row[c];
+      top = std::max(top, std::abs(row[c]));
+    }
+    steps += top * top * (1.0f / (127 * 127));
+  }
+  head.unit->query_squares[index] = squares / static_cast<float>(samples);
+  head.unit->query_steps[index] = steps / static_cast<float>(samples);
+}
+
 // The key tiles of a query tile, from what its rows see; and how many keys they see in all.
 int64_t see_tiles(const int32_t* begin, const int32_t* end, int64_t n, int64_t len_k, decide::TileRow* row) {
   int64_t lowest = len_k, highest = 0, begin_max = 0, end_min = len_k, seen = 0;
@@ -207,6 +227,7 @@ void analyze_head(const AdaptiveCall& call, const QueryHead& head, int64_t tile,
   } else {
     blocks = mean_of_sample(call, head, scratch.means);
   }
+  if (s.bytes || s.rounds) sample_squares(call, head, scratch.means + decide::kCellsOfTile * d, index);
   call.kernels.quantize_cells(scratch.means, blocks, d, d, nullptr, query_factor(call), 1,
                               unit.query_cells + index * decide::kCellsOfTile * d,
                               unit.query_scales + index * decide::kCellsOfTile);

@@ -87,6 +87,7 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& i
     args.tile_end = levels.row.end;
     args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
     args.log2_needle = std::log2(o.needle_share);
+    args.bytes = unit.heads[member].bytes;
     args.far_field = o.far_field;
     if (s.masked && s.dropped_floats > 0 && choice.level == o.min_level) {
       args.dropped = unit.dropped + (member * s.query_tiles + tile) * s.dropped_floats;
@@ -117,6 +118,30 @@ SpreadRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
   return spread_rows(call.call_index + o.seed, o.verify_rows, unit.seq.len_q);
 }
 
+namespace {
+
+// From K and V themselves.
+void compute_wide_rows(const AdaptiveCall& call, const Unit& unit, const RowOperands& rows, const SpreadRows& sample,
+                       const AttendScratch& x) {
+  const int64_t total = sample.count * call.shape.group;
+  PrefillArgs args;
+  args.rows = rows;
+  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
+  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  args.key_begin = x.begin;
+  args.key_end = x.end;
+  args.scratch = x.kernel;
+  for (args.row_begin = 0; args.row_begin < total; args.row_begin += decide::kTileQ) {
+    args.row_count = std::min<int64_t>(decide::kTileQ, total - args.row_begin);
+    for (int64_t r = 0; r < args.row_count; ++r)
+      fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / call.shape.group * sample.step, 1,
+                  x.begin + r, x.end + r);
+    call.exact.prefill(args);
+  }
+}
+
+}  // namespace
+
 void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   const UnitShape& s = call.shape;
   const SpreadRows sample = sampled_rows(call, unit);
@@ -130,6 +155,10 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   args.rows.q.stride_s *= sample.step;
   args.rows.o = {unit.exact_rows, 0, s.group * s.d_v, s.d_v, Dtype::kF32};
   args.rows.lse = args.rows.entropy = {};
+  if (s.rounds) {
+    compute_wide_rows(call, unit, args.rows, sample, x);
+    return;
+  }
   // Every tile, from the keys as analyze left them.
   args.keys = unit.keys;
   args.keys.rank = 0;

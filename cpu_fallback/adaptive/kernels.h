@@ -41,7 +41,18 @@ struct KeyTables {
   int64_t probe_tile_bytes = 0;
   int64_t probe_rank = 0;
   const float* probe_basis = nullptr;  // [probe_rank + 1][d_qk]
+  const char* byte_tiles = nullptr;    // byte_tile_bytes(d_qk) each; null: there are none
 };
+
+// Keys less their mean as bytes, those of a tile together: this, then rows of byte_width(d) bytes from kByteTileHead
+// on; zeros where there is no key.
+struct ByteTile {
+  float scale[decide::kTileK / decide::kGroupK];
+  int32_t offset[decide::kTileK];  // -128 times the sum of a key's bytes: what queries shifted by 128 add
+};
+inline constexpr int64_t kByteTileHead = (static_cast<int64_t>(sizeof(ByteTile)) + 63) / 64 * 64;
+inline constexpr int64_t byte_width(int64_t d) { return (d + 63) / 64 * 64; }
+inline constexpr int64_t byte_tile_bytes(int64_t d) { return kByteTileHead + decide::kTileK * byte_width(d); }
 
 // Rows of a matrix, distances in bytes.
 struct RowBytes {
@@ -64,6 +75,7 @@ struct AdaptiveTileArgs {
   // are wholly visible to every row. The probe sets the bits of the tiles that it brings in.
   uint64_t* mask = nullptr;
   int64_t tile_begin = 0, tile_end = 0;
+  bool bytes = false;     // scores of the mask's tiles are products of bytes
   bool probe = false;     // sweep the skipped tiles (rank probe if keys.probe_tiles, else all dimensions)
   float log2_needle = 0;  // log2 of the share of a row that brings a tile in
   bool far_field = false;
@@ -185,6 +197,12 @@ struct AdaptiveKernels {
   size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads);
   void (*tiles)(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileResult* results);
   int64_t heads_together = 1;  // that one call may hold without changing their results
+  // n <= 128 keys less their mean as a tile of bytes. squares: of their elements; steps: of the distances between
+  // neighbouring bytes; both added up over the keys. Null where there are no products of bytes.
+  void (*pack_bytes)(const float* rows, int64_t n, int64_t d, int64_t stride, const float* mean, char* tile,
+                     double* squares, double* steps) = nullptr;
+  float byte_cost = 0;  // of a score of bytes, in scores of `tiles`
+  float bf16_cost = 1;  // of a tile with bf16 products, in tiles of f32
   // With bf16 products only, else null: n <= 128 rows of K, or of V or V', as one tile of packed_elements(d) elements.
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out) = nullptr;
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out) = nullptr;
@@ -207,6 +225,7 @@ struct Bf16Tiles {
   size_t (*tile_scratch)(int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads);
   void (*tiles)(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileResult* results);
   int64_t heads_together;
+  float byte_cost, bf16_cost;
   void (*pack_keys)(const float* rows, int64_t n, int64_t d, int64_t stride, uint16_t* out);
   void (*pack_values)(const float* rows, int64_t n, int64_t d, int64_t stride, uint32_t* out);
   bool (*pack_tile)(PackArgs& args);

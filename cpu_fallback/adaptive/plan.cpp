@@ -38,10 +38,10 @@ bool always_exact(const Problem& p) {
          p.max_seqlen_k < 4 * decide::kTileK;
 }
 
-// Whether tiles are computed with bf16 products: for inputs of that type where nothing wider is asked for, as the exact
-// plan does it.
+// Whether tiles are computed with bf16 products where there are any: for inputs of that type, and for wider ones that
+// may be rounded to it.
 bool takes_bf16(const Problem& p) {
-  return p.dtype_q == Dtype::kBF16 && p.dtype_kv == Dtype::kBF16 &&
+  return p.dtype_q == p.dtype_kv && (p.dtype_kv == Dtype::kBF16 || p.dtype_kv == Dtype::kF32) &&
          p.adaptive.min_precision <= decide::Precision::kBF16;
 }
 
@@ -85,7 +85,7 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
 struct UnitMemory {
   WarmBasis value_basis, probe_basis;
   int32_t dense_calls = 0;  // calls for which the unit is computed exactly without a look
-  std::vector<decide::HeadChoice> frozen;
+  std::vector<FrozenHead> frozen;
   std::vector<double> entropy;  // of the query heads, when the unit was last looked at
 };
 
@@ -261,7 +261,7 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
         },
         lanes_);
   }
-  if (bases || s.needles || (s.packs && problem_.adaptive.far_field)) {
+  if (bases || s.needles || s.bytes || s.rounds || (s.packs && problem_.adaptive.far_field)) {
     for_key_tiles([&](Unit& unit, int64_t tile, char* scratch) {
       if (unit.finite) project_key_tile(call, unit, tile, scratch);
     });
@@ -285,7 +285,7 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
     if (!unit.analyzed) continue;
     UnitMemory& memory = memory_of(unit);
     decide_unit(call, unit, feedback_of(unit), frozen_ ? memory.frozen.data() : nullptr);
-    for (size_t g = 0; g < memory.frozen.size(); ++g) memory.frozen[g] = unit.heads[g].choice;
+    for (size_t g = 0; g < memory.frozen.size(); ++g) memory.frozen[g] = {unit.heads[g].choice, unit.heads[g].bytes};
   }
   sum.seconds_decide += seconds_since(time);
   attend(call, count, lanes);
@@ -350,7 +350,10 @@ void AdaptivePlan::conclude(const AdaptiveCall& call, Unit& unit) {
     head.entropy = entropy;
     float& feedback = feedback_of(unit)[g].multiplier[head.choice.rank_class];
     if (!head.choice.dense && o.feedback && o.verify_rows > 0 && unit.seq.len_q > 0)
-      feedback = decide::next_feedback(feedback, head.choice.predicted_error, static_cast<float>(head.measured_error));
+      // The multiplier is of what tiles and ranks leave out; rounding is predicted by a bound.
+      feedback = decide::next_feedback(feedback, head.choice.predicted_error - head.round_error,
+                                       static_cast<float>(head.measured_error));
+    if (head.refused && o.feedback) feedback = decide::rested_feedback(feedback);
     statistics_.add_head(call, unit, g, feedback);
     all_dense = all_dense && head.choice.dense;
   }

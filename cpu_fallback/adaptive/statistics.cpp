@@ -107,7 +107,8 @@ void Statistics::add_head(const AdaptiveCall& call, const Unit& unit, int64_t me
   record.measured_error = std::numeric_limits<double>::quiet_NaN();
   record.rank_v = rank;
   record.rank_energy = rank_class == 0 ? 1 : unit.rank_energy;
-  record.precision = input_precision(dtype_);
+  record.precision =
+      head.bytes ? ADAATTN_PRECISION_I8 : static_cast<adaattn_precision_t>(static_cast<int32_t>(s.precision));
   record.dense = false;
   record.feedback = feedback;
   AdaptiveCounters& sum = counters_.adaptive;
@@ -136,6 +137,7 @@ void Statistics::add(const HeadRecord& record, int64_t tiles, int64_t kept, int6
   sum.heads_f32 += record.precision == ADAATTN_PRECISION_F32 ? 1 : 0;
   sum.heads_f16 += record.precision == ADAATTN_PRECISION_F16 ? 1 : 0;
   sum.heads_bf16 += record.precision == ADAATTN_PRECISION_BF16 ? 1 : 0;
+  sum.heads_i8 += record.precision == ADAATTN_PRECISION_I8 ? 1 : 0;
   sum.tiles += static_cast<uint64_t>(tiles);
   sum.tiles_kept += static_cast<uint64_t>(kept);
   sum.tiles_probed_in += static_cast<uint64_t>(probed_in);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu_fallback/adaptive/statistics.h"
 #include "decide/cells.h"
 
 namespace adaattn::cpu {
@@ -18,6 +19,9 @@ UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int
   const decide::Options& o = problem.adaptive;
   UnitShape s;
   s.packs = kernels.pack_keys != nullptr;
+  s.rounds = s.packs && problem.dtype_kv != Dtype::kBF16;
+  s.bytes = kernels.pack_bytes != nullptr && o.min_precision <= decide::Precision::kI8;
+  s.precision = s.packs ? decide::Precision::kBF16 : static_cast<decide::Precision>(input_precision(problem.dtype_kv));
   s.masked = o.tiles && o.keep_peak != 0;
   s.needles = s.masked && o.needle_mass > 0;
   s.d_qk = problem.d_qk;
@@ -29,7 +33,7 @@ UnitShape unit_shape(const Problem& problem, const AdaptiveKernels& kernels, int
   s.key_tiles = divide_up(s.len_k, decide::kTileK);
   s.key_groups = divide_up(s.len_k, decide::kGroupK);
   s.query_tiles = divide_up(problem.max_seqlen_q, decide::kTileQ);
-  s.direct = s.packs && s.masked && !o.far_field && s.d_qk % 32 == 0 && s.d_v % 32 == 0;
+  s.direct = s.packs && !s.rounds && s.masked && !o.far_field && s.d_qk % 32 == 0 && s.d_v % 32 == 0;
   s.mask_words = divide_up(s.key_tiles, 64);
   s.dropped_floats = o.remainder > 0 ? decide::kCellsOfTile * dropped_stride(s.d_v) : 0;
   if (s.needles) {
@@ -81,6 +85,12 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.masks = arena.take<uint64_t>(s.masked ? s.group * s.query_tiles * s.mask_words : 0);
   u.covered = arena.take<uint32_t>(s.masked ? s.group * s.query_tiles : 0);
   u.dropped = arena.take<float>(s.masked ? s.group * s.query_tiles * s.dropped_floats : 0);
+  const bool rounds = s.rounds || s.bytes;
+  u.byte_tiles = arena.take<char>(s.bytes ? s.key_tiles * byte_tile_bytes(s.d_qk) : 0);
+  u.key_squares = arena.take<double>(rounds ? s.key_tiles : 0);
+  u.key_steps = arena.take<double>(rounds ? s.key_tiles : 0);
+  u.query_squares = arena.take<float>(rounds ? s.group * s.query_tiles : 0);
+  u.query_steps = arena.take<float>(rounds ? s.group * s.query_tiles : 0);
   u.within = arena.take<double>(s.key_tiles);
   u.captured = arena.take<double>(s.key_tiles);
   u.tile_finite = arena.take<uint8_t>(s.key_tiles);
@@ -99,6 +109,7 @@ void lay_out_unit(const UnitShape& s, const decide::Options& o, Arena& arena, Un
   u.keys.v_low = u.v_low;
   u.keys.v_low_stride = s.low_stride;
   u.keys.packed_k = u.packed_k;
+  u.keys.byte_tiles = s.bytes ? u.byte_tiles : nullptr;
   u.keys.packed_v = u.packed_v;
   u.keys.packed_v_low = u.packed_v_low;
   u.keys.packed_groups = u.packed_groups;

@@ -24,7 +24,10 @@ struct UnitShape {
   bool masked = false;      // analyze leaves the masks of the lowest level
   bool direct = false;      // whole tiles are packed from K and V themselves
   int64_t needle_block_bytes = 0, needle_row_bytes = 0, mask_words = 0, dropped_floats = 0;
-  bool packs = false;  // K and V are kept for bf16 products, and not in f32
+  bool packs = false;                                     // K and V are kept for bf16 products, and not in f32
+  bool rounds = false;                                    // and those have less precision than K and V
+  bool bytes = false;                                     // heads may have scores of bytes
+  decide::Precision precision = decide::Precision::kF32;  // of the products
 };
 
 // Columns that projections write: whole vectors of every instruction set.
@@ -40,6 +43,9 @@ struct HeadState {
   int64_t tiles = 0;  // with any visible pair
   double measured_error = 0, measured_row_max = 0;
   bool recomputed = false;
+  bool bytes = false;     // scores of its kept tiles are products of bytes
+  bool refused = false;   // its prediction left no tile to skip
+  float round_error = 0;  // part of the predicted error that is rounding
 };
 
 struct Unit {
@@ -65,12 +71,16 @@ struct Unit {
   float *key_cells = nullptr, *key_scales = nullptr;      // [key_tiles * 4]
   float *query_cells = nullptr, *query_scales = nullptr;  // [group][query_tiles][4]
   // Means of 8 keys, and the same in 8 bits, see AdaptiveKernels::quantize_needles.
-  float* needle_means = nullptr;              // [key_tiles][16][d_qk]
-  char* needle_blocks = nullptr;              // [key_tiles]
-  float* needle_scales = nullptr;             // [key_tiles][4]
-  uint64_t* masks = nullptr;                  // [group][query_tiles][mask words]: what the lowest level keeps
-  uint32_t* covered = nullptr;                // [group][query_tiles]: tiles that hold the mass of the lowest level
-  float* dropped = nullptr;                   // [group][query_tiles][4 dropped_stride()]: what stands for the rest
+  float* needle_means = nullptr;   // [key_tiles][16][d_qk]
+  char* needle_blocks = nullptr;   // [key_tiles]
+  float* needle_scales = nullptr;  // [key_tiles][4]
+  uint64_t* masks = nullptr;       // [group][query_tiles][mask words]: what the lowest level keeps
+  uint32_t* covered = nullptr;     // [group][query_tiles]: tiles that hold the mass of the lowest level
+  float* dropped = nullptr;        // [group][query_tiles][4 dropped_stride()]: what stands for the rest
+  char* byte_tiles = nullptr;      // [key_tiles], see AdaptiveKernels::pack_bytes
+  double *key_squares = nullptr, *key_steps = nullptr;  // [key_tiles]: of their sums, or of ||k||^2 alone
+  float *query_squares = nullptr,
+        *query_steps = nullptr;               // [group][query_tiles]: means of ||q||^2 and of bytes' steps^2
   double* within = nullptr;                   // [key_tiles]: sum of ||v - mean of its 32||^2
   double* captured = nullptr;                 // [key_tiles]: sum of ||V'||^2
   uint8_t* tile_finite = nullptr;             // [key_tiles]

@@ -12,17 +12,24 @@ namespace adaattn::cpu {
 namespace {
 
 #if !defined(ADAATTN_UNIT_BF16)
-HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, Panel* first_panel,
+HWY_INLINE void exact_tile(const AdaptiveTileArgs& args, TileScratch& x, const Values& values, int64_t first_panel,
                            int64_t panels, int64_t tile) {
   const int64_t first = tile * kTileKeys;
   const int64_t last = first + kTileKeys < args.keys.len ? first + kTileKeys : args.keys.len;
   for (int64_t i = 0; i < panels; ++i) {
-    Panel& p = first_panel[i];
+    Panel& p = x.panels[first_panel + i];
     const int64_t begin = p.first > first ? p.first : first, end = p.last < last ? p.last : last;
     if (begin >= end) continue;
     clear_max(x.block_max);
-    score_panel(args.keys.k + begin * args.keys.k_stride, args.keys.k_stride, end - begin, p.qt, args.rows.d_qk, x.s,
-                x.block_max);
+#if defined(ADAATTN_BYTE_SCORES)
+    if (args.bytes) {
+      score_bytes(args.keys.byte_tiles + tile * byte_tile_bytes(args.rows.d_qk), begin - first, end - begin,
+                  byte_width(args.rows.d_qk), x.byte_q[first_panel + i], x.s, x.block_max);
+    }
+#endif
+    if (!args.bytes)
+      score_panel(args.keys.k + begin * args.keys.k_stride, args.keys.k_stride, end - begin, p.qt, args.rows.d_qk, x.s,
+                  x.block_max);
     if (begin < p.all_first || end > p.all_last) mask_block(p, x.s, begin, end - begin, x.block_max);
     absorb(args, x, p, values.v + begin * values.stride, values.stride, values.width, end - begin);
   }
@@ -36,7 +43,7 @@ HWY_INLINE void exact_tiles(const AdaptiveTileArgs* each, TileScratch& x, const 
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t t = first; t < last; ++t) {
       if (masks[h] != nullptr && !tile_bit(masks[h], t)) continue;
-      exact_tile(each[h], x, values, x.panels + h * panels_of_head, panels_of_head, t);
+      exact_tile(each[h], x, values, h * panels_of_head, panels_of_head, t);
       ++kept[h];
     }
   }
@@ -227,7 +234,9 @@ HWY_INLINE void finish_head(const AdaptiveTileArgs& args, const PrefillArgs& pre
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       if (tile_bit(args.mask, t) || !probe_tile(args, x, panels, t)) continue;
       const uint64_t* all = nullptr;
-      exact_tiles(&args, x, values, 1, panels, &all, t, t + 1, &result.probed_in);
+      AdaptiveTileArgs own = args;
+      own.bytes = false;  // the references have the mean of K by now
+      exact_tiles(&own, x, values, 1, panels, &all, t, t + 1, &result.probed_in);
       args.mask[t / 64] |= uint64_t{1} << t % 64;
       set_thresholds(args, x, panels);
     }
@@ -276,8 +285,13 @@ void adaptive_tiles(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileRe
       start_panel(prefill[h], x.panels[at], i * kPanel);
 #if defined(ADAATTN_UNIT_BF16)
       fill_query_words(prefill[h], fill, x.panels[at], round_up(first.rows.d_qk, 32), x.words[at]);
+      if (heads[h].bytes)
+        quantize_words(x.words[at], first.rows.d_qk, score_rule(first.rows).query_factor, keys.k_mean, x.byte_q[at]);
 #else
       fill_queries(prefill[h], score_rule(first.rows), fill, x.panels[at]);
+#if defined(ADAATTN_BYTE_SCORES)
+      if (heads[h].bytes) quantize_panel(x.panels[at], first.rows.d_qk, keys.k_mean, x.byte_q[at]);
+#endif
 #endif
     }
   }
@@ -288,6 +302,11 @@ void adaptive_tiles(const AdaptiveTileArgs* heads, int64_t count, AdaptiveTileRe
   for (int64_t h = 0; h < count; ++h) {
     results[h] = {};
     results[h].kept = kept[h];
+#if defined(ADAATTN_BYTE_SCORES)
+    for (int64_t at = h * panels; at < (h + 1) * panels && heads[h].bytes; ++at) {
+      for (int64_t lane = 0; lane < kPanel; ++lane) x.panels[at].max[lane] += x.byte_q[at].base[lane];
+    }
+#endif
     TileScratch of_head = x;
     of_head.panels = x.panels + h * panels;
 #if defined(ADAATTN_UNIT_BF16)

@@ -20,6 +20,13 @@ const Bf16Tiles ADAATTN_TILES = {
     .tile_scratch = tile_scratch,
     .tiles = adaptive_tiles,
     .heads_together = kHeadsTogether,
+#if defined(ADAATTN_UNIT_AMX)
+    .byte_cost = 0.66f,  // half the products, but each vector of their sums has to be converted
+    .bf16_cost = 0.25f,
+#else
+    .byte_cost = 0.56f,
+    .bf16_cost = 0.6f,
+#endif
     .pack_keys = pack_keys,
     .pack_values = pack_values,
     .pack_tile = pack_tile,
@@ -70,6 +77,10 @@ const AdaptiveKernels ADAATTN_ADAPTIVE_TABLE = {
     .pack_probe = pack_probe,
     .tile_scratch = tile_scratch,
     .tiles = adaptive_tiles,
+#if defined(ADAATTN_BYTE_SCORES)
+    .pack_bytes = pack_bytes,
+    .byte_cost = 0.28f,
+#endif
 };
 #endif
 

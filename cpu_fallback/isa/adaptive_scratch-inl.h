@@ -9,6 +9,11 @@
 #include "cpu_fallback/isa/analyze-inl.h"
 #endif
 
+#if defined(ADAATTN_UNIT_INT8) || defined(ADAATTN_UNIT_BF16)
+#define ADAATTN_BYTE_SCORES
+#include "cpu_fallback/isa/bytes-inl.h"
+#endif
+
 namespace adaattn::cpu {
 namespace {
 
@@ -35,6 +40,9 @@ struct GroupRun {
 struct TileScratch {
   Panel* panels;
   float *s, *row, *alpha, *block_max, *threshold, *far_v, *far_s, *up;
+#if defined(ADAATTN_BYTE_SCORES)
+  ByteQueries* byte_q;  // per panel of every head
+#endif
   GroupRun* far_runs;
   float **far_q, **probe_q;  // per panel
 #if defined(ADAATTN_PROBE_INT8)
@@ -59,6 +67,13 @@ constexpr int64_t kPanelsPerTile = kTileRows / kPanel;
 HWY_INLINE void lay_out(Arena& arena, TileScratch& x, int64_t d_qk, int64_t d_v, int64_t probe_rank, int64_t heads) {
   const int64_t panels = heads * kPanelsPerTile;
   x.panels = arena.take<Panel>(panels);
+#if defined(ADAATTN_BYTE_SCORES)
+  x.byte_q = arena.take<ByteQueries>(panels);
+  for (int64_t i = 0; i < panels; ++i) {
+    ByteQueries unused;
+    lay_out(arena, x.byte_q == nullptr ? unused : x.byte_q[i], d_qk);
+  }
+#endif
   x.far_q = arena.take<float*>(kPanelsPerTile);
   x.probe_q = arena.take<float*>(kPanelsPerTile);
 #if defined(ADAATTN_PROBE_INT8)

@@ -40,6 +40,41 @@ struct TilePrefetch : NothingElse {
   bool written[kMostRows];
   int64_t row_sets = 0, set = 0, row = 0, column = 0;
 
+  // Panels whose queries are bytes.
+  const Panel* panels = nullptr;
+  const ByteQueries* byte_q = nullptr;
+  int64_t panels_of_head = 0;
+  bool of_bytes[kMostHeads] = {};  // heads
+  const char* byte_tiles = nullptr;
+  int64_t width = 0;  // of a row
+
+  // Null: bf16.
+  HWY_INLINE const ByteQueries* queries(const Panel& p) const {
+    const int64_t at = &p - panels;
+    return of_bytes[at / panels_of_head] ? byte_q + at : nullptr;
+  }
+
+#if defined(ADAATTN_UNIT_AMX)
+  static_assert(kTileKeys % kScoreKeys == 0);
+  HWY_INLINE void multiply(const ByteQueries& q, int64_t key, int64_t keys, float* s, float* factors) const {
+    const char* tile = byte_tiles + key / kTileKeys * (kByteTileHead + kTileKeys * width);
+    const int64_t row = key % kTileKeys;
+    for (int64_t j = 0; j < keys; j += kStepKeys) factors[j / kStepKeys] = byte_head(tile).scale[(row + j) / kStepKeys];
+    multiply_bytes(byte_rows(tile) + row * width, keys, q.q, width, s);
+  }
+#else
+  HWY_INLINE void multiply(const ByteQueries& q, int64_t key, int64_t keys, float* s, float* max) const {
+    for (int v = 0; v < kPanelVectors; ++v) hn::Store(hn::Set(kF32, -infinity()), kF32, max + v * kLanes);
+    for (const int64_t last = key + keys; key < last;) {
+      const int64_t row = key % kTileKeys, n = kTileKeys - row < last - key ? kTileKeys - row : last - key;
+      score_bytes(byte_tiles + key / kTileKeys * (kByteTileHead + kTileKeys * width), row, n, width, q, s, max);
+      s += n * kPanel;
+      key += n;
+    }
+  }
+#endif
+  static_assert(kStepKeys == decide::kGroupK);
+
   HWY_INLINE void add_rows(const RowBytes& more, bool write) {
     if (more.rows == 0) return;
     rows[row_sets] = more;
@@ -184,6 +219,20 @@ HWY_INLINE void exact_tiles(const AdaptiveTileArgs* each, TileScratch& x, const 
   prefetch.v = reinterpret_cast<const char*>(values.packed);
   prefetch.k_bytes = packed_elements(args.rows.d_qk) * 2;
   prefetch.v_bytes = kTileKeys * width * 2;
+  bool all_bytes = true;
+  for (int64_t h = 0; h < heads; ++h) {
+    prefetch.of_bytes[h] = each[h].bytes;
+    all_bytes = all_bytes && each[h].bytes;
+  }
+  prefetch.panels = x.panels;
+  prefetch.byte_q = x.byte_q;
+  prefetch.panels_of_head = panels_of_head;
+  prefetch.byte_tiles = args.keys.byte_tiles;
+  prefetch.width = byte_width(args.rows.d_qk);
+  if (all_bytes) {
+    prefetch.k = args.keys.byte_tiles;
+    prefetch.k_bytes = byte_tile_bytes(args.rows.d_qk);
+  }
   if (args.row_count == kTileRows) {
     for (int64_t h = 0; h < heads; ++h) {
       const RowOperands& rows = each[h].rows;

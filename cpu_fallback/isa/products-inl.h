@@ -103,6 +103,36 @@ HWY_NOINLINE void multiply_scores(const uint16_t* k, int64_t k_stride, int64_t k
   finish_stores();
 }
 
+// Sums of products of bytes: K rows of d bytes, Q^T words [d / 4][kPanel] of four neighbouring dimensions each; d is a
+// multiple of 64. The sums are integers in the place of scores.
+[[maybe_unused]] HWY_NOINLINE void multiply_bytes(const int8_t* k, int64_t keys, const uint8_t* q, int64_t d,
+                                                  float* s) {
+  constexpr int64_t kBytes = kPanel * 4;
+  finish_stores();
+  for (int64_t j = 0; j < keys; j += 32) {
+    for (int64_t column = 0; column < kPanel; column += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      const int8_t* a = k + j * d;
+      const uint8_t* b = q + column * 4;
+      for (int64_t t = 0; t < d; t += 64, b += 16 * kBytes) {
+        _tile_stream_loadd(4, a + t, d);
+        _tile_loadd(6, b, kBytes);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, b + 64, kBytes);
+        _tile_dpbssd(1, 4, 7);
+        _tile_stream_loadd(5, a + 16 * d + t, d);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+      store_tiles(s + j * kPanel + column);
+    }
+  }
+  finish_stores();
+}
+
 // The weights of the runs stand one after another.
 HWY_NOINLINE void multiply_values(const uint32_t* vt, const ValueRun* runs, int64_t count, int64_t d_v,
                                   const uint32_t* p, float* ot) {

@@ -32,6 +32,8 @@ AdaptiveKernels with_bf16(const Bf16Tiles& tiles) {
   kernels.tile_scratch = tiles.tile_scratch;
   kernels.tiles = tiles.tiles;
   kernels.heads_together = tiles.heads_together;
+  kernels.byte_cost = tiles.byte_cost;
+  kernels.bf16_cost = tiles.bf16_cost;
   kernels.pack_keys = tiles.pack_keys;
   kernels.pack_values = tiles.pack_values;
   kernels.pack_tile = tiles.pack_tile;

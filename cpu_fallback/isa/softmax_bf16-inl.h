@@ -39,6 +39,21 @@ HWY_NOINLINE void scale_scores(float* s, int64_t keys, float factor) {
   for (int64_t i = 0; i < keys * kPanel; i += kLanes) hn::Store(hn::Mul(hn::Load(kF32, s + i), f), kF32, s + i);
 }
 
+#if defined(ADAATTN_UNIT_AMX)
+// Sums of products of bytes to scores, in place.
+[[maybe_unused]] HWY_NOINLINE void scale_bytes(float* s, int64_t keys, const float* key_factors,
+                                               const float* row_factors) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const __m512 of_key = _mm512_set1_ps(key_factors[j / kStepKeys]);
+    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+      float* at = s + j * kPanel + v * kLanes;
+      const __m512 factor = _mm512_mul_ps(of_key, _mm512_load_ps(row_factors + v * kLanes));
+      _mm512_store_ps(at, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), factor));
+    }
+  }
+}
+#endif
+
 HWY_NOINLINE void block_maximum(const float* s, int64_t keys, float* block_max) {
   F32 max[2][kPanelVectors];
   ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) max[0][v] = max[1][v] = hn::Set(kF32, -infinity());
@@ -100,31 +115,45 @@ HWY_NOINLINE void move_reference(Panel& p, const float* block_max, float factor,
 // Scores, to be multiplied by `factor`, to weights in words [keys / 2][kPanel]; keys is even. The words may lie where
 // the scores do: word row t is written when score rows 2t and 2t + 1 have been read. Returns false, and leaves the
 // row's sums as they are, if the weights of these keys add up to more than `limit` in some row, or to NaN.
-template <bool kEntropy>
-HWY_NOINLINE bool weigh_pairs(Panel& p, const float* s, int64_t keys, float factor, float limit, uint32_t* words) {
-  const __m512 f = _mm512_set1_ps(factor), none = _mm512_set1_ps(-infinity());
-  __m512 reference[kPanelVectors], sum[kPanelVectors], entropy[kPanelVectors];
+// kBytes: the scores are sums of products of bytes, and their factor is that of each 32 keys and of each row.
+template <bool kEntropy, bool kBytes = false>
+HWY_NOINLINE bool weigh_pairs(Panel& p, const float* s, int64_t keys, float factor, float limit, uint32_t* words,
+                              const float* key_factors = nullptr, const float* row_factors = nullptr) {
+  const __m512 none = _mm512_set1_ps(-infinity());
+  __m512 reference[kPanelVectors], sum[kPanelVectors], entropy[kPanelVectors], f[kBytes ? kPanelVectors : 1];
+  f[0] = _mm512_set1_ps(factor);
   ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
     const __m512 max = _mm512_load_ps(p.max + v * kLanes);
     // A lane that has seen nothing yet: any finite reference gives weights 2^-inf = 0.
     reference[v] = _mm512_mask_mov_ps(max, _mm512_cmp_ps_mask(max, none, _CMP_EQ_OQ), _mm512_setzero_ps());
     sum[v] = entropy[v] = _mm512_setzero_ps();
   }
-  for (int64_t j = 0; j < keys; j += 2) {
-    ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
-      const float* at = s + j * kPanel + v * kLanes;
-      const __m512 x0 = _mm512_fmsub_ps(_mm512_load_ps(at), f, reference[v]);
-      const __m512 x1 = _mm512_fmsub_ps(_mm512_load_ps(at + kPanel), f, reference[v]);
-      const __m512 w0 = exp2_weight(x0), w1 = exp2_weight(x1);
-      sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(w0, w1));
-      if (kEntropy) {
-        // 0 * -inf counts as 0.
-        const __mmask16 some0 = _mm512_cmp_ps_mask(w0, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const __mmask16 some1 = _mm512_cmp_ps_mask(w1, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        entropy[v] = _mm512_mask3_fmadd_ps(w0, x0, entropy[v], some0);
-        entropy[v] = _mm512_mask3_fmadd_ps(w1, x1, entropy[v], some1);
+  const auto score = [&](const float* at, int v) {
+    const __m512 x = kBytes ? _mm512_cvtepi32_ps(_mm512_load_si512(at)) : _mm512_load_ps(at);
+    return _mm512_fmsub_ps(x, f[kBytes ? v : 0], reference[v]);
+  };
+  for (int64_t j = 0; j < keys;) {
+    if (kBytes) {
+      const __m512 of_keys = _mm512_set1_ps(key_factors[j / kStepKeys]);
+      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+        f[kBytes ? v : 0] = _mm512_mul_ps(of_keys, _mm512_load_ps(row_factors + v * kLanes));
       }
-      _mm512_store_si512(words + j / 2 * kPanel + v * kLanes, pair_weights(w0, w1));
+    }
+    for (const int64_t end = kBytes ? j + kStepKeys : keys; j < end; j += 2) {
+      ADAATTN_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+        const float* at = s + j * kPanel + v * kLanes;
+        const __m512 x0 = score(at, v), x1 = score(at + kPanel, v);
+        const __m512 w0 = exp2_weight(x0), w1 = exp2_weight(x1);
+        sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(w0, w1));
+        if (kEntropy) {
+          // 0 * -inf counts as 0.
+          const __mmask16 some0 = _mm512_cmp_ps_mask(w0, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+          const __mmask16 some1 = _mm512_cmp_ps_mask(w1, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+          entropy[v] = _mm512_mask3_fmadd_ps(w0, x0, entropy[v], some0);
+          entropy[v] = _mm512_mask3_fmadd_ps(w1, x1, entropy[v], some1);
+        }
+        _mm512_store_si512(words + j / 2 * kPanel + v * kLanes, pair_weights(w0, w1));
+      }
     }
   }
   __mmask16 over = 0;

@@ -223,6 +223,49 @@ struct KeyWalk {
     }
   }
 
+#if defined(ADAATTN_UNIT_AMX)
+  // Weights of some keys, from products of bytes.
+  template <bool kEntropy, class Queries>
+  HWY_INLINE void weigh_bytes(Panel& p, const Queries& q, int64_t key, int64_t keys, bool masked) {
+    float factors[kScoreKeys / kStepKeys];
+    extra.multiply(q, key, keys, s, factors);
+    if (!masked && !is_fresh(p) && weigh_pairs<kEntropy, true>(p, s, keys, 0, kMostWeight, weights(), factors, q.scale))
+      return;
+    scale_bytes(s, keys, factors, q.scale);
+    if (masked) {
+      mask_block(p, s, key, keys, block_max);
+    } else {
+      block_maximum(s, keys, block_max);
+    }
+    settle(p, 1.0f);
+    weigh_pairs<kEntropy>(p, s, keys, 1.0f, infinity(), weights());
+  }
+#else
+  template <bool kEntropy, class Queries>
+  HWY_INLINE void weigh_bytes(Panel& p, const Queries& q, int64_t key, int64_t keys, bool masked) {
+    extra.multiply(q, key, keys, s, block_max);
+    if (masked) mask_block(p, s, key, keys, block_max);
+    settle(p, 1.0f);
+    weigh_pairs<kEntropy>(p, s, keys, 1.0f, infinity(), weights());
+  }
+#endif
+
+  // As run_panel() for a panel whose queries are bytes too.
+  template <bool kEntropy, class Queries>
+  HWY_INLINE void run_bytes(const KeyRun& run, const Queries& q) {
+    Panel& p = *run.p;
+    const int64_t packed = round_up(run.end, kStepKeys);
+    for (int64_t key = run.begin; key < run.end;) {
+      const int64_t group = (key / kScoreKeys + 1) * kScoreKeys;
+      const int64_t next = group < packed ? group : packed;
+      extra.before_group();
+      weigh_bytes<kEntropy>(p, q, key, next - key, key < p.all_first || next > p.all_last);
+      wait(key, next - key);
+      if (waiting > kValueKeys - kScoreKeys || !kScoresStay) add_values(p);
+      key = next;
+    }
+  }
+
   // Weights wait as long as the runs are of one panel, so that its O^T passes through the tiles once for many keys.
   template <bool kEntropy>
   HWY_INLINE void run() {
@@ -230,6 +273,13 @@ struct KeyWalk {
     for (KeyRun run; runs.next(run);) {
       if (current != nullptr && run.p != current) add_values(*current);
       current = run.p;
+      if constexpr (requires { extra.queries(*run.p); }) {
+        const auto* q = extra.queries(*run.p);
+        if (q != nullptr) {
+          run_bytes<kEntropy>(run, *q);
+          continue;
+        }
+      }
       run_panel<kEntropy>(run);
     }
     if (current != nullptr) add_values(*current);

@@ -12,6 +12,13 @@ constexpr float kFeedbackMargin = 2.0f;
 // Share of the old multiplier that one call may take away. Upwards it follows at once.
 constexpr float kFeedbackDecay = 0.7f;
 
+// Of a head that was computed without skipping because of its prediction, where nothing was measured: what one sample
+// said of it is forgotten slowly, and some calls later it is tried again.
+constexpr float kFeedbackRest = 0.9f;
+ADAATTN_HD inline float rested_feedback(float f) {
+  return kFeedbackRest * f > kFeedbackMin ? kFeedbackRest * f : kFeedbackMin;
+}
+
 // predicted: the call's prediction, made with the multiplier f. measured: what verify found. A call that skipped
 // nothing (predicted 0) teaches nothing.
 ADAATTN_HD inline float next_feedback(float f, float predicted, float measured) {

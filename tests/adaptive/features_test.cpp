@@ -119,6 +119,38 @@ TEST_P(AdaptiveFeatures, DenseLevelAgreesWithTheOracle) {
   EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io())));
 }
 
+// Narrower products than the inputs ask for, where the caller allows them: within their own rounding of the oracle.
+TEST_P(AdaptiveFeatures, NarrowerProductsAgreeWithTheOracleWithinTheirRounding) {
+  for (const Dtypes& dtypes : uniform_dtypes()) {
+    AttentionData data(GetParam().problem, dtypes, run_seed());
+    const reference::AttentionResult oracle = reference::attention(data.desc, data.io());
+    Tensor exact(ADAATTN_DTYPE_F32, data.o.shape());
+    exact.for_each([&](const std::vector<int64_t>& at, int64_t i) { exact.set(at, oracle.o[static_cast<size_t>(i)]); });
+    for (const Target& target : available_targets(ADAATTN_DEVICE_CPU)) {
+      const Context context(target);
+      for (const adaattn_precision_t least : {ADAATTN_PRECISION_BF16, ADAATTN_PRECISION_I8}) {
+        SCOPED_TRACE(std::string(target.name) + ", " + dtypes.name + ", least precision " + std::to_string(least));
+        adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+        adaptive.tile_mass = 1;
+        adaptive.tolerance = 0.1;
+        adaptive.rank_mode = ADAATTN_RANK_OFF;
+        adaptive.min_precision = least;
+        const AdaptivePlan plan(context, data.desc, adaptive);
+        data.poison_outputs();
+        ASSERT_TRUE(succeeded(plan.execute(data)));
+        EXPECT_TRUE(close(data.lse.values(), oracle.lse, 3e-2, 5e-3, "lse"));
+        for (const adaattn_head_stats_t& head : plan.heads()) {
+          if (data.len_q(head.batch) == 0 || data.len_k(head.batch) == 0) continue;
+          EXPECT_LE(head_error(data, exact, head.batch, head.head), 0.02) << "head " << head.head;
+          if (GetParam().always_exact) {
+            EXPECT_TRUE(head.dense);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(AdaptiveFeatures, EveryPolicyStaysWithinItsTolerance) {
   const Context context;
   AttentionData data(GetParam().problem, uniform_dtypes()[0], run_seed());

@@ -164,5 +164,12 @@ TEST(Feedback, RisesAtOnceAndFallsSlowly) {
 
 TEST(Feedback, LearnsNothingFromACallThatSkippedNothing) { EXPECT_EQ(next_feedback(3, 0, 0), 3.0f); }
 
+TEST(Feedback, FallsWhileAHeadIsRefusedAndNeverBelowItsLeast) {
+  float f = 2;
+  EXPECT_FLOAT_EQ(rested_feedback(f), 2 * kFeedbackRest);
+  for (int call = 0; call < 100; ++call) f = rested_feedback(f);
+  EXPECT_EQ(f, kFeedbackMin);
+}
+
 }  // namespace
 }  // namespace adaattn::decide
