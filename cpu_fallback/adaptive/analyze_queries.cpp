@@ -125,24 +125,37 @@ struct QueryHead {
   int64_t rows;  // 0: nothing to analyze
 };
 
-// Means of 16 rows, for all heads at once: those of a query lie side by side in memory.
+// Brings rows to come into cache: they lie apart, where the processor does not look ahead.
+void touch_rows(const Operand& q, int64_t first, int64_t last, int64_t bytes) {
+  const int64_t stride = q.stride_s * static_cast<int64_t>(dtype_size(q.dtype));
+  const char* row = static_cast<const char*>(q.data) + first * stride;
+  for (int64_t j = first; j < last; ++j, row += stride) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+  }
+}
+
+// Means of 16 rows, for all heads at once: those of a query mostly lie side by side, and then a part of the queries to
+// come is touched whole with each head, one line after another.
 void mean_needle_rows(const AdaptiveCall& call, const QueryHead* heads, int64_t count, float* means) {
-  const int64_t d = call.shape.d_qk;
-  for (int64_t i = 0; i < decide::kNeedleRowsOfTile; ++i) {
-    const int64_t first = i * decide::kNeedleRows;
+  const int64_t d = call.shape.d_qk, bytes = d * static_cast<int64_t>(dtype_size(heads[0].q.dtype));
+  bool joined = true;
+  for (int64_t h = 1; h < count; ++h) {
+    joined = joined && heads[h].rows == heads[0].rows &&
+             heads[h].q.data == static_cast<const char*>(heads[0].q.data) + h * bytes;
+  }
+  for (int64_t first = 0; first < decide::kTileQ; first += decide::kNeedleRows) {
     for (int64_t h = 0; h < count; ++h) {
       const QueryHead& head = heads[h];
       const int64_t n = std::min<int64_t>(decide::kNeedleRows, head.rows - first);
       if (n <= 0) continue;
-      const auto bytes = static_cast<int64_t>(dtype_size(head.q.dtype)), stride = head.q.stride_s * bytes;
-      // This head's next rows: they lie apart, where the processor does not look ahead.
-      const char* ahead = static_cast<const char*>(head.q.data) + (first + decide::kNeedleRows) * stride;
-      for (int64_t j = first + decide::kNeedleRows; j < std::min(first + 2 * decide::kNeedleRows, head.rows); ++j) {
-        for (int64_t at = 0; at < d * bytes; at += 64) __builtin_prefetch(ahead + at);
-        ahead += stride;
+      const int64_t next = first + n, to_come = std::min<int64_t>(decide::kNeedleRows, head.rows - next);
+      if (joined) {
+        touch_rows(heads[0].q, next + to_come * h / count, next + to_come * (h + 1) / count, count * bytes);
+      } else {
+        touch_rows(head.q, next, next + to_come, bytes);
       }
       call.kernels.row_means(head.q, 1, first, n, d, decide::kNeedleRows,
-                             means + (h * decide::kNeedleRowsOfTile + i) * d);
+                             means + (h * decide::kNeedleRowsOfTile + first / decide::kNeedleRows) * d);
     }
   }
 }
