@@ -260,7 +260,6 @@ class ConsumerCore {
       const int unit = i % (Traits::kChunk / 16) * 2 + lane_ / 16;
       ldmatrix_x4(query_[i], base + i / (Traits::kChunk / 16) * kGroupRows * kWidth + (unit ^ swizzle) * 16);
     }
-    release(&shared_.q_empty[group_]);
   }
 
   // out = a b^T over head_dim; a: the warpgroup's 64 rows, b: rows of a block of kN from `first` on.

@@ -72,17 +72,20 @@ class Consumer : protected ForwardCore<Traits> {
       tile_.batch = uniform(given.batch);
       if constexpr (kC.split) tile_.split = uniform(given.split);
       range_ = given.range;
-      release(&shared_.tile_empty[slot]);
       if (tile_.m_block < 0) return false;
       range_.len_k = uniform(range_.len_k);
       range_.n_min = uniform(range_.n_min);
       range_.n_max = uniform(range_.n_max);
       if (range_.blocks() > 0) break;
       Core::store_empty();
+      release(&shared_.tile_empty[slot]);
     }
     ++tile_count_;
     return true;
   }
+  // The slot of the present tile, once something has waited for what was read of it: an arrival overtakes reads on
+  // their way.
+  __device__ __forceinline__ void release_slot() { release(&shared_.tile_empty[(tile_count_ + 1) % 2]); }
 
   __device__ __forceinline__ void row_limits() {
     Core::set_limits(range_.off, range_.len_k);
@@ -123,6 +126,7 @@ class Consumer : protected ForwardCore<Traits> {
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     release(&shared_.q_empty[group_]);
     Core::store_empty();
+    release_slot();
     return true;
   }
 
@@ -134,6 +138,8 @@ class Consumer : protected ForwardCore<Traits> {
     wait_if(more, shared_.k_full[v_count_ % Traits::kKStages], v_count_ / Traits::kKStages & 1);
     wgmma_fence();
     Core::issue_scores(v_count_);
+    // The products have waited for what was read of Q: an arrival overtakes reads on their way.
+    if constexpr (kC.q_in_registers) release(&shared_.q_empty[group_]);
   }
   static __device__ __forceinline__ void wait_if(bool needed, uint64_t& barrier, uint32_t parity) {
     while (needed && !ptx::mbarrier_try_wait_parity(&barrier, parity)) {
@@ -147,6 +153,7 @@ class Consumer : protected ForwardCore<Traits> {
     if constexpr (kC.scores_ahead) Core::wait_k(v_count_);
     wgmma_wait<0>();
     pin(scores_);
+    release_slot();
     release_scores(v_count_, range_.blocks() == 1);
     first_softmax();
     begin_out(range_.len_k - (range_.n_max - 1) * kN);
