@@ -77,13 +77,13 @@ class E4m3Consumer {
       tile_.head = uniform(given.head);
       tile_.batch = uniform(given.batch);
       range_ = given.range;
-      release(&shared_.tile_empty[slot]);
       if (tile_.m_block < 0) return false;
       range_.len_k = uniform(range_.len_k);
       range_.n_min = uniform(range_.n_min);
       range_.n_max = uniform(range_.n_max);
       if (range_.blocks() > 0) break;
       store_empty();
+      release(&shared_.tile_empty[slot]);
     }
     ++tile_count_;
     return true;
@@ -140,7 +140,9 @@ class E4m3Consumer {
     left_ = kSums;
     wgmma_wait<0>();
     pin(scores_);
-    release(&shared_.q_empty[group_]);  // the product has waited for what was read
+    // Behind the product, for an arrival overtakes reads on their way.
+    release(&shared_.q_empty[group_]);
+    if (lane_ == 0) mbarrier_arrive(&shared_.tile_empty[(tile_count_ - 1) % 2]);
     leave(shared_.k_empty, k_at_);
     const int n = range_.n_max - 1;
     if constexpr (kC.masked) {
