@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kMaxSplits = 128;               // what the combining kernel takes
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // kernels count rows and keys in 32 bits
 constexpr int64_t kDecodeRows = 16;               // one mma tile of query rows
+constexpr int64_t kWidenedDecodeRows = 64;        // widening keys takes a prefill kernel as long as four such tiles
 constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
 constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
@@ -75,7 +76,7 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
     const AttendKernel* kernel = problem.fast_f32 ? best(Phase::kTf32, problem, features, device) : nullptr;
     return kernel != nullptr ? kernel : best(Phase::kExactF32, problem, features, device);
   }
-  if (seqlen_q * group <= kDecodeRows) {
+  if (seqlen_q * group <= (problem.dtype_kv != problem.dtype_q ? kWidenedDecodeRows : kDecodeRows)) {
     if (const AttendKernel* kernel =
             best(Phase::kDecode, problem, features | (group > 1 ? uint32_t{kPacked} : 0u), device))
       return kernel;
