@@ -9,6 +9,24 @@
 
 namespace adaattn::cuda::sm90 {
 
+// Tiles are read by the consumers and by all warps of the producer but the one that draws them.
+template <class Shared>
+__device__ __forceinline__ void init_paged_barriers(Shared& shared, int groups, int producers) {
+  const int consumers = kWarpgroup / 32 * groups;
+  const auto init = [](auto& barriers, int arrivals) {
+    for (uint64_t& barrier : barriers) ptx::mbarrier_init(&barrier, arrivals);
+  };
+  init(shared.q_full, 1);
+  init(shared.q_empty, kWarpgroup / 32);
+  init(shared.k_full, 1);
+  init(shared.k_empty, consumers);
+  init(shared.v_full, 1);
+  init(shared.v_empty, consumers);
+  init(shared.tile_full, 1);
+  init(shared.tile_empty, consumers + producers - 1);
+  ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+}
+
 template <typename T, class Policy>
 __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
     paged_kernel(const __grid_constant__ ForwardArgs args) {
@@ -22,12 +40,12 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
       prefetch_tensor_map(&args.k_map);
       prefetch_tensor_map(&args.v_map);
     }
-    init_barriers(shared, Traits::kGroups);
+    init_paged_barriers(shared, Traits::kGroups, PagedProducer<Traits>::kWarps);
   }
   __syncthreads();
   if (warpgroup == 0) {
     set_max_registers_down<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) PagedProducer<Traits>(args, shared).run();
+    if (threadIdx.x < 32 * PagedProducer<Traits>::kWarps) PagedProducer<Traits>(args, shared).run();
   } else {
     set_max_registers_up<Traits::kConsumerRegisters>();
     Consumer<Traits>(args, shared, warpgroup - 1).run();

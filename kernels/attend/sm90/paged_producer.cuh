@@ -14,39 +14,56 @@ class PagedProducer : protected Producer<Traits> {
   static_assert(kChunks == Traits::kChunksV && kN / kPageMultiple * kChunks <= 32);
 
  public:
+  static constexpr int kWarps = 2;
+
   __device__ __forceinline__ PagedProducer(const ForwardArgs& args, typename Traits::Shared& shared)
       : Base(args, shared),
         lane_(static_cast<int>(threadIdx.x) % 32),
         box_rows_(box_rows(page_size(), kN)),
         box_key_(lane_ / kChunks * box_rows_) {}
 
-  // The order of Producer's loads, by the whole warp: to look up pages and to find its coordinates takes a lane longer
-  // than the products of 16 keys.
+  // Warp 0 draws tiles and brings Q and K; warp 1 reads the tiles as the consumers do and brings V. To find its
+  // coordinates and to issue its copies takes a warp as long as the products of a block take.
   __device__ __forceinline__ void run() {
     TileScheduler<Traits> scheduler(args_, lane_);
-    Tile tile = scheduler.first();
+    const bool leads = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0) == 0;
     for (int i = 0;; ++i) {
-      tile.range = tile_range<Traits>(args_, tile);
-      if (lane_ == 0) {
-        const int slot = i % 2;
-        mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
-        shared_.tile[slot] = tile;
-        mbarrier_arrive(&shared_.tile_full[slot]);
-      }
-      __syncwarp();
-      if (tile.m_block < 0) break;
-      const auto draw = [&] {
-        if (lane_ == 0) scheduler.prefetch();
-      };
-      if (tile.range.blocks() > 0) {
-        load(tile, draw);
+      const int slot = i % 2;
+      Tile tile;
+      if (leads) {
+        tile = i == 0 ? scheduler.first() : scheduler.next();
+        tile.range = tile_range<Traits>(args_, tile);
+        if (lane_ == 0) {
+          mbarrier_wait(&shared_.tile_empty[slot], (i / 2 & 1) ^ 1);
+          shared_.tile[slot] = tile;
+          mbarrier_arrive(&shared_.tile_full[slot]);
+        }
+        __syncwarp();
       } else {
-        draw();
+        mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
+        tile = shared_.tile[slot];
+      }
+      if (tile.m_block < 0) break;
+      table_ = args_.p.block_table + tile.batch * args_.p.block_table_stride;
+      const int head = tile.head / args_.group_size;
+      const TileRange& range = tile.range;
+      if (leads) {
+        load_keys(tile, head, [&] {
+          if (lane_ == 0) scheduler.prefetch();
+        });
+      } else if (range.blocks() > 0) {
+        Place next = look_up(range.n_max - 1);
+        for (int n = range.n_max - 1; n >= range.n_min; --n) {
+          const Place v = next;
+          if (n > range.n_min) next = look_up(n - 1);
+          load_v(v, head);
+        }
       }
       __syncwarp();
-      tile = scheduler.next();
+      // Behind the last use of what was read: an arrival does not wait for loads before it.
+      if (!leads && lane_ == 0) mbarrier_arrive(&shared_.tile_empty[slot]);
     }
-    scheduler.finish();
+    if (leads) scheduler.finish();
   }
 
  private:
@@ -56,26 +73,25 @@ class PagedProducer : protected Producer<Traits> {
     int row;
   };
 
+  // Draws the next tile as late as hides the latency of that.
   template <class Draw>
-  __device__ __forceinline__ void load(const Tile& tile, const Draw& draw) {
-    table_ = args_.p.block_table + tile.batch * args_.p.block_table_stride;
+  __device__ __forceinline__ void load_keys(const Tile& tile, int head, const Draw& draw) {
     const TileRange& range = tile.range;
-    const int head = tile.head / args_.group_size;
-    Place k = look_up(range.n_max - 1), next = k;
-    if (range.blocks() > 1) next = look_up(range.n_max - 2);
-    load_k(k, head);
-    if (lane_ == 0) Base::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
-    __syncwarp();
-    if (range.blocks() == 1) draw();
-    for (int n = range.n_max - 2; n >= range.n_min; --n) {
-      if (n == range.n_min) draw();
-      const Place v = k;
-      k = next;
-      if (n > range.n_min) next = look_up(n - 1);
+    if (range.blocks() <= 1) draw();
+    if (range.blocks() == 0) return;
+    Place next = look_up(range.n_max - 1);
+    for (int n = range.n_max - 1; n >= range.n_min; --n) {
+      const Place k = next;
+      if (n > range.n_min) {
+        next = look_up(n - 1);
+      } else if (range.blocks() > 1) {
+        draw();
+      }
       load_k(k, head);
-      load_v(v, head);
+      if (n < range.n_max - 1) continue;
+      if (lane_ == 0) Base::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
+      __syncwarp();
     }
-    load_v(k, head);
   }
 
   // Straight from the kernel's parameters: the producer has few registers.
