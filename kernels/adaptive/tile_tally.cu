@@ -5,7 +5,6 @@
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
 #include "common/ptx.cuh"
-#include "common/warp.cuh"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -84,6 +83,21 @@ __device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, c
                            : args.tables.units[head / s.heads_q * s.heads_kv + head % s.heads_q / s.group].rank_energy;
 }
 
+// Of a head without a far field whose query tiles decide has added up; what was measured before stays.
+__device__ __forceinline__ void take_counts(const AnalyzeArgs& args, int head, int64_t len_q, HeadTally* tally) {
+  const TableShape& s = args.shape;
+  const decide::HeadLevels& levels = args.tables.head_levels[head];
+  const decide::HeadChoice choice = args.tables.choice[head];
+  tally->tiles = levels.tiles;
+  tally->kept = choice.dense ? levels.tiles : levels.kept[choice.level];
+  tally->rows = static_cast<uint64_t>(len_q);
+  tally->rows_kept = decide::kTileQ * tally->kept;
+  if (len_q % decide::kTileQ == 0) return;
+  const auto missing = static_cast<uint64_t>(decide::kTileQ - len_q % decide::kTileQ);
+  tally->rows_kept -=
+      missing * static_cast<uint64_t>(args.tables.kept[int64_t{head} * s.wave_tiles + len_q / decide::kTileQ]);
+}
+
 // A wave of one query head; the first thread has the result, with what was measured before.
 __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int first_tile, int head,
                                                 const float* far_share, const TallyTargets& targets) {
@@ -95,6 +109,10 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   if (threadIdx.x == 0) {
     tally = targets.heads[head];
     if (first_tile == 0) start_tally(args, head, seq, &tally);
+  }
+  if (s.wave_tiles == s.query_tiles && far_share == nullptr) {
+    if (threadIdx.x == 0) take_counts(args, head, len_q, &tally);
+    return tally;
   }
   unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0;
   double far = 0;
@@ -126,67 +144,107 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   return tally;
 }
 
-__device__ __forceinline__ double warp_max(double x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, step));
-  return x;
+// What a head adds to a call's sums.
+__device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, const HeadTally& x, TileTotals* sum) {
+  const TableShape& s = args.shape;
+  const double rank = x.rank_class == 0 ? s.d_v : decide::rank_of_class(x.rank_class);
+  sum->heads += 1;
+  sum->heads_dense += x.dense != 0;
+  sum->heads_low_rank += x.rank_class != 0;
+  sum->tiles += x.tiles;
+  sum->kept += x.kept;
+  sum->rank_v_sum += rank;
+  sum->entropy_sum += x.entropy;
+  sum->entropy_min = fmin(sum->entropy_min, static_cast<double>(x.entropy));
+  sum->entropy_max = fmax(sum->entropy_max, static_cast<double>(x.entropy));
+  sum->predicted_sum += x.predicted_error;
+  sum->far_sum += x.rows > 0 ? x.far_share / static_cast<double>(x.rows) : 0;
+  if (x.verified_rows > 0) {
+    const auto error = static_cast<double>(x.measured_error);
+    sum->verified_heads += 1;
+    sum->verified_rows += x.verified_rows;
+    sum->over_tolerance += x.measured_error > args.options.tolerance;
+    sum->recomputed += x.recomputed != 0;
+    sum->measured_sum += error;
+    sum->measured_max = fmax(sum->measured_max, error);
+    sum->measured_row_max = fmax(sum->measured_row_max, static_cast<double>(x.measured_row_error));
+  }
+  if (x.dense != 0) {
+    sum->flops += 2.0 * static_cast<double>(s.d_qk + s.d_v) *
+                  static_cast<double>(visible_pairs(args.p, sequence_of(args.p, head / s.heads_q)));
+    return;
+  }
+  constexpr double kGroups = decide::kTileK / kFarKeys;
+  sum->flops += 2.0 * (static_cast<double>(x.rows_kept) * decide::kTileK * (s.d_qk + rank) +
+                       static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
+                       (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
 }
 
-// The sums over the heads of a call by one warp.
-__device__ __forceinline__ TileTotals sum_heads(const AnalyzeArgs& args, const TallyTargets& targets) {
-  const TableShape& s = args.shape;
-  const int count = static_cast<int>(args.p.batch) * s.heads_q;
+__device__ __forceinline__ TileTotals no_heads() {
   TileTotals sum{};
   sum.entropy_min = INFINITY;
   sum.entropy_max = -INFINITY;
-  for (int h = static_cast<int>(threadIdx.x) % 32; h < count; h += 32) {
-    const HeadTally& x = targets.heads[h];
-    const double rank = x.rank_class == 0 ? s.d_v : decide::rank_of_class(x.rank_class);
-    sum.heads += 1;
-    sum.heads_dense += x.dense != 0;
-    sum.heads_low_rank += x.rank_class != 0;
-    sum.tiles += x.tiles;
-    sum.kept += x.kept;
-    sum.rank_v_sum += rank;
-    sum.entropy_sum += x.entropy;
-    sum.entropy_min = fmin(sum.entropy_min, static_cast<double>(x.entropy));
-    sum.entropy_max = fmax(sum.entropy_max, static_cast<double>(x.entropy));
-    sum.predicted_sum += x.predicted_error;
-    sum.far_sum += x.rows > 0 ? x.far_share / static_cast<double>(x.rows) : 0;
-    if (x.verified_rows > 0) {
-      const auto error = static_cast<double>(x.measured_error);
-      sum.verified_heads += 1;
-      sum.verified_rows += x.verified_rows;
-      sum.over_tolerance += x.measured_error > args.options.tolerance;
-      sum.recomputed += x.recomputed != 0;
-      sum.measured_sum += error;
-      sum.measured_max = fmax(sum.measured_max, error);
-      sum.measured_row_max = fmax(sum.measured_row_max, static_cast<double>(x.measured_row_error));
-    }
-    if (x.dense != 0) {
-      sum.flops += 2.0 * static_cast<double>(s.d_qk + s.d_v) *
-                   static_cast<double>(visible_pairs(args.p, sequence_of(args.p, h / s.heads_q)));
-      continue;
-    }
-    constexpr double kGroups = decide::kTileK / kFarKeys;
-    sum.flops += 2.0 * (static_cast<double>(x.rows_kept) * decide::kTileK * (s.d_qk + rank) +
-                        static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
-                        (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
+  return sum;
+}
+
+// The sums of several threads, of which each then takes one quantity over all: code that runs but once costs more than
+// its arithmetic. sync(): of these threads.
+template <int kThreads, typename Sync>
+__device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, int threads, const Sync& sync) {
+  constexpr int kSums = 15, kQuantities = kSums + 4;
+  __shared__ double part[kQuantities][kThreads], whole[kQuantities];
+  const auto count = [](unsigned long long x) { return static_cast<double>(x); };  // exact up to 2^53
+  const double own[kQuantities] = {count(sum.heads),
+                                   count(sum.heads_dense),
+                                   count(sum.heads_low_rank),
+                                   count(sum.tiles),
+                                   count(sum.kept),
+                                   count(sum.verified_heads),
+                                   count(sum.verified_rows),
+                                   count(sum.over_tolerance),
+                                   count(sum.recomputed),
+                                   sum.flops,
+                                   sum.rank_v_sum,
+                                   sum.entropy_sum,
+                                   sum.predicted_sum,
+                                   sum.far_sum,
+                                   sum.measured_sum,
+                                   -sum.entropy_min,
+                                   sum.entropy_max,
+                                   sum.measured_max,
+                                   sum.measured_row_max};
+#pragma unroll
+  for (int i = 0; i < kQuantities; ++i) part[i][thread] = own[i];
+  sync();
+  if (thread < kQuantities) {
+    double total = part[thread][0];
+#pragma unroll 4
+    for (int i = 1; i < threads; ++i) total = thread < kSums ? total + part[thread][i] : fmax(total, part[thread][i]);
+    whole[thread] = total;
   }
+  sync();
   unsigned long long* const counts[] = {&sum.heads,         &sum.heads_dense,    &sum.heads_low_rank,
                                         &sum.tiles,         &sum.kept,           &sum.verified_heads,
                                         &sum.verified_rows, &sum.over_tolerance, &sum.recomputed};
   double* const sums[] = {&sum.flops,         &sum.rank_v_sum, &sum.entropy_sum,
                           &sum.predicted_sum, &sum.far_sum,    &sum.measured_sum};
 #pragma unroll
-  for (unsigned long long* const x : counts) *x = warp_sum(*x);
+  for (int i = 0; i < 9; ++i) *counts[i] = static_cast<unsigned long long>(whole[i]);
 #pragma unroll
-  for (double* const x : sums) *x = warp_sum(*x);
-  sum.entropy_min = -warp_max(-sum.entropy_min);
-  sum.entropy_max = warp_max(sum.entropy_max);
-  sum.measured_max = warp_max(sum.measured_max);
-  sum.measured_row_max = warp_max(sum.measured_row_max);
+  for (int i = 0; i < 6; ++i) *sums[i] = whole[9 + i];
+  sum.entropy_min = -whole[15];
+  sum.entropy_max = whole[16];
+  sum.measured_max = whole[17];
+  sum.measured_row_max = whole[18];
   return sum;
+}
+
+// The sums over the heads of a call by one warp.
+__device__ __forceinline__ TileTotals sum_heads(const AnalyzeArgs& args, const TallyTargets& targets) {
+  const int heads = static_cast<int>(args.p.batch) * args.shape.heads_q, lane = static_cast<int>(threadIdx.x) % 32;
+  TileTotals sum = no_heads();
+  for (int h = lane; h < heads; h += 32) add_head(args, h, targets.heads[h], &sum);
+  return sum_threads<32>(sum, lane, 32, [] { __syncwarp(); });
 }
 
 __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
@@ -228,20 +286,22 @@ __device__ __forceinline__ void tell(const AnalyzeArgs& args, int ahead, const T
 }
 
 // One CTA per (sequence, query head). ends: this is the call's last wave; its heads are judged, and the last CTA adds
-// them to the totals.
+// them to the totals. Where nothing is verified all of that happens beside the walk's end.
 __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
                                                          const float* far_share, TallyTargets targets,
                                                          VerifyShape verify, const VerifyPart* parts, bool ends) {
   __shared__ bool last;
   const int head = static_cast<int>(blockIdx.x);
-  const bool verified = ends && parts != nullptr;
+  const bool verified = ends && parts != nullptr && *args.state.calls % verify.every == 0;
+  const bool first = head == 0 && threadIdx.x == 0;
   // The schedule is there since before the grids that walk it let this one start.
   if (far_share != nullptr) wait_for_previous_grid();
   if (targets.map != nullptr) copy_map(args, first_tile, head, targets);
   HeadTally tally = tally_head(args, first_tile, head, far_share, targets);
-  wait_for_previous_grid();
-  if (args.state.clock != nullptr && head == 0 && threadIdx.x == 0)
-    end_attend(args, first_tile, verified, targets.totals);
+  if (verified || !ends) {
+    wait_for_previous_grid();
+    if (args.state.clock != nullptr && first) end_attend(args, first_tile, verified, targets.totals);
+  }
   if (verified) judge_head(args, verify, parts, head, &tally);
   if (threadIdx.x == 0) {
     targets.heads[head] = tally;
@@ -253,11 +313,47 @@ __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__
   __threadfence();
   const TileTotals sum = sum_heads(args, targets);
   const int ahead = exact_ahead(args);
+  if (threadIdx.x == 0) {
+    *targets.ctas = 0;
+    add(sum, targets.totals);
+    *targets.newest = sum;
+  }
+  wait_for_previous_grid();
   if (threadIdx.x != 0) return;
-  *targets.ctas = 0;
-  add(sum, targets.totals);
-  *targets.newest = sum;
-  if (args.state.clock != nullptr) end_verify(*args.state.clock, targets.totals);
+  if (args.state.clock != nullptr) {
+    if (!verified) end_attend(args, first_tile, false, targets.totals);
+    end_verify(*args.state.clock, targets.totals);
+  }
+  tell(args, ahead, targets);
+}
+
+// The same where nothing is verified and one wave was all: decide has added up what a head counts, and one CTA takes
+// all heads. The others copy their maps.
+__global__ __launch_bounds__(kFewThreads) void count_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                            TallyTargets targets) {
+  if (blockIdx.x > 0) return copy_map(args, 0, static_cast<int>(blockIdx.x) - 1, targets);
+  const int heads = static_cast<int>(args.p.batch) * args.shape.heads_q, thread = static_cast<int>(threadIdx.x);
+  TileTotals sum = no_heads();
+  for (int head = thread; head < heads; head += kFewThreads) {
+    HeadTally tally = targets.heads[head];
+    const Sequence seq = sequence_of(args.p, head / args.shape.heads_q);
+    start_tally(args, head, seq, &tally);
+    take_counts(args, head, seq.len_q, &tally);
+    targets.heads[head] = tally;
+    add_head(args, head, tally, &sum);
+  }
+  sum = sum_threads<kFewThreads>(sum, thread, min(heads, kFewThreads), [] { __syncthreads(); });
+  const int ahead = exact_ahead(args);
+  if (thread == 0) {
+    add(sum, targets.totals);
+    *targets.newest = sum;
+  }
+  wait_for_previous_grid();
+  if (thread != 0) return;
+  if (args.state.clock != nullptr) {
+    end_attend(args, 0, false, targets.totals);
+    end_verify(*args.state.clock, targets.totals);
+  }
   tell(args, ahead, targets);
 }
 
@@ -299,6 +395,7 @@ __global__ void exact_begin_kernel(const __grid_constant__ AdaptiveState state) 
 void prepare_tally() {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, tally_kernel), "statistics");
+  check(cudaFuncGetAttributes(&attributes, count_kernel), "statistics");
   check(cudaFuncGetAttributes(&attributes, exact_end_kernel), "statistics");
   check(cudaFuncGetAttributes(&attributes, exact_begin_kernel), "statistics");
   check(cudaFuncGetAttributes(&attributes, recompute_end_kernel), "statistics");
@@ -307,9 +404,13 @@ void prepare_tally() {
 cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
                          const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
                          cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(args.p.batch * args.shape.heads_q);
+  if (ends && parts == nullptr && far_share == nullptr && args.shape.wave_tiles == args.shape.query_tiles)
+    return launch_grid_overlapped(count_kernel, dim3(1 + (targets.map != nullptr ? heads : 0)), kFewThreads, 0, stream,
+                                  true, args, targets);
   const int threads = ends && parts != nullptr ? kThreads : kFewThreads;
-  return launch_grid_overlapped(tally_kernel, dim3(static_cast<unsigned>(args.p.batch * args.shape.heads_q)), threads,
-                                0, stream, true, args, first_tile, far_share, targets, verify, parts, ends);
+  return launch_grid_overlapped(tally_kernel, dim3(heads), threads, 0, stream, true, args, first_tile, far_share,
+                                targets, verify, parts, ends);
 }
 
 cudaError_t launch_recompute_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {
