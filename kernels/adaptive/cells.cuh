@@ -214,8 +214,11 @@ __device__ __forceinline__ int first_of(int query_tiles, int number) {
 }
 
 // Query tiles of a CTA, head_dim, whether the scores of cells stay in shared memory, and whether shares decide.
-template <int kTilesOfCta, int kHeadDim, bool kStoredScores, bool kByShares = false>
+// kCtasOfSm: of a multiprocessor, which bounds the registers.
+template <int kTilesOfCta, int kHeadDim, bool kStoredScores, bool kByShares = false,
+          int kCtasOfSm = (kStoredScores && kTilesOfCta == 4) ? 3 : 2>
 struct CellsShape {
+  static constexpr int kCtas = kCtasOfSm;
   static constexpr int kTiles = kTilesOfCta, kDim = kHeadDim;
   static constexpr bool kStored = kStoredScores, kShares = kByShares;
   static size_t bytes(const TableShape& s) { return Space<kTiles>::bytes(s, kStored, kShares); }
@@ -252,6 +255,10 @@ void with_levels_shape(const AnalyzeArgs& args, int query_tiles, const Take& tak
     const int64_t ctas = args.p.batch * s.heads_q * ((query_tiles + 7) / 8);
     using Eight = CellsShape<8, 128, true, true>;
     if (ctas >= 2 * args.multiprocessors && Eight::bytes(s) <= kHalf) return take(Eight{});
+    constexpr size_t kThird = size_t{68} << 10;
+    if (CellsShape<4, 128, true, true>::bytes(s) > kThird)
+      return of_dim(CellsShape<4, 128, true, true, 2>{}, CellsShape<8, 128, false, true>{},
+                    CellsShape<2, 128, false, true>{});
     return of_dim(CellsShape<4, 128, true, true>{}, CellsShape<8, 128, false, true>{},
                   CellsShape<2, 128, false, true>{});
   }

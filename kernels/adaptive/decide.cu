@@ -72,15 +72,11 @@ struct Wave {
   bool chooses;
 };
 
-// Of a multiprocessor.
-constexpr int levels_ctas(bool stored, int tiles) { return stored && tiles == 4 ? 3 : 2; }
-
 // What kTiles query tiles of a head keep. kShares: by shares of cells and needles, with their masks where the schedule
 // has room for them; otherwise at every mass level.
-template <int kTiles, int kDim, bool kStored, bool kShares>
-__global__ __launch_bounds__(kThreads,
-                             levels_ctas(kStored, kTiles)) void levels_kernel(const __grid_constant__ AnalyzeArgs args,
-                                                                              const Wave wave) {
+template <int kTiles, int kDim, bool kStored, bool kShares, int kCtas>
+__global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_constant__ AnalyzeArgs args,
+                                                                 const Wave wave) {
   using Block = Cells<kTiles, kDim>;
   static_assert(kTiles <= kWarps);
   __shared__ int4 range[kTiles];  // of a query tile's key tiles: what it sees, and what all of its rows see whole
@@ -260,7 +256,7 @@ __global__ __launch_bounds__(kThreads,
     if (found != nullptr && full_begin < full_end) {
       needle_limits<kTiles>(args, b, head, first, count, seq, cell_rows, limits);
       __syncthreads();
-      const NeedleSearch<kTiles, kDim> search(args, b, head, first, limits);
+      const NeedleSearch<kTiles, kDim, kTiles == 4 && kCtas == 2> search(args, b, head, first, limits);
       search.each(full_begin, full_end, [&](int of_query, int tile) {
         const int4 seen = range[of_query];
         if (tile >= seen.z && tile < seen.w) atomicOr(&found[of_query * 2 * s.mask_words + tile / 32], 1u << tile % 32);
@@ -316,12 +312,14 @@ __global__ __launch_bounds__(kThreads,
 
 void prepare_levels() {
   const auto prepare = [](auto... shapes) {
-    (prepare_shared(&levels_kernel<shapes.kTiles, shapes.kDim, shapes.kStored, shapes.kShares>, kMaxLevelsBytes), ...);
+    (prepare_shared(&levels_kernel<shapes.kTiles, shapes.kDim, shapes.kStored, shapes.kShares, shapes.kCtas>,
+                    kMaxLevelsBytes),
+     ...);
   };
   prepare(CellsShape<4, 64, true, false>{}, CellsShape<8, 64, false, false>{}, CellsShape<2, 64, false, false>{});
   prepare(CellsShape<4, 128, true, false>{}, CellsShape<8, 128, false, false>{}, CellsShape<2, 128, false, false>{});
-  prepare(CellsShape<4, 128, true, true>{}, CellsShape<8, 128, true, true>{}, CellsShape<8, 128, false, true>{},
-          CellsShape<2, 128, false, true>{});
+  prepare(CellsShape<4, 128, true, true>{}, CellsShape<8, 128, true, true>{}, CellsShape<4, 128, true, true, 2>{},
+          CellsShape<8, 128, false, true>{}, CellsShape<2, 128, false, true>{});
 }
 
 namespace {
@@ -331,8 +329,8 @@ void launch_levels(const AnalyzeArgs& args, const Wave& wave, cudaStream_t strea
   with_levels_shape(args, wave.tiles, [&](auto x) {
     const dim3 grid(static_cast<unsigned>(args.p.batch * s.heads_q),
                     static_cast<unsigned>((wave.tiles + x.kTiles - 1) / x.kTiles));
-    check(launch_grid_overlapped(levels_kernel<x.kTiles, x.kDim, x.kStored, x.kShares>, grid, kThreads, x.bytes(s),
-                                 stream, true, args, wave),
+    check(launch_grid_overlapped(levels_kernel<x.kTiles, x.kDim, x.kStored, x.kShares, x.kCtas>, grid, kThreads,
+                                 x.bytes(s), stream, true, args, wave),
           "decide");
   });
 }

@@ -27,8 +27,9 @@ __device__ __forceinline__ void needle_limits(const AnalyzeArgs& args, int b, in
 }
 
 // Rows of kTiles query tiles against the needles of key tiles; all warps go over all blocks together. A product's 16
-// rows are two query tiles. Bytes as in Cells: a lane reads a quarter of a needle's.
-template <int kTiles, int kDim>
+// rows are two query tiles. Bytes as in Cells: a lane reads a quarter of a needle's. kDeep: a whole key tile at a time,
+// where there are registers for two.
+template <int kTiles, int kDim, bool kDeep>
 class NeedleSearch {
  public:
   static constexpr int kProducts = (kTiles + 1) / 2, kWords = kDim / 16;
@@ -68,52 +69,81 @@ class NeedleSearch {
   // found(q, tile): a key tile of [begin, end) with a needle that some row of query tile q has.
   template <typename Found>
   __device__ __forceinline__ void each(int begin, int end, const Found& found) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, last = end * kBlocksOfTile;
-    // Two blocks are on their way beside the one at hand.
-    uint4 words[kWords / 4], next[kWords / 4], after[kWords / 4];
-    float scale, next_scale, after_scale;
-    const auto fetch = [&](int block, uint4(&to)[kWords / 4], float& to_scale) {
-      if (block >= last) return;
-      const uint4* const from = keys_ + int64_t{block} * (8 * kDim / 16);
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) to[i] = __ldg(from + i);
-      to_scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
-    };
-    const int first = begin * kBlocksOfTile + static_cast<int>(threadIdx.x) / 32;
-    fetch(first, next, next_scale);
-    fetch(first + kDecideWarps, after, after_scale);
-#pragma unroll 1
-    for (int block = first; block < last; block += kDecideWarps) {
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        words[i] = next[i];
-        next[i] = after[i];
-      }
-      scale = next_scale;
-      next_scale = after_scale;
-      fetch(block + 2 * kDecideWarps, after, after_scale);
-      uint32_t misses = 0;  // the first query tile's bit is the highest
-#pragma unroll
-      for (int m = 0; m < kProducts; ++m) {
-        int c[4] = {};
-#pragma unroll
-        for (int i = 0; i < kWords / 4; ++i) {
-          mma_s8(c, a_[m][2 * i], words[i].x, words[i].y);
-          mma_s8(c, a_[m][2 * i + 1], words[i].z, words[i].w);
-        }
-        // A lane's two needles are of one cell: the larger product has the larger score.
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float dot = decide::float_of_integer(max(c[2 * r], c[2 * r + 1]));
-          misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, scale, limit_[m][r])), misses, 1);
-        }
-      }
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto tell = [&](uint32_t misses, int tile) {
       const uint32_t hits = __reduce_or_sync(kAll, ~misses);
-      if (lane < kTiles && (hits >> (2 * kProducts - 1 - lane) & 1) != 0) found(lane, block / kBlocksOfTile);
+      if (lane < kTiles && (hits >> (2 * kProducts - 1 - lane) & 1) != 0) found(lane, tile);
+    };
+    if constexpr (!kDeep) {
+      // Two blocks are on their way beside the one at hand.
+      const int last = end * kBlocksOfTile, first = begin * kBlocksOfTile + static_cast<int>(threadIdx.x) / 32;
+      Block words, next, after;
+      fetch(first, last, next);
+      fetch(first + kDecideWarps, last, after);
+#pragma unroll 1
+      for (int block = first; block < last; block += kDecideWarps) {
+        words = next;
+        next = after;
+        fetch(block + 2 * kDecideWarps, last, after);
+        tell(search(words), block / kBlocksOfTile);
+      }
+      return;
+    }
+    // A tile is on its way beside the one at hand.
+    Block blocks[kBlocksOfTile], next[kBlocksOfTile];
+    const auto fetch_tile = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < kBlocksOfTile; ++i) fetch(tile * kBlocksOfTile + i, end * kBlocksOfTile, next[i]);
+    };
+    int tile = begin + static_cast<int>(threadIdx.x) / 32;
+    fetch_tile(tile);
+#pragma unroll 1
+    for (; tile < end; tile += kDecideWarps) {
+      uint32_t misses = ~0u;
+#pragma unroll
+      for (int i = 0; i < kBlocksOfTile; ++i) blocks[i] = next[i];
+      fetch_tile(tile + kDecideWarps);
+#pragma unroll
+      for (int i = 0; i < kBlocksOfTile; ++i) misses &= search(blocks[i]);
+      tell(misses, tile);
     }
   }
 
  private:
+  // What a lane needs of a block.
+  struct Block {
+    uint4 words[kWords / 4];
+    float scale;
+  };
+  __device__ __forceinline__ void fetch(int block, int last, Block& to) const {
+    if (block >= last) return;
+    const uint4* const from = keys_ + int64_t{block} * (8 * kDim / 16);
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) to.words[i] = __ldg(from + i);
+    to.scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
+  }
+
+  // Bit q of the query tiles, the first one the highest of 2 kProducts: no row of the lane's has one of its needles.
+  __device__ __forceinline__ uint32_t search(const Block& keys) const {
+    uint32_t misses = ~0u;
+#pragma unroll
+    for (int m = 0; m < kProducts; ++m) {
+      int c[4] = {};
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) {
+        mma_s8(c, a_[m][2 * i], keys.words[i].x, keys.words[i].y);
+        mma_s8(c, a_[m][2 * i + 1], keys.words[i].z, keys.words[i].w);
+      }
+      // A lane's two needles are of one cell: the larger product has the larger score.
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float dot = decide::float_of_integer(max(c[2 * r], c[2 * r + 1]));
+        misses = __funnelshift_l(__float_as_uint(decide::needle_margin(dot, keys.scale, limit_[m][r])), misses, 1);
+      }
+    }
+    return misses;
+  }
+
   const uint4* keys_;
   const float* key_scales_;
   uint32_t a_[kProducts][kWords / 2][4];

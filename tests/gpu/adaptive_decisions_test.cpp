@@ -400,6 +400,12 @@ TEST_F(AdaptiveDecisions, BySharesAreThoseOfTheHostOnTheSameStatistics) {
   c.lens_q = {700, 0, 1290};
   c.lens_k = {1100, 640, 1290};
   check(c, 0, 0.01, 2.0);
+  c = base_case();
+  c.batch = 5;
+  c.heads_q = 3;
+  c.heads_kv = 1;
+  c.seqlen_q = c.seqlen_k = 900;
+  check(c, 0, 0.01, 2.0);
   EXPECT_GT(skipped, 100u);
 }
 
@@ -435,6 +441,17 @@ TEST_F(AdaptiveDecisions, OnNeedlesAreThoseOfTheHostOnTheSameStatistics) {
   c = base_case();
   c.layout_q = c.layout_kv = ADAATTN_LAYOUT_BHSD;
   c.used_k = {1500, 1037};
+  check(c, kBf16All, 0, 0.01f);
+  c = base_case();
+  c.batch = 5;
+  c.heads_q = 3;
+  c.heads_kv = 1;
+  c.seqlen_q = c.seqlen_k = 900;
+  check(c, kBf16All, 0, 0.01f);
+  c = base_case();  // so many keys that two CTAs fill a multiprocessor
+  c.batch = 1;
+  c.seqlen_q = 300;
+  c.seqlen_k = 32000;
   check(c, kBf16All, 0, 0.01f);
 }
 

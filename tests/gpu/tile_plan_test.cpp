@@ -102,7 +102,15 @@ TEST_F(TilePlans, LengthsAndMasks) {
   both.name = "BothSides";
   both.mask = ADAATTN_MASK_NONE;
   both.seqlen_q = 600;
-  for (const AttentionCase& c : {packed, used, chunk, window, both}) {
+  AttentionCase uneven = causal_case(4100);
+  uneven.name = "Uneven";
+  uneven.batch = 4;
+  uneven.heads_q = 8;
+  uneven.heads_kv = 1;
+  uneven.layout_q = uneven.layout_kv = ADAATTN_LAYOUT_THD;
+  uneven.lens_q = {4100, 40, 129, 700};
+  uneven.lens_k = {4100, 2500, 129, 900};
+  for (const AttentionCase& c : {packed, used, chunk, window, both, uneven}) {
     SCOPED_TRACE(describe(c));
     AttentionData data = structured(c);
     const Tensor exact = exact_output(host, data);
