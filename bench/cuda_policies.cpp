@@ -1,5 +1,5 @@
 // The adaptive policies on a CUDA device, all stages counted, against the exact plan in the same run: on the operands
-// of the shipped model's layers at context 16384, and on random normal ones, where nothing is worth saving.
+// of the shipped model's layers, and on random normal ones, where nothing is worth saving.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -8,7 +8,6 @@
 #include <memory>
 #include <numeric>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -24,7 +23,9 @@
 namespace adaattn::bench {
 namespace {
 
-constexpr int64_t kBatch = 4, kContext = 16384;
+constexpr int64_t kBatch = 4;
+// Beyond the length of the model's text it is taken again from its start.
+constexpr int64_t kContexts[] = {8192, 16384, 32768};
 constexpr int64_t kRandomContexts[] = {8192, 32768};
 // Heads found dense are looked at in every eighth call: random operands are timed over whole rounds of that many.
 constexpr int kRound = 8, kRounds = 3;
@@ -56,31 +57,30 @@ size_t elements(const Shape& s, int64_t heads) {
 }
 
 // Runs the model with exact attention over the first windows of its manual.txt, side by side.
-Calls capture_layers() {
+Calls capture_layers(int64_t context) {
   using namespace generate;
   const std::string folder = ADAATTN_BENCH_MODEL;
   std::ifstream stream(folder + "/manual.txt", std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(stream), {}};
   const ModelConfig config = read_config(folder);
-  const std::vector<int32_t> tokens = tokenize(config, text);
-  constexpr int64_t kRows = kBatch * kContext;
-  if (static_cast<int64_t>(tokens.size()) < kRows)
-    throw std::runtime_error(folder + "/manual.txt is too short for the windows of this suite");
+  const std::vector<int32_t> whole = tokenize(config, text);
+  std::vector<int32_t> tokens(static_cast<size_t>(kBatch * context));
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = whole[i % whole.size()];
   const std::unique_ptr<Compute> compute =
       make_cuda_compute(config, load_weights(config, Checkpoint(folder)), DType::kBf16);
   ThreadPool pool(1);
   generate::Attention attention(config, DType::kBf16, ADAATTN_ISA_AUTO, {}, *compute, pool);
   Calls calls = {
-      {kBatch, config.heads, config.kv_heads, kContext, kContext, config.head_dim, ADAATTN_MASK_CAUSAL}, {}, false};
+      {kBatch, config.heads, config.kv_heads, context, context, config.head_dim, ADAATTN_MASK_CAUSAL}, {}, false};
   const auto take = [&](int64_t heads) { return compute->allocate(elements(calls.shape, heads) * 2); };
-  const Buffer x = compute->allocate(static_cast<size_t>(kRows * config.hidden_size) * sizeof(float));
+  const Buffer x = compute->allocate(tokens.size() * static_cast<size_t>(config.hidden_size) * sizeof(float));
   const Buffer o = take(config.heads);
-  const Step step = {kBatch, kContext, 0};
-  compute->embed(std::span(tokens).first(kRows), x.f32());
+  const Step step = {kBatch, context, 0};
+  compute->embed(tokens, x.f32());
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     const Buffer q = take(config.heads), k = take(config.kv_heads), v = take(config.kv_heads);
-    compute->project_qkv(layer, step, x.f32(), q.get(), {k.get(), v.get(), kContext});
-    attention.run(layer, step, q.get(), {k.get(), v.get(), kContext}, o.get());
+    compute->project_qkv(layer, step, x.f32(), q.get(), {k.get(), v.get(), context});
+    attention.run(layer, step, q.get(), {k.get(), v.get(), context}, o.get());
     compute->finish_layer(layer, step, o.get(), x.f32());
     calls.layers.push_back({q.memory, k.memory, v.memory});
   }
@@ -276,12 +276,12 @@ void run_cuda_policies(Report& report) {
                        {"cold", false},
                        {"calls", model ? layers : 1}});
   };
-  add(true, kContext);
+  for (const int64_t seqlen : kContexts) add(true, seqlen);
   for (const int64_t seqlen : kRandomContexts) add(false, seqlen);
   const nlohmann::json peers = run_peers(ADAATTN_BENCH_PEERS, request);
   for (const Case& c : cases) {
     if (c.model)
-      compare(report, capture_layers(), kPolicies, c.name, peers);
+      compare(report, capture_layers(c.seqlen), kPolicies, c.name, peers);
     else
       compare(report, random_layer(c.seqlen), kRandomPolicies, c.name, peers);
   }
