@@ -125,7 +125,7 @@ class NeedleSearch {
 
   // Bit q of the query tiles, the first one the highest of 2 kProducts: no row of the lane's has one of its needles.
   __device__ __forceinline__ uint32_t search(const Block& keys) const {
-    uint32_t misses = ~0u;
+    uint32_t misses = 0;
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
       int c[4] = {};
