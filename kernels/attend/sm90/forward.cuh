@@ -38,7 +38,6 @@ constexpr ForwardConfig forward_config() {
     c.k_stages = c.quick ? 3 : 2;
     c.load_ahead = c.quick && !c.split;
     c.q_in_registers = c.load_ahead;
-    c.scores_ahead = c.load_ahead && c.masked;
   } else if (kDqk <= 192) {
     c.tile_n = kDv <= 128 ? 128 : 112;
     c.early_columns = kDv <= 128 ? 8 : 3;

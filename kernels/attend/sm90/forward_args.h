@@ -25,7 +25,6 @@ struct ForwardConfig {
   bool quick = false;           // blocks without a mask take the maxima of earlier ones for granted
   bool load_ahead = false;      // a tile is announced and its first K loaded before the last V of the one before
   bool q_in_registers = false;  // Q is read once and stays in registers
-  bool scores_ahead = false;    // the next tile's first S is issued before O is written; takes Q in registers
   bool pass_unseen = false;     // a warpgroup passes by the blocks at a tile's end that only later rows see
   bool rescale_early = false;   // O is rescaled while QK runs instead of after PV
   bool split = false;           // parts of the keys, and the query heads of a group in the rows of one tile

@@ -19,7 +19,6 @@ class Consumer : protected ForwardCore<Traits> {
   using Core::kC, Core::kN, Core::scores_;
   using Core::uniform, Core::release, Core::pass_turn, Core::first_scores, Core::release_scores, Core::begin_out;
 
-  static_assert(!kC.scores_ahead || (kC.q_in_registers && !kC.split && !kC.pass_unseen));
   static_assert(!kC.pass_unseen || !kC.ordered, "a warpgroup that passes blocks by takes no turns");
 
  public:
@@ -27,16 +26,14 @@ class Consumer : protected ForwardCore<Traits> {
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
-    bool more = next_tile();
-    if constexpr (kC.scores_ahead) start_tile(more);
-    while (more) {
+    for (bool more = next_tile(); more;) {
       if constexpr (kC.pass_unseen) {
         if (pass_unseen()) {
           more = next_tile();
           continue;
         }
       }
-      if constexpr (!kC.scores_ahead) start_tile(true);
+      start_tile();
       first_block();
       middle_blocks();
       if constexpr (kC.split) {
@@ -49,13 +46,8 @@ class Consumer : protected ForwardCore<Traits> {
         const auto scale = Core::finish_rows();
         more = next_tile();
         Core::finish_last();
-        if constexpr (kC.scores_ahead) start_tile(more);
         Core::store(scale);
       }
-    }
-    if constexpr (kC.scores_ahead) {
-      wgmma_wait<0>();
-      pin(scores_);
     }
     Core::drain();
   }
@@ -130,27 +122,18 @@ class Consumer : protected ForwardCore<Traits> {
     return true;
   }
 
-  // Enqueues S of a tile's first block, the last in the sequence. Without another tile: of what lies in the buffers,
-  // for two ways of leaving would cost the loops their uniform registers.
-  __device__ __forceinline__ void start_tile(bool more) {
-    wait_if(more, shared_.q_full[group_], q_count_++ & 1);
+  // Enqueues S of a tile's first block, the last in the sequence.
+  __device__ __forceinline__ void start_tile() {
+    mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     if constexpr (kC.q_in_registers) Core::load_q();
-    wait_if(more, shared_.k_full[v_count_ % Traits::kKStages], v_count_ / Traits::kKStages & 1);
-    wgmma_fence();
-    Core::issue_scores(v_count_);
+    first_scores(v_count_);
     // The products have waited for what was read of Q: an arrival overtakes reads on their way.
     if constexpr (kC.q_in_registers) release(&shared_.q_empty[group_]);
-  }
-  static __device__ __forceinline__ void wait_if(bool needed, uint64_t& barrier, uint32_t parity) {
-    while (needed && !ptx::mbarrier_try_wait_parity(&barrier, parity)) {
-    }
   }
 
   // Up to P of that block. The row limits are computed under the product.
   __device__ __forceinline__ void first_block() {
     row_limits();
-    // K is there: the poll ends the basic block, to whose start ptxas moves the wait for the product.
-    if constexpr (kC.scores_ahead) Core::wait_k(v_count_);
     wgmma_wait<0>();
     pin(scores_);
     release_slot();

@@ -39,6 +39,7 @@ class Int8Consumer : Consumer<Traits> {
     do {
       Base::row_limits();
       quantize_queries();
+      Base::release_slot();
       first_block();
       middle_blocks();
       last_block();
