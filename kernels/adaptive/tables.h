@@ -71,8 +71,8 @@ struct AdaptiveTables {
   const __nv_bfloat16* group_v_low = nullptr;  // [batch, heads_kv, key_groups, max_rank]: (group_v - v_mean) basis
 
   // [batch, heads_q, wave_tiles, kRemainderWidth], without a far field and for V as it is: the rows of a query tile
-  // have one more key, with the values of columns 0 to 127. Its logit, in log2 units, is column 128 + i for rows 32 i to
-  // 32 i + 31 and the row's score of K's mean; -inf and zeros where no tile is left out. Null: none.
+  // have one more key, with the values of columns 0 to 127. Its logit, in log2 units, is column 128 + i for rows 32 i
+  // to 32 i + 31 and the row's score of K's mean; -inf and zeros where no tile is left out. Null: none.
   const float* remainder = nullptr;
   // [batch, heads_kv, d_qk / 8, 2, 8]: the mean of K, and what its rounding to bf16 leaves; with a remainder.
   const __nv_bfloat16* mean_k = nullptr;
