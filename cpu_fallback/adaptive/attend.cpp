@@ -120,24 +120,32 @@ SpreadRows sampled_rows(const AdaptiveCall& call, const Unit& unit) {
 
 namespace {
 
-// From K and V themselves.
-void compute_wide_rows(const AdaptiveCall& call, const Unit& unit, const RowOperands& rows, const SpreadRows& sample,
-                       const AttendScratch& x) {
-  const int64_t total = sample.count * call.shape.group;
-  PrefillArgs args;
-  args.rows = rows;
-  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
-  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+// Calls compute() for up to kTileQ of the sampled rows at a time: args.row_begin, row_count and the keys' ranges are
+// filled.
+template <class Args, class Compute>
+void for_sampled_tiles(const AdaptiveCall& call, const Unit& unit, const SpreadRows& sample, const AttendScratch& x,
+                       Args& args, const Compute& compute) {
+  const int64_t group = call.shape.group, total = sample.count * group;
   args.key_begin = x.begin;
   args.key_end = x.end;
   args.scratch = x.kernel;
   for (args.row_begin = 0; args.row_begin < total; args.row_begin += decide::kTileQ) {
     args.row_count = std::min<int64_t>(decide::kTileQ, total - args.row_begin);
     for (int64_t r = 0; r < args.row_count; ++r)
-      fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / call.shape.group * sample.step, 1,
-                  x.begin + r, x.end + r);
-    call.exact.prefill(args);
+      fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / group * sample.step, 1, x.begin + r,
+                  x.end + r);
+    compute();
   }
+}
+
+// From K and V themselves.
+void compute_wide_rows(const AdaptiveCall& call, const Unit& unit, const RowOperands& rows, const SpreadRows& sample,
+                       const AttendScratch& x) {
+  PrefillArgs args;
+  args.rows = rows;
+  args.k = key_operand(call.params, call.params.k, unit.b, unit.seq, unit.kv_head);
+  args.v = key_operand(call.params, call.params.v, unit.b, unit.seq, unit.kv_head);
+  for_sampled_tiles(call, unit, sample, x, args, [&] { call.exact.prefill(args); });
 }
 
 }  // namespace
@@ -147,7 +155,6 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   const SpreadRows sample = sampled_rows(call, unit);
   Arena arena(scratch);
   const AttendScratch x = lay_out_attend(arena, s, call.exact, call.kernels);
-  const int64_t total = sample.count * s.group;
   AdaptiveTileArgs args;
   args.rows = row_operands(call.params, unit.b, unit.seq, unit.kv_head * s.group, s.group);
   args.rows.q.data =
@@ -165,17 +172,10 @@ void compute_exact_rows(const AdaptiveCall& call, Unit& unit, char* scratch) {
   std::fill(x.mask, x.mask + s.mask_words, ~uint64_t{0});
   args.mask = x.mask;
   args.tile_end = unit.keys.tiles;
-  args.key_begin = x.begin;
-  args.key_end = x.end;
-  args.scratch = x.kernel;
-  for (args.row_begin = 0; args.row_begin < total; args.row_begin += decide::kTileQ) {
-    args.row_count = std::min<int64_t>(decide::kTileQ, total - args.row_begin);
-    for (int64_t r = 0; r < args.row_count; ++r)
-      fill_ranges(call.params, unit.seq, 1, sample.first + (args.row_begin + r) / s.group * sample.step, 1, x.begin + r,
-                  x.end + r);
+  for_sampled_tiles(call, unit, sample, x, args, [&] {
     AdaptiveTileResult unused;
     call.kernels.tiles(&args, 1, &unused);
-  }
+  });
 }
 
 void measure_error(const AdaptiveCall& call, Unit& unit, char* scratch) {
