@@ -109,6 +109,7 @@ def cache_prefill():
 
 
 def eight_bits():
+    fa3 = {row["name"]: f"{row['rate']:.0f}" for row in rows_of("h200_fa3_e4m3")}
     shapes = {}
     for row in rows_of("h200_int8"):
         shape = fields(row["name"])
@@ -119,10 +120,11 @@ def eight_bits():
         shapes.setdefault((dim, mask, heads_q, heads_kv, batch, keys), {})[kind] = row
     rows = [[f"{dim}", f"{heads_q}/{heads_kv}", f"{batch}", f"{keys}", mask]
             + [ratio(kinds.get(kind)) for kind in ("/int8", "/int8/attend", "e4m3")]
+            + ([f"{kinds['e4m3']['rate']:.0f}", fa3.get(kinds["e4m3"]["name"], "")] if "e4m3" in kinds else ["", ""])
             + [f"{kinds[kind]['error']:.3f}" if kind in kinds else "" for kind in ("/int8", "e4m3")]
             for (dim, mask, heads_q, heads_kv, batch, keys), kinds in sorted(shapes.items())]
     return table(["head_dim", "heads q/kv", "batch", "seqlen", "mask", "int8, × BF16", "int8 without its pass over k and v",
-                  "E4M3, × BF16", "error of int8", "error of E4M3"], rows)
+                  "E4M3, × BF16", "E4M3, TFLOP/s", "FA3, TFLOP/s", "error of int8", "error of E4M3"], rows)
 
 
 AGAINST = {"own-f32": "× f32", "own-full": "× full", "fma-f32-peak": "of the FMA peak", "memory-read": "of the read rate"}
