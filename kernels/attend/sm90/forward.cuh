@@ -1,9 +1,8 @@
 // Registry rows of the Hopper forward kernels: how each instance is built. NOTES.md has the measurements behind it.
 #pragma once
 
-#include "attend/launch.h"
 #include "attend/sm90/forward_kernel.cuh"
-#include "attend/sm90/forward_launch.h"
+#include "attend/sm90/forward_row.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -53,29 +52,11 @@ constexpr ForwardConfig forward_config() {
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
 struct Forward {
   static constexpr ForwardConfig kConfig = forward_config<kDqk, kDv, kFeatures>();
-  using Traits = ForwardTraits<T, Forward>;
 
   static AttendKernel row(const char* name) {
-    static const ForwardInstance instance{name, dtype_of<T>(), kConfig,
-                                          static_cast<int>(sizeof(typename Traits::Shared)),
-                                          reinterpret_cast<const void*>(&forward_kernel<T, Forward>)};
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 90;
-    k.phase = Phase::kForward;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kVarlen | kSink | kRagged | (kConfig.masked ? kMasked : 0) | (kConfig.softcap ? kSoftcap : 0) |
-                 (kConfig.split ? kSplit | kPacked : 0);
-    k.tile_q = Traits::kM;
-    k.tile_k = Traits::kN;
-    k.ctas_per_sm = 1;
-    k.reports = false;
-    k.shared_bytes = sizeof(typename Traits::Shared);
-    k.function = instance.kernel;
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) { return launch_forward(instance, args, stream); };
-    return k;
+    return forward_row<T, Forward, &forward_kernel<T, Forward>>(
+        name, kVarlen | kSink | kRagged | (kConfig.masked ? kMasked : 0) | (kConfig.softcap ? kSoftcap : 0) |
+                  (kConfig.split ? kSplit | kPacked : 0));
   }
 };
 

@@ -2,9 +2,8 @@
 // heads of a group and its keys come in parts where tiles are few, as in the split instances.
 #pragma once
 
-#include "attend/launch.h"
 #include "attend/sm90/forward_kernel.cuh"
-#include "attend/sm90/forward_launch.h"
+#include "attend/sm90/forward_row.cuh"
 #include "attend/sm90/paged_producer.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -63,28 +62,12 @@ struct Paged {
                                             .k_stages = 3,
                                             .quick = true,
                                             .split = true};
-  using Traits = ForwardTraits<T, Paged>;
-  static_assert(Traits::kN % kPageMultiple == 0);
+  static_assert(kConfig.tile_n % kPageMultiple == 0);
 
   static AttendKernel row(const char* name) {
-    static const ForwardInstance instance{name, dtype_of<T>(), kConfig,
-                                          static_cast<int>(sizeof(typename Traits::Shared)),
-                                          reinterpret_cast<const void*>(&paged_kernel<T, Paged>)};
-    AttendKernel k{};
-    k.name = name;
-    k.arch = 90;
-    k.phase = Phase::kForward;
-    k.dtype = dtype_of<T>();
-    k.d_qk = kDqk;
-    k.d_v = kDv;
-    k.features = kPaged | kVarlen | kSink | kRagged | kMasked | kSplit | kPacked;
-    k.tile_q = Traits::kM;
-    k.tile_k = Traits::kN;
-    k.ctas_per_sm = 1;
+    AttendKernel k = forward_row<T, Paged, &paged_kernel<T, Paged>>(
+        name, kPaged | kVarlen | kSink | kRagged | kMasked | kSplit | kPacked);
     k.page_multiple = kPageMultiple;
-    k.shared_bytes = sizeof(typename Traits::Shared);
-    k.function = instance.kernel;
-    k.launch = [](const AttendArgs& args, cudaStream_t stream) { return launch_forward(instance, args, stream); };
     return k;
   }
 };
