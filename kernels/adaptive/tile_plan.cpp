@@ -86,12 +86,10 @@ class TilePlan final : public AttentionPlan {
         exact_plan_(make_plan(exact_problem(problem), device, device_id, records)) {
     if (always_exact(problem)) return;
     records_ = std::move(records);
-    problem_.adaptive = device_options(problem.adaptive);
+    problem_.adaptive = device_options(problem);
     sizes_ = tile_plan_sizes(problem_, device);
     costs_ = device_costs(sizes_.shape, problem_.adaptive);
-    keep_peak_ = keep_peak(problem_);
-    compensation_ = compensation(problem_);
-    if (sizes_.shape.needles) log2_needle_ = static_cast<float>(std::log2(needle_share(problem_)));
+    if (sizes_.shape.needles) log2_needle_ = static_cast<float>(std::log2(shares_of(problem_).needle));
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
     prepare_analyze();
@@ -171,8 +169,7 @@ class TilePlan final : public AttentionPlan {
   RecordSlot record_;
   TilePlanSizes sizes_;
   decide::CostTable costs_;
-  uint32_t keep_peak_ = 0;
-  float log2_needle_ = 0, compensation_ = 0;
+  float log2_needle_ = 0;
   std::unique_ptr<Outlook> outlook_;
   // Null: every call is the exact plan's. Freed before the outlook, since that waits for the work that writes to it.
   std::unique_ptr<PlanMemory> memory_;
@@ -233,9 +230,9 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
-  args.keep_peak = keep_peak_;
+  args.keep_peak = problem_.adaptive.keep_peak;
   args.log2_needle = log2_needle_;
-  args.compensation = compensation_;
+  args.compensation = problem_.adaptive.remainder;
   args.multiprocessors = device_.multiprocessors;
   return args;
 }
@@ -371,7 +368,7 @@ PlanInfo tile_plan_info(const Problem& problem, const DeviceTraits& device) {
   if (always_exact(problem)) return info;
   check_tile_problem(problem, device);
   Problem with_options = problem;
-  with_options.adaptive = device_options(problem.adaptive);
+  with_options.adaptive = device_options(problem);
   info.kernel = "sm90_walk_bf16_d128";
   info.isa = "sm_90a";
   info.tile_q = decide::kTileQ;

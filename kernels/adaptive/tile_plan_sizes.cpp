@@ -1,7 +1,6 @@
 #include "adaptive/tile_plan_sizes.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "adaptive/refuse.h"
 #include "attend/sm90/walk.h"
@@ -29,33 +28,22 @@ void place(TilePlanSizes& sizes, const Options& o) {
   sizes.workspace_bytes = sizes.verify_parts + whole(verify_bytes(s, sizes.verify));
 }
 
-// What a named policy keeps and makes up for, at context 16384: the shares of a row in a cell and in a needle from
-// which on their tile is kept (0: there are no needles), and the weight of what is left out in its masses by the
-// estimate, which is of means, and these have less mass than what they are of.
-struct NamedRule {
-  double cell, needle, left_out;
-  // A share falls as there are more cells: at half the context the shares of the same loss are 2^power times as large.
-  double power;
-};
+constexpr int64_t kCalibrated = 16384;
 
 // Measured on all whole windows of the reference model's texts (NOTES.md), the limits being +0.1, +0.4 and +1 per cent.
-NamedRule rule_of(decide::Policy policy) {
+// What is left out weighs more than its mass by the estimate, which is of means, and these have less mass than what
+// they are of.
+decide::ShareRule rule_of(decide::Policy policy) {
   switch (policy) {
     case decide::Policy::kQuality:
-      return {0.0018, 0, 3, 0.5};
+      return {.needles = {.cell = 0.0018, .remainder = 3}};
     case decide::Policy::kBalanced:
-      return {0.0035, 0.0023, 0, 0.6};
+      return {.needles = {.cell = 0.0035, .needle = 0.0023, .power = 0.6}};
     case decide::Policy::kSpeed:
-      return {0.02, 0.0053, 0, 0.65};
+      return {.needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65}};
     default:
       return {};
   }
-}
-
-// Beyond 16384 shares follow the mean.
-double at_length(const Problem& problem, double share, double power) {
-  const double length = 16384.0 / static_cast<double>(std::max<int64_t>(problem.max_seqlen_k, 1));
-  return std::min(0.05, share * (length < 1 ? length : std::pow(length, power)));
 }
 
 }  // namespace
@@ -71,28 +59,21 @@ Problem exact_problem(const Problem& problem) {
   return exact;
 }
 
+decide::Shares shares_of(const Problem& problem) {
+  return decide::shares_at(rule_of(problem.adaptive.policy), problem.max_seqlen_k, kCalibrated);
+}
+
 // There is no probe here, and neither the far field nor a projected V gains as much time as it costs.
-Options device_options(const Options& given) {
-  Options o = given;
+Options device_options(const Problem& given) {
+  Options o = given.adaptive;
   o.probe = decide::Probe::kOff;
-  if (given.policy == decide::Policy::kCustom) return o;
+  if (o.policy == decide::Policy::kCustom) return o;
   o.min_level = 0;  // shares of cells keep what matters
   o.far_field = false;
   o.rank_mode = decide::RankMode::kOff;
+  decide::set_shares(shares_of(given), &o);
   return o;
 }
-
-uint32_t keep_peak(const Problem& problem) {
-  const NamedRule rule = rule_of(problem.adaptive.policy);
-  return static_cast<uint32_t>(0x1p24 * at_length(problem, rule.cell, rule.power));
-}
-
-double needle_share(const Problem& problem) {
-  const NamedRule rule = rule_of(problem.adaptive.policy);
-  return at_length(problem, rule.needle, rule.power);
-}
-
-float compensation(const Problem& problem) { return static_cast<float>(rule_of(problem.adaptive.policy).left_out); }
 
 void check_tile_options(const Options& o) {
   if (o.policy == decide::Policy::kCustom && o.probe != decide::Probe::kOff)
@@ -124,9 +105,9 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   TilePlanSizes sizes;
   TableShape& s = sizes.shape;
   s = table_shape(problem, 0);
-  s.needles = needle_share(problem) > 0;
-  s.by_shares = s.needles || keep_peak(problem) > 0;
-  s.compensates = compensation(problem) > 0 && estimated_tiles(s) <= kMaxCodeBytes;
+  s.needles = o.needle_mass > 0;
+  s.by_shares = s.needles || o.keep_peak > 0;
+  s.compensates = o.remainder > 0 && estimated_tiles(s) <= kMaxCodeBytes;
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
   if (o.policy != decide::Policy::kCustom && !o.recompute) sizes.verify.every = kVerifyEvery;
   const size_t mask_bytes =

@@ -5,6 +5,7 @@
 
 #include "adaptive/verify.h"
 #include "attend/select.h"
+#include "decide/shares.h"
 
 namespace adaattn::cuda {
 
@@ -16,13 +17,10 @@ Problem exact_problem(const Problem& problem);
 void check_tile_options(const decide::Options& options);
 void check_tile_problem(const Problem& problem, const DeviceTraits& device);
 
-decide::Options device_options(const decide::Options& given);
-// The share of a cell for which a named policy keeps its tile whatever the level (decide/cells.h).
-uint32_t keep_peak(const Problem& problem);
-// The same for finer cells (decide/needles.h); 0: there are none.
-double needle_share(const Problem& problem);
-// What rows get for what their query tile leaves out, in its masses by the estimate; 0: nothing.
-float compensation(const Problem& problem);
+// Of a problem's policy; zeros for CUSTOM.
+decide::Shares shares_of(const Problem& problem);
+// What the device makes of the caller's options: for named policies those shares, among others.
+decide::Options device_options(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.
 struct TilePlanSizes {

@@ -116,6 +116,13 @@ ADAATTN_HD inline bool best_level(const Options& o, const CostTable& c, const Gr
   return found;
 }
 
+// Whether a head skips nothing because even the lowest level's prediction at V's full rank is over the tolerance.
+ADAATTN_HD inline bool is_refused(const Options& o, const GroupErrors& e, const HeadLevels& h, const HeadChoice& choice,
+                                  float feedback) {
+  return o.tiles && choice.level == kDenseLevel && is_selective(h, o.min_level) &&
+         level_error(o, e, h, o.min_level, 0, feedback) > o.tolerance;
+}
+
 // A gain under this factor is not worth a different kernel.
 constexpr float kMinGain = 1.15f;
 
