@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "decide/choose.h"
 #include "decide/level_checks.h"
 
 namespace adaattn::decide {
@@ -35,6 +36,52 @@ TEST(Cells, ATileWithThePeakIsKeptAtEveryLevel) {
           const auto i = static_cast<size_t>(t);
           return keeps_tile(with, level, t, mass[i], peak[i], keep_peak);
         });
+  }
+}
+
+// The scores of means of 32 normal rows have a deviation of log2(e) / 32, whatever head_dim. What a share keeps of them
+// follows noise, and no level may count as selective.
+TEST(Cells, OfRandomInputSelectNothing) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> score(0, 0.045f);
+  for (const bool causal : {true, false}) {
+    for (const int tiles : {16, 64, 128}) {
+      // From a fifth of the mean share of a cell in the longest row to five times that.
+      for (double share = 0.05 / tiles; share < 1.3 / tiles; share *= 1.25) {
+        HeadLevels head;
+        for (int query = causal ? 0 : tiles - 4; query < tiles; ++query) {
+          TileLevels levels;
+          levels.row = {0, causal ? query + 1 : tiles, 0, causal ? query : tiles};
+          const int seen = levels.row.end;
+          std::vector<uint32_t> mass(static_cast<size_t>(seen)), peak(mass.size());
+          for (int block = 0; block < kCellsOfTile; ++block) {
+            std::vector<float> scores(static_cast<size_t>(seen * kCellsOfTile));
+            for (float& x : scores) x = score(rng);
+            CellRow row{*std::max_element(scores.begin(), scores.end()), 0};
+            uint64_t total = 0;
+            for (const float x : scores) total += integer_mass(x, row.top);
+            row.inverse = 1.0f / static_cast<float>(total);
+            for (size_t t = 0; t < mass.size(); ++t) {
+              uint32_t of_tile = 0, top = 0;
+              for (size_t i = 0; i < kCellsOfTile; ++i) {
+                const uint32_t m = integer_mass(scores[t * kCellsOfTile + i], row.top);
+                of_tile += m;
+                top = std::max(top, m);
+              }
+              mass[t] += tile_share(of_tile, row.inverse);
+              peak[t] = std::max(peak[t], cell_share(top, row.inverse));
+            }
+          }
+          measure_cells(mass.data(), peak.data(), static_cast<uint32_t>(share * 0x1p24), 1000, &levels, 0, 1);
+          add_block(levels, &head);
+        }
+        EXPECT_FALSE(is_selective(head, 0))
+            << share * tiles * kCellsOfTile << " of the mean share, " << tiles << " tiles, causal " << causal << ": "
+            << head.kept[0] << " of " << head.tiles << ", dropped " << dropped_rms(head, 0);
+      }
+    }
   }
 }
 
