@@ -106,26 +106,7 @@ HWY_INLINE void score_bytes(const char* tile, int64_t row, int64_t n, int64_t wi
   for (int64_t j = 0; j < n;) {
     const int rows = next_rows(n - j);
     float* to = s + j * kPanel;
-    switch (rows) {
-      case 1:
-        score_bytes_rows<1>(tile, row + j, width, x, to, max);
-        break;
-      case 2:
-        score_bytes_rows<2>(tile, row + j, width, x, to, max);
-        break;
-      case 3:
-        score_bytes_rows<3>(tile, row + j, width, x, to, max);
-        break;
-      case 4:
-        score_bytes_rows<4>(tile, row + j, width, x, to, max);
-        break;
-      case 5:
-        score_bytes_rows<5>(tile, row + j, width, x, to, max);
-        break;
-      default:
-        score_bytes_rows<6>(tile, row + j, width, x, to, max);
-        break;
-    }
+    ADAATTN_WITH_ROWS(rows, score_bytes_rows<kRows>(tile, row + j, width, x, to, max))
     j += rows;
   }
 }

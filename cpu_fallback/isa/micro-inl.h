@@ -84,32 +84,27 @@ HWY_INLINE int next_rows(int64_t left) {
   return left < kMicroRows ? static_cast<int>(left) : kMicroRows;
 }
 
+// Runs a statement with kRows, a constant, as n. No function that takes a lambda: behind one the compiler does not know
+// that loops of the callees run at least once, and the inner loop moves off its alignment.
+// clang-format off
+#define ADAATTN_WITH_ROWS(n, ...)                                     \
+  switch (n) {                                                        \
+    case 1: { constexpr int kRows = 1; __VA_ARGS__; } break;          \
+    case 2: { constexpr int kRows = 2; __VA_ARGS__; } break;          \
+    case 3: { constexpr int kRows = 3; __VA_ARGS__; } break;          \
+    case 4: { constexpr int kRows = 4; __VA_ARGS__; } break;          \
+    case 5: { constexpr int kRows = 5; __VA_ARGS__; } break;          \
+    default: { constexpr int kRows = kMicroRows; __VA_ARGS__; } break;\
+  }
+// clang-format on
+
 HWY_INLINE void score_panel(const float* k, int64_t k_stride, int64_t keys, const float* qt, int64_t d, float* s,
                             float* max) {
   for (int64_t j = 0; j < keys;) {
     const int rows = next_rows(keys - j);
     const float* kj = k + j * k_stride;
     float* sj = s + j * kPanel;
-    switch (rows) {
-      case 1:
-        score_rows<1>(kj, k_stride, qt, d, sj, max);
-        break;
-      case 2:
-        score_rows<2>(kj, k_stride, qt, d, sj, max);
-        break;
-      case 3:
-        score_rows<3>(kj, k_stride, qt, d, sj, max);
-        break;
-      case 4:
-        score_rows<4>(kj, k_stride, qt, d, sj, max);
-        break;
-      case 5:
-        score_rows<5>(kj, k_stride, qt, d, sj, max);
-        break;
-      default:
-        score_rows<6>(kj, k_stride, qt, d, sj, max);
-        break;
-    }
+    ADAATTN_WITH_ROWS(rows, score_rows<kRows>(kj, k_stride, qt, d, sj, max))
     j += rows;
   }
 }
@@ -119,26 +114,7 @@ HWY_INLINE void value_panel(const float* v, int64_t v_stride, int64_t keys, cons
   for (int64_t c = 0; c < d;) {
     const int rows = next_rows(d - c);
     float* oc = ot + c * kPanel;
-    switch (rows) {
-      case 1:
-        value_rows<1>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-      case 2:
-        value_rows<2>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-      case 3:
-        value_rows<3>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-      case 4:
-        value_rows<4>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-      case 5:
-        value_rows<5>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-      default:
-        value_rows<6>(v + c, v_stride, p, keys, alpha, oc);
-        break;
-    }
+    ADAATTN_WITH_ROWS(rows, value_rows<kRows>(v + c, v_stride, p, keys, alpha, oc))
     c += rows;
   }
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "decide/feedback.h"
+#include "decide/tile_options.h"
 
 namespace adaattn::decide {
 namespace {
@@ -30,11 +31,8 @@ HeadLevels even_head() {
 }
 
 Options options(float tolerance) {
-  Options o;
-  o.policy = Policy::kCustom;
-  o.tiles = true;
+  Options o = tile_options(tolerance);
   o.far_field = true;
-  o.tolerance = tolerance;
   return o;
 }
 

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "decide/tile_options.h"
+
 namespace adaattn::decide {
 namespace {
 
@@ -14,14 +16,6 @@ HeadLevels half_kept() {
   h.tiles = 100;
   for (int level = 0; level < kLevels; ++level) h.kept[level] = level == kDenseLevel ? 100 : 50;
   return h;
-}
-
-Options options(float tolerance) {
-  Options o;
-  o.policy = Policy::kCustom;
-  o.tiles = true;
-  o.tolerance = tolerance;
-  return o;
 }
 
 ByteScores bytes(float cost, float round_error) {
@@ -35,7 +29,7 @@ TEST(Precision, BytesAreTakenFromTheLeastGainOn) {
   const HeadLevels h = half_kept();
   for (const float cost : {0.5f, 0.86f, 0.88f, 1.0f}) {
     HeadChoice choice = {0, 0, false, 0.0f, 50.0f};
-    const bool taken = take_bytes(options(0.1f), {}, {}, h, bytes(cost, 0.01f), {}, &choice);
+    const bool taken = take_bytes(tile_options(0.1f), {}, {}, h, bytes(cost, 0.01f), {}, &choice);
     EXPECT_EQ(taken, cost * kMinGain <= 1.0f) << cost;
     EXPECT_FLOAT_EQ(choice.predicted_cost, taken ? 50 * cost : 50);
     EXPECT_NEAR(choice.predicted_error, taken ? 0.01 : 0.0, 1e-6);
@@ -46,7 +40,7 @@ TEST(Precision, DenseHeadKeepsItsTiles) {
   const HeadLevels h = half_kept();
   HeadChoice choice;
   choice.predicted_cost = 100;
-  ASSERT_TRUE(take_bytes(options(0.1f), {}, {}, h, bytes(0.6f, 0.01f), {}, &choice));
+  ASSERT_TRUE(take_bytes(tile_options(0.1f), {}, {}, h, bytes(0.6f, 0.01f), {}, &choice));
   EXPECT_FALSE(choice.dense);
   EXPECT_EQ(choice.level, kDenseLevel);
   EXPECT_FLOAT_EQ(choice.predicted_cost, 60);
@@ -57,11 +51,11 @@ TEST(Precision, RoundingAddsInQuadratureAndToleranceBoundsIt) {
   GroupErrors e;
   e.round_error = 0.03f;
   HeadChoice choice = {0, 0, false, 0.03f, 50.0f};
-  ASSERT_TRUE(take_bytes(options(0.06f), {}, e, h, bytes(0.5f, 0.04f), {}, &choice));
+  ASSERT_TRUE(take_bytes(tile_options(0.06f), {}, e, h, bytes(0.5f, 0.04f), {}, &choice));
   EXPECT_NEAR(choice.predicted_error, 0.05, 1e-5);
   for (const float error : {0.06f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
     HeadChoice same = {0, 0, false, 0.03f, 50.0f};
-    EXPECT_FALSE(take_bytes(options(0.06f), {}, e, h, bytes(0.5f, error), {}, &same)) << error;
+    EXPECT_FALSE(take_bytes(tile_options(0.06f), {}, e, h, bytes(0.5f, error), {}, &same)) << error;
     EXPECT_EQ(same.predicted_cost, 50);
   }
 }
