@@ -110,7 +110,16 @@ TEST_F(TilePlans, LengthsAndMasks) {
   uneven.layout_q = uneven.layout_kv = ADAATTN_LAYOUT_THD;
   uneven.lens_q = {4100, 40, 129, 700};
   uneven.lens_k = {4100, 2500, 129, 900};
-  for (const AttentionCase& c : {packed, used, chunk, window, both, uneven}) {
+  AttentionCase sides = causal_case(1500);
+  sides.name = "WindowOfBothSides";
+  sides.mask = ADAATTN_MASK_NONE;
+  sides.window_left = 900;
+  sides.window_right = 300;
+  AttentionCase top_left = causal_case(1300);
+  top_left.name = "TopLeft";
+  top_left.mask = ADAATTN_MASK_CAUSAL_TOP_LEFT;
+  top_left.seqlen_q = 1700;
+  for (const AttentionCase& c : {packed, used, chunk, window, both, uneven, sides, top_left}) {
     SCOPED_TRACE(describe(c));
     AttentionData data = structured(c);
     const Tensor exact = exact_output(host, data);

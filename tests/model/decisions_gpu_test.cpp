@@ -1,11 +1,10 @@
 // The shipped model's attention on both devices: what plans skip does not depend on where they run.
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "model/device_copy.h"
 #include "model/gpu.h"
 #include "model_attention.h"
 
@@ -13,25 +12,7 @@ namespace {
 
 using adaattn::bench::LayerOperands;
 using adaattn::bench::ModelAttention;
-
-void require(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-class DeviceCopy {
- public:
-  explicit DeviceCopy(const std::vector<char>& from) {
-    require(cudaMalloc(&data_, from.size()));
-    require(cudaMemcpy(data_, from.data(), from.size(), cudaMemcpyHostToDevice));
-  }
-  ~DeviceCopy() { cudaFree(data_); }
-  DeviceCopy(const DeviceCopy&) = delete;
-  DeviceCopy& operator=(const DeviceCopy&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-};
+using model_test::DeviceCopy;
 
 // Tiles by their mass alone, whatever the error, so that what a tile costs on a device does not matter.
 adaattn::AdaptiveDesc by_mass(double mass) {

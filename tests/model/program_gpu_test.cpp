@@ -67,4 +67,39 @@ TEST_F(GenerateProgramOnTheGpu, PoliciesRunOrAreRefusedInTheWordsOfTheLibrary) {
     expect_failure(arguments, 1, reason);
 }
 
+// All whole windows of the text at the model's longest context, where a policy's loss is what it promises.
+TEST_F(GenerateProgramOnTheGpu, PoliciesAtTheLongestContextKeepTheirLoss) {
+  const std::string arguments =
+      std::string("loss ") + kModel + "--text " MODEL_FOLDER "/manual.txt --context 16384 --windows 4 --device cuda";
+  const double exact = report_of(arguments).at("bits_per_byte").get<double>();
+  const struct {
+    const char* policy;
+    double loss_percent, kept_tiles;  // at most
+  } rows[] = {{"quality", 0.1, 0.4}, {"balanced", 0.4, 0.25}, {"speed", 1.0, 0.2}};
+  for (const auto& row : rows) {
+    SCOPED_TRACE(row.policy);
+    const auto report = report_of(arguments + " --policy " + row.policy);
+    EXPECT_EQ(report.at("policy"), row.policy);
+    EXPECT_LE(100 * (report.at("bits_per_byte").get<double>() / exact - 1), row.loss_percent);
+    EXPECT_LE(report.at("kept_tiles").get<double>(), row.kept_tiles);
+    EXPECT_GT(report.at("measured_error").get<double>(), 0);
+    for (const char* stage : {"analyze", "decide", "attend", "verify"})
+      EXPECT_GT(report.at("stage_seconds").at(stage).get<double>(), 0) << stage;
+    EXPECT_EQ(report.at("heads").size(), 6u * 6);  // layers, heads, of the newest window
+  }
+}
+
+TEST_F(GenerateProgramOnTheGpu, DemoComparesThePolicies) {
+  const auto report = report_of(std::string("demo ") + kModel + "--device cuda");
+  EXPECT_NEAR(report.at("bpb_exact_ctx4096").get<double>(), report.at("reference_bpb_ctx4096").get<double>(), 5e-3);
+  for (const char* policy : {"quality", "balanced", "speed"}) {
+    SCOPED_TRACE(policy);
+    const auto& row = report.at("policies").at(policy);
+    EXPECT_LT(row.at("loss_change_percent").get<double>(), 1.5);
+    EXPECT_LT(row.at("kept_tiles").get<double>(), 0.6);
+    EXPECT_GT(row.at("speed_up").get<double>(), 0);
+  }
+  EXPECT_EQ(report.at("continuation").get<std::string>().size(), 320u);
+}
+
 }  // namespace
