@@ -394,12 +394,15 @@ typedef int32_t adaattn_on_exceed_t;
 #define ADAATTN_ON_EXCEED_RECOMPUTE 1 /* and computed again exactly before the call returns */
 
 /* How much error to allow in exchange for time. Zero means the policy's own value; what a named policy sets must stay
- * zero. A plan with an adaptive descriptor holds the feedback and statistics of one layer: use one plan per layer. */
+ * zero. A plan with an adaptive descriptor holds the feedback and statistics of one layer: use one plan per layer. The
+ * CPU serves every field. CUDA serves compute capability 9.0 and rows that start on 16 bytes: policies for BF16 with
+ * head_dim 128 (CUSTOM with probe OFF), and 8-bit arithmetic of every tile (CUSTOM, both precisions I8, tile_mass 1,
+ * rank_mode OFF, verify_rows -1) for F16 and BF16 with head_dim 64 or 128. */
 typedef struct adaattn_adaptive_desc {
   size_t struct_size;
   adaattn_policy_t policy;
   adaattn_probe_t probe;
-  double tolerance;           /* error allowed per head, > 0 */
+  double tolerance;           /* error allowed per head, > 0; QUALITY 0.1, BALANCED 0.2, SPEED 0.4 unless given */
   double tile_mass;           /* least share of the estimated mass whose key tiles are computed exactly, in (0, 1] */
   int64_t probe_rank;         /* 1..head_dim_qk */
   double needle_share;        /* in (0, 1]: share of a row that a key must hold to be searched for */
@@ -416,7 +419,7 @@ typedef struct adaattn_adaptive_desc {
   adaattn_switch_t freeze; /* ON: the first call's decisions are kept for the following ones; default OFF */
   int32_t reserved0;       /* must be 0 */
   uint64_t seed;
-  uint64_t max_workspace_bytes; /* heads are processed in groups that fit; 0: no limit */
+  uint64_t max_workspace_bytes; /* the work is done in parts that fit: of heads (CPU), queries (CUDA); 0: no limit */
 } adaattn_adaptive_desc_t;
 
 ADAATTN_API adaattn_status_t adaattn_adaptive_desc_init(adaattn_adaptive_desc_t* desc, size_t size);
@@ -429,7 +432,8 @@ ADAATTN_API adaattn_status_t adaattn_check_support(adaattn_context_t* context, c
 
 /* ---- Attention --------------------------------------------------------------------------------------------- */
 
-/* Makes a plan: validates desc, selects the kernels. Cheap (microseconds) and independent of actual lengths. */
+/* Makes a plan: validates desc, selects the kernels. Cheap (microseconds) and independent of actual lengths. On CUDA
+ * it may allocate device memory: not in a capture. adaptive NULL: an exact plan. */
 ADAATTN_API adaattn_status_t adaattn_plan_create(adaattn_context_t* context, const adaattn_attn_desc_t* desc,
                                                  const adaattn_adaptive_desc_t* adaptive, adaattn_plan_t** plan);
 
@@ -505,7 +509,7 @@ typedef struct adaattn_plan_stats {
   double measured_row_error_max; /* largest error of one sampled row, relative to the same spread */
   uint64_t heads_over_tolerance;
   uint64_t heads_recomputed;
-  double seconds_analyze; /* time of the stages; the CPU always measures it */
+  double seconds_analyze; /* time of the stages, on CUDA by the device's clock; 0 where all is 8-bit arithmetic there */
   double seconds_decide;
   double seconds_attend;
   double seconds_verify;
@@ -530,7 +534,7 @@ typedef struct adaattn_head_stats {
 } adaattn_head_stats_t;
 
 /* Copies up to `cap` entries, each cut to element_size bytes (the caller's sizeof), heads fastest, and says in *count
- * how many there are; array may be NULL when cap is 0. */
+ * how many there are; array may be NULL when cap is 0. CUDA: waits for the device, so not in a capture. */
 ADAATTN_API adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, adaattn_head_stats_t* array,
                                                          size_t element_size, size_t cap, size_t* count);
 
@@ -539,11 +543,11 @@ ADAATTN_API adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, a
  * [*query_tiles][*key_tiles], for the lengths of that call; 0 x 0 where there was none. cap 0 (map may be NULL) asks
  * for the two extents alone; a cap of fewer bytes than tiles is refused. Adaptive plans keep the maps while those of
  * all heads at the plan's maxima take at most 16 MiB, one bit per tile, rows padded to 64 bits; all other plans refuse
- * with ADAATTN_ERROR_NOT_SUPPORTED. */
+ * with ADAATTN_ERROR_NOT_SUPPORTED. CUDA: waits for the device, so not in a capture. */
 ADAATTN_API adaattn_status_t adaattn_plan_get_tile_map(adaattn_plan_t* plan, int64_t batch, int64_t head, uint8_t* map,
                                                        size_t cap, int64_t* query_tiles, int64_t* key_tiles);
 
-/* NULL is accepted. */
+/* NULL is accepted. Work that CUDA calls have enqueued may still be under way: it is finished. */
 ADAATTN_API adaattn_status_t adaattn_plan_destroy(adaattn_plan_t* plan);
 
 /* One call: attention over a plan kept inside the context, found by the descriptor. Thread-safe; the workspace
