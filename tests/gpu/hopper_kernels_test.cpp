@@ -193,25 +193,19 @@ TEST_P(MaskedHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) { run_edge
 
 TEST_P(PlainHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) { run_edges(*GetParam(), plain_edge_cases()); }
 
-std::vector<const AttendKernel*> split_rows() {
+// Those that have, of some features, exactly the given ones.
+std::vector<const AttendKernel*> hopper_rows(uint32_t of, uint32_t features) {
   std::vector<const AttendKernel*> list = rows({Phase::kForward});
-  std::erase_if(
-      list, [](const AttendKernel* kernel) { return kernel->arch != 90 || (kernel->features & cuda::kSplit) == 0; });
+  std::erase_if(list,
+                [=](const AttendKernel* kernel) { return kernel->arch != 90 || (kernel->features & of) != features; });
   return list;
 }
 
-std::vector<const AttendKernel*> hopper_rows(bool masked) {
-  std::vector<const AttendKernel*> list = rows({Phase::kForward});
-  std::erase_if(list, [masked](const AttendKernel* kernel) {
-    return kernel->arch != 90 || ((kernel->features & cuda::kMasked) != 0) != masked ||
-           (kernel->features & cuda::kSplit) != 0;
-  });
-  return list;
-}
-
-INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(split_rows()), kernel_name);
-INSTANTIATE_TEST_SUITE_P(Table, MaskedHopperKernels, testing::ValuesIn(hopper_rows(true)), kernel_name);
-INSTANTIATE_TEST_SUITE_P(Table, PlainHopperKernels, testing::ValuesIn(hopper_rows(false)), kernel_name);
+constexpr uint32_t kSplitOrMasked = cuda::kSplit | cuda::kMasked;
+INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(hopper_rows(cuda::kSplit, cuda::kSplit)), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Table, MaskedHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, cuda::kMasked)),
+                         kernel_name);
+INSTANTIATE_TEST_SUITE_P(Table, PlainHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, 0)), kernel_name);
 
 }  // namespace
 }  // namespace adaattn::test

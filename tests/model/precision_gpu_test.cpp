@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <vector>
 
+#include "engine/elementwise.h"
 #include "engine/float_types.h"
 #include "gpu/eight_bits.h"
 #include "model/device_copy.h"
@@ -24,11 +24,7 @@ constexpr adaattn::Device kCuda = {ADAATTN_DEVICE_CUDA, 0};
 
 std::vector<float> widened(const std::vector<char>& bf16) {
   std::vector<float> out(bf16.size() / 2);
-  for (size_t i = 0; i < out.size(); ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, bf16.data() + 2 * i, 2);
-    out[i] = generate::bf16_to_f32(bits);
-  }
+  generate::convert_to_f32(bf16.data(), static_cast<int64_t>(out.size()), generate::DType::kBf16, out.data());
   return out;
 }
 
