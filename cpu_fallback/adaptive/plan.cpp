@@ -84,8 +84,9 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
 // State of one (sequence, KV head) that lasts from call to call.
 struct UnitMemory {
   WarmBasis value_basis, probe_basis;
-  int32_t dense_calls = 0;  // calls for which the unit is computed exactly without a look
-  std::vector<FrozenHead> frozen;
+  int32_t dense_calls = 0;         // calls for which the unit is computed exactly without a look
+  std::vector<FrozenHead> frozen;  // as the first call that brought the unit decided
+  bool chosen = false;
   std::vector<double> entropy;  // of the query heads, when the unit was last looked at
 };
 
@@ -185,7 +186,6 @@ class AdaptivePlan final : public AttentionPlan {
   Statistics statistics_;
   TileMaps maps_;
   uint64_t calls_ = 0;
-  bool frozen_ = false;
 };
 
 void AdaptivePlan::run(const AttnParams& params, void* workspace) {
@@ -216,7 +216,6 @@ void AdaptivePlan::run(const AttnParams& params, void* workspace) {
     }
     run_wave(call, count, lanes);
   }
-  frozen_ = problem_.adaptive.freeze;
 }
 
 void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes) {
@@ -284,7 +283,9 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
     for (int64_t g = 0; g < s.group; ++g) new (unit.heads + g) HeadState();
     if (!unit.analyzed) continue;
     UnitMemory& memory = memory_of(unit);
-    decide_unit(call, unit, feedback_of(unit), frozen_ ? memory.frozen.data() : nullptr);
+    decide_unit(call, unit, feedback_of(unit), memory.chosen ? memory.frozen.data() : nullptr);
+    if (!problem_.adaptive.freeze || memory.chosen) continue;
+    memory.chosen = true;
     for (size_t g = 0; g < memory.frozen.size(); ++g) memory.frozen[g] = {unit.heads[g].choice, unit.heads[g].bytes};
   }
   sum.seconds_decide += seconds_since(time);

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 
 #include "adaptive/structured.h"
 #include "support/cases.h"
@@ -212,22 +213,50 @@ TEST(Corridor, HeadsOverTheToleranceAreRecomputedExactly) {
   }
 }
 
+// By the first call that brings a sequence, whatever comes in between.
 TEST(Corridor, FrozenDecisionsAreKept) {
   const Context context;
-  AttentionData data = structured(causal(1024));
-  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_BALANCED);
+  AttentionCase c = causal(1024);
+  c.batch = 2;
+  AttentionData data = structured(c), random(c, kF32, run_seed(), 0), broken = structured(c);
+  broken.k.set(broken.key_index(1, 500, 0, 3), std::numeric_limits<double>::infinity());
+  AttentionCase one = c;
+  one.batch = 1;
+  AttentionData shorter = structured(one);
+  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+  adaptive.tile_mass = 0.8;
+  adaptive.tolerance = 1;
   adaptive.freeze = ADAATTN_SWITCH_ON;
+  adaptive.rank_mode = ADAATTN_RANK_OFF;  // a rank that later input does not have gives way to the exact products
   const AdaptivePlan plan(context, data.desc, adaptive);
-  ASSERT_TRUE(succeeded(plan.execute(data)));
+  ASSERT_TRUE(succeeded(plan.execute(shorter)));
   const auto first = plan.heads();
-  const Tensor before = exact_output(context, data);
-  for (int call = 0; call < 5; ++call) {
+  ASSERT_TRUE(succeeded(plan.execute(data)));
+  const auto then = plan.heads();
+  const std::vector<std::byte> output = data.o.bytes();
+  ASSERT_EQ(then.size(), 2 * first.size());
+  for (size_t h = 0; h < then.size(); ++h) {
+    EXPECT_FALSE(then[h].dense) << h;
+    if (h < first.size()) {
+      EXPECT_EQ(then[h].predicted_error, first[h].predicted_error) << h;
+    }
+  }
+  for (int round = 0; round < 2; ++round) {
+    ASSERT_TRUE(succeeded(plan.execute(random)));
+    const auto of_random = plan.heads();
+    for (size_t h = 0; h < then.size(); ++h) EXPECT_EQ(of_random[h].dense, then[h].dense) << h;
+    ASSERT_TRUE(succeeded(plan.execute(broken)));
+    // Two query heads read it.
+    for (const adaattn_head_stats_t& head : plan.heads())
+      EXPECT_EQ(head.dense, head.batch == 1 && head.head < 2) << head.head;
+    data.poison_outputs();
     ASSERT_TRUE(succeeded(plan.execute(data)));
     const auto now = plan.heads();
-    for (size_t h = 0; h < first.size(); ++h) {
-      EXPECT_EQ(now[h].kept_tiles, first[h].kept_tiles);
-      EXPECT_EQ(now[h].predicted_error, first[h].predicted_error);
+    for (size_t h = 0; h < then.size(); ++h) {
+      EXPECT_EQ(now[h].kept_tiles, then[h].kept_tiles) << h;
+      EXPECT_EQ(now[h].predicted_error, then[h].predicted_error) << h;
     }
+    EXPECT_EQ(data.o.bytes(), output);
   }
 }
 
