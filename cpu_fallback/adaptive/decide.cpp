@@ -141,7 +141,7 @@ void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedbac
             decide::take_bytes(options, costs, unit.errors, levels[g], bytes, feedback[first + g], &choices[g]);
       }
       head.choice = choices[g];
-      head.refused = decide::is_refused(options, unit.errors, levels[g], choices[g], feedback[first + g].multiplier[0]);
+      head.refused = decide::is_refused(options, unit.errors, levels[g], choices[g], feedback[first + g]);
       if (!usable || too_narrow || (choices[g].rank_class != 0 && choices[g].rank_class != unit.rank_class))
         head.choice = {};
       head.bytes = head.bytes && !head.choice.dense;

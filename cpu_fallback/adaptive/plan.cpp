@@ -354,7 +354,7 @@ void AdaptivePlan::conclude(const AdaptiveCall& call, Unit& unit) {
       // The multiplier is of what tiles and ranks leave out; rounding is predicted by a bound.
       feedback = decide::next_feedback(feedback, head.choice.predicted_error - head.round_error,
                                        static_cast<float>(head.measured_error));
-    if (head.refused && o.feedback) feedback = decide::rested_feedback(feedback);
+    if (head.refused && o.feedback && o.verify_rows > 0) decide::rest_refused(&feedback_of(unit)[g]);
     statistics_.add_head(call, unit, g, feedback);
     all_dense = all_dense && head.choice.dense;
   }

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/host_device.h"
+#include "decide/feedback.h"
 #include "decide/fixed_math.h"
 #include "decide/policy.h"
 #include "decide/tile_levels.h"
@@ -118,9 +119,14 @@ ADAATTN_HD inline bool best_level(const Options& o, const CostTable& c, const Gr
 
 // Whether a head skips nothing because even the lowest level's prediction at V's full rank is over the tolerance.
 ADAATTN_HD inline bool is_refused(const Options& o, const GroupErrors& e, const HeadLevels& h, const HeadChoice& choice,
-                                  float feedback) {
+                                  const HeadFeedback& feedback) {
   return o.tiles && choice.level == kDenseLevel && is_selective(h, o.min_level) &&
-         level_error(o, e, h, o.min_level, 0, feedback) > o.tolerance;
+         level_error(o, e, h, o.min_level, 0, feedback.multiplier[0]) > o.tolerance;
+}
+
+// After each call that decided so: the multiplier that is_refused() goes by, whichever rank the head took.
+ADAATTN_HD inline void rest_refused(HeadFeedback* feedback) {
+  feedback->multiplier[0] = rested_feedback(feedback->multiplier[0]);
 }
 
 // A gain under this factor is not worth a different kernel.

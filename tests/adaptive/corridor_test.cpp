@@ -1,10 +1,12 @@
 // What every adaptive call promises: the tolerance, an honest measurement, statistics that add up, repeatability.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "adaptive/structured.h"
+#include "decide/feedback.h"
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/random.h"
@@ -210,6 +212,59 @@ TEST(Corridor, HeadsOverTheToleranceAreRecomputedExactly) {
     if (head.measured_error > 0.05) {
       EXPECT_EQ(head_error(data, exact, 0, head.head), 0);
     }
+  }
+}
+
+// What one sample said of a head is forgotten slowly while nothing is skipped, and nothing of what was not sampled.
+TEST(Corridor, RefusedHeadsAreTriedAgain) {
+  const Context context;
+  AttentionData data = structured(causal(2048, 64, 4, 4), {.topic = 2.5});
+  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_CUSTOM);
+  adaptive.tile_mass = 0.995;  // one level beside the dense one
+  adaptive.tolerance = 10;
+  adaptive.verify_rows = 2048;
+  adaptive.far_field = ADAATTN_SWITCH_OFF;
+  adaptive.probe = ADAATTN_PROBE_OFF;
+  adaptive.rank_mode = ADAATTN_RANK_OFF;
+  const AdaptivePlan loose(context, data.desc, adaptive);
+  ASSERT_TRUE(succeeded(loose.execute(data)));
+  double most = 0, predicted = 0;
+  for (const adaattn_head_stats_t& head : loose.heads()) {
+    ASSERT_LT(head.kept_tiles, 0.8);
+    predicted = std::max(predicted, head.predicted_error);
+    const double learned =
+        std::min<double>(decide::kFeedbackMargin * head.measured_error, decide::kFeedbackMax * head.predicted_error);
+    most = std::max({most, predicted, learned});
+  }
+  adaptive.tolerance = 0.85 * most;
+  for (const bool verified : {true, false}) {
+    if (!verified) adaptive.verify_rows = -1;
+    const AdaptivePlan plan(context, data.desc, adaptive);
+    std::vector<float> multiplier(4, 1.0f);
+    std::vector<bool> refused(4);
+    int refusals = 0, returns = 0;
+    for (int call = 0; call < 40; ++call) {
+      ASSERT_TRUE(succeeded(plan.execute(data)));
+      const std::vector<adaattn_head_stats_t> heads = plan.heads();
+      for (size_t h = 0; h < heads.size(); ++h) {
+        const auto now = static_cast<float>(heads[h].feedback);
+        SCOPED_TRACE("call " + std::to_string(call) + " head " + std::to_string(h));
+        if (heads[h].dense) {
+          EXPECT_TRUE(now == multiplier[h] || (verified && now == decide::rested_feedback(multiplier[h])))
+              << now << " after " << multiplier[h];
+          refusals += !refused[h];
+        } else {
+          EXPECT_EQ(now, verified ? decide::next_feedback(multiplier[h], static_cast<float>(heads[h].predicted_error),
+                                                          static_cast<float>(heads[h].measured_error))
+                                  : 1.0f);
+          returns += refused[h];
+        }
+        refused[h] = heads[h].dense;
+        multiplier[h] = now;
+      }
+    }
+    EXPECT_EQ(refusals > 0, verified || predicted > adaptive.tolerance);
+    EXPECT_EQ(returns > 0, verified);
   }
 }
 

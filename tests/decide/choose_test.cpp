@@ -162,6 +162,38 @@ TEST(Feedback, RisesAtOnceAndFallsSlowly) {
 
 TEST(Feedback, LearnsNothingFromACallThatSkippedNothing) { EXPECT_EQ(next_feedback(3, 0, 0), 3.0f); }
 
+// A head may take a rank while the multiplier of skipped tiles refuses those: it is that one that rests.
+TEST(Choose, RefusedHeadsComeBackByTheMultiplierThatRefusedThem) {
+  const HeadLevels h = sparse_head();
+  Options o = options(0.01f);
+  o.min_level = kDenseLevel - 1;
+  GroupErrors e = errors();
+  CostTable c;
+  e.rank_allowed[2] = true;
+  e.rank_error[2] = 0.004f;
+  c.tile[2] = 0.7f;
+  HeadFeedback feedback{{9, 1, 2, 1}};
+  const float coherent = dropped_rms(h, o.min_level) * e.far_spread;
+  int calls = 0;
+  HeadChoice choice;
+  for (float expected = 9; expected * coherent > o.tolerance; expected = rested_feedback(expected), ++calls) {
+    choose_group(o, c, e, &h, &feedback, 1, 16, &choice);
+    EXPECT_EQ(choice.rank_class, 2);
+    EXPECT_EQ(choice.level, kDenseLevel);
+    ASSERT_TRUE(is_refused(o, e, h, choice, feedback));
+    rest_refused(&feedback);
+    EXPECT_EQ(feedback.multiplier[0], rested_feedback(expected));
+    EXPECT_EQ(feedback.multiplier[1], 1);
+    EXPECT_EQ(feedback.multiplier[2], 2);
+    EXPECT_EQ(feedback.multiplier[3], 1);
+  }
+  EXPECT_GT(calls, 3);
+  choose_group(o, c, e, &h, &feedback, 1, 16, &choice);
+  EXPECT_FALSE(is_refused(o, e, h, choice, feedback));
+  EXPECT_EQ(choice.rank_class, 0);
+  EXPECT_EQ(choice.level, o.min_level);
+}
+
 TEST(Feedback, FallsWhileAHeadIsRefusedAndNeverBelowItsLeast) {
   float f = 2;
   EXPECT_FLOAT_EQ(rested_feedback(f), 2 * kFeedbackRest);
