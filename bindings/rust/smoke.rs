@@ -1,4 +1,5 @@
-//! One attention call and one error text through the C ABI, with nothing but std.
+//! One attention call and one error text through the C ABI, with nothing but std. Build with
+//! rustc --edition 2021 -L PREFIX/lib -l adaattn smoke.rs
 use std::ffi::{c_char, c_void, CStr};
 use std::mem::{size_of, zeroed};
 use std::ptr::{null, null_mut};
