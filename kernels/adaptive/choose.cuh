@@ -97,7 +97,7 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   Options options = args.options;
   options.tiles = options.tiles && stats.usable != 0;
   const HeadFeedback none;
-  const HeadFeedback* feedback = args.state.feedback != nullptr ? args.state.feedback + heads : nullptr;
+  HeadFeedback* const feedback = args.state.feedback != nullptr ? args.state.feedback + heads : nullptr;
   const int half = lane / 16, rank = half == 0 ? 0 : stats.rank_class, level = lane % 16;
   const bool taken =
       level < kLevels && (half == 0 || rank > 0) && (options.tiles ? level >= options.min_level : level == kDenseLevel);
@@ -156,8 +156,13 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < members) {
-      HeadChoice chosen = best[take_rank ? 1 : 0][threadIdx.x];
-      const int64_t head = heads + first + threadIdx.x;
+      HeadChoice chosen = judged_dense ? HeadChoice{} : best[take_rank ? 1 : 0][threadIdx.x];
+      const int member = first + static_cast<int>(threadIdx.x);
+      const int64_t head = heads + member;
+      // Only where the unit is looked at: captured calls decide in all of the exact ones.
+      if (feedback != nullptr && exact_calls <= 1 &&
+          is_refused(options, stats.errors, t.head_levels[head], chosen, feedback[member]))
+        rest_refused(&feedback[member]);
       if (judged_dense || exact_calls > 0) {
         chosen = {};
         chosen.predicted_cost = static_cast<float>(t.head_levels[head].tiles);

@@ -378,6 +378,10 @@ __global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ A
     totals.stage_ns[kDecideStage] += clock->start[kAttendStage] - clock->start[kDecideStage];
   }
   const int ahead = looked ? exact_ahead(args) : 0;
+  // The look has let the multipliers of refused heads rest.
+  const int heads = static_cast<int>(args.p.batch) * args.shape.heads_q;
+  for (int h = static_cast<int>(threadIdx.x); h < heads && looked && args.state.feedback != nullptr; h += 32)
+    targets.heads[h].feedback = args.state.feedback[h].multiplier[targets.heads[h].rank_class];
   wait_for_previous_grid();
   if (threadIdx.x != 0) return;
   if (clock != nullptr) totals.stage_ns[kAttendStage] += device_nanoseconds() - clock->start[kAttendStage];

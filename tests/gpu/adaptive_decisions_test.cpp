@@ -29,6 +29,13 @@ Counts expect_same_decisions(Analysis& a) {
   const auto ranges = a.copy(a.args.tables.tile_range, a.heads() * s.query_tiles);
   const auto head_levels = a.copy(a.args.tables.head_levels, a.heads());
   const auto choice = a.copy(a.args.tables.choice, a.heads());
+  if (!a.feedback.empty()) {
+    const auto feedback = a.copy(a.args.state.feedback, a.heads());
+    for (size_t h = 0; h < feedback.size(); ++h)
+      for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class)
+        EXPECT_EQ(feedback[h].multiplier[rank_class], want.feedback[h].multiplier[rank_class])
+            << "head " << h << " class " << rank_class;
+  }
   for (int64_t b = 0; b < a.host.batch; ++b) {
     const int64_t tiles_q = (sequence_of(a.host, b).len_q + kTileQ - 1) / kTileQ;
     for (int64_t head = b * s.heads_q; head < (b + 1) * s.heads_q; ++head) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "adaptive/analyze.h"
 #include "adaptive/structured.h"
@@ -63,6 +64,11 @@ class Analysis {
   void run() {
     data_.upload(ADAATTN_DEVICE_CUDA);
     args.p = attention_from(problem_, data_.io(ADAATTN_DEVICE_CUDA), {ADAATTN_DEVICE_CUDA, 0, nullptr}, {});
+    if (!feedback.empty()) {
+      feedback_ = std::make_unique<DeviceMemory>(feedback.size() * sizeof feedback[0]);
+      require(cudaMemcpy(feedback_->data(), feedback.data(), feedback_->bytes(), cudaMemcpyHostToDevice));
+      args.state.feedback = static_cast<decide::HeadFeedback*>(feedback_->data());
+    }
     cuda::analyze(args, nullptr);
     cuda::decide_heads(args, nullptr);
     require(cudaDeviceSynchronize());
@@ -95,12 +101,13 @@ class Analysis {
   }
 
   AnalyzeArgs args;
-  AttnParams host;  // with host pointers
+  AttnParams host;                             // with host pointers
+  std::vector<decide::HeadFeedback> feedback;  // of each head before the run; empty: none is kept
 
  private:
   AttentionData& data_;
   Problem problem_;
-  std::unique_ptr<DeviceMemory> workspace_, basis_, warm_;
+  std::unique_ptr<DeviceMemory> workspace_, basis_, warm_, feedback_;
 };
 
 inline AttentionCase base_case() {

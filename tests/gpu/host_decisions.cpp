@@ -174,12 +174,18 @@ HostDecisions decide_on_host(const Analysis& a) {
       const cuda::UnitStats& u = stats[static_cast<size_t>(b * s.heads_kv + kv)];
       decide::Options options = a.args.options;
       options.tiles = options.tiles && u.usable != 0;
-      const std::vector<decide::HeadFeedback> feedback(static_cast<size_t>(s.group));
       const size_t first = static_cast<size_t>(b * s.heads_q + kv * s.group);
+      std::vector<decide::HeadFeedback> feedback(static_cast<size_t>(s.group));
+      for (size_t g = 0; g < feedback.size() && !a.feedback.empty(); ++g) feedback[g] = a.feedback[first + g];
       for (int piece = 0; piece < s.group; piece += 64)
         decide::choose_group(options, a.args.costs, u.errors, &out.head_levels[first + static_cast<size_t>(piece)],
-                             feedback.data(), std::min(64, s.group - piece), (seq.len_k + kTileK - 1) / kTileK,
-                             &out.choice[first + static_cast<size_t>(piece)]);
+                             &feedback[static_cast<size_t>(piece)], std::min(64, s.group - piece),
+                             (seq.len_k + kTileK - 1) / kTileK, &out.choice[first + static_cast<size_t>(piece)]);
+      for (size_t g = 0; g < feedback.size() && !a.feedback.empty(); ++g) {
+        if (decide::is_refused(options, u.errors, out.head_levels[first + g], out.choice[first + g], feedback[g]))
+          decide::rest_refused(&feedback[g]);
+        out.feedback.push_back(feedback[g]);
+      }
       for (size_t g = first; g < first + static_cast<size_t>(s.group) && u.usable == 0; ++g) out.choice[g] = {};
     }
     for (int64_t h = 0; h < s.heads_q; ++h)

@@ -13,7 +13,8 @@ struct HostDecisions {
   std::vector<decide::TileLevels> levels;
   std::vector<decide::HeadLevels> head_levels;
   std::vector<decide::HeadChoice> choice;
-  std::vector<uint64_t> mask;  // [heads, query_tiles, mask_words]
+  std::vector<decide::HeadFeedback> feedback;  // after the call, if the analysis has multipliers
+  std::vector<uint64_t> mask;                  // [heads, query_tiles, mask_words]
   uint64_t skipped = 0, needles = 0;
 };
 

@@ -1,6 +1,7 @@
 // What adaptive plans on a CUDA device measure and tell: errors, feedback, maps, times, and heads that are left alone.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 #include "decide/feedback.h"
 #include "gpu/tile_plans.h"
@@ -66,6 +67,66 @@ TEST_F(TilePlans, FeedbackFollowsWhatIsMeasured) {
         EXPECT_EQ(static_cast<float>(heads[i].feedback), multiplier[i]) << "call " << call << " head " << i;
       }
     }
+  }
+}
+
+// One of a unit's heads, or all of them: then the unit is looked at again in the eighth call, for the one after it.
+TEST_F(TilePlans, HeadsThatASampleRefusedAreTriedAgain) {
+  const Context context(kCuda);
+  for (const int64_t heads_kv : {2, 4}) {
+    AttentionCase c = causal_case(3000);
+    c.heads_kv = heads_kv;
+    SCOPED_TRACE(describe(c));
+    AttentionData data = structured(c);
+    adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
+    adaptive.tolerance = 10;
+    adaptive.verify_rows = 4096;                       // every row
+    adaptive.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;  // in every call
+    const AdaptivePlan loose(context, data.desc, adaptive);
+    ASSERT_NO_FATAL_FAILURE(execute(loose, data));
+    double most = 0;
+    std::vector<float> coherent;  // predicted by a multiplier of 1
+    for (const adaattn_head_stats_t& head : loose.heads()) {
+      ASSERT_LT(head.kept_tiles, 0.6);
+      coherent.push_back(static_cast<float>(head.predicted_error));
+      const double learned =
+          std::min<double>(decide::kFeedbackMargin * head.measured_error, decide::kFeedbackMax * head.predicted_error);
+      most = std::max({most, head.predicted_error, learned});
+    }
+    adaptive.tolerance = 0.85 * most;
+    const auto tolerance = static_cast<float>(adaptive.tolerance);
+    const size_t group = static_cast<size_t>(c.heads_q / c.heads_kv);
+    std::vector<float> multiplier(coherent.size(), 1.0f);
+    std::vector<int> exact(coherent.size() / group), refused(coherent.size());
+    const AdaptivePlan plan(context, data.desc, adaptive);
+    int refusals = 0, returns = 0;
+    for (int call = 0; call < 32; ++call) {
+      ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+      const std::vector<adaattn_head_stats_t> heads = plan.heads();
+      ASSERT_EQ(heads.size(), multiplier.size());
+      for (size_t unit = 0; unit < exact.size(); ++unit) {
+        const bool looked = exact[unit] <= 1, dense = exact[unit] > 0;
+        bool all_refused = true;
+        for (size_t h = unit * group; h < (unit + 1) * group; ++h) {
+          SCOPED_TRACE("call " + std::to_string(call) + " head " + std::to_string(h));
+          const bool now = std::fmaf(multiplier[h], coherent[h], 0.0f) > tolerance;
+          if (looked && now) multiplier[h] = decide::rested_feedback(multiplier[h]);
+          all_refused = all_refused && now;
+          const bool whole = dense || now;
+          EXPECT_EQ(heads[h].kept_tiles == 1, whole);
+          if (!whole)
+            multiplier[h] = decide::next_feedback(multiplier[h], static_cast<float>(heads[h].predicted_error),
+                                                  static_cast<float>(heads[h].measured_error));
+          EXPECT_EQ(static_cast<float>(heads[h].feedback), multiplier[h]);
+          refusals += now && refused[h] == 0;
+          returns += !whole && refused[h] != 0;
+          refused[h] = whole;
+        }
+        exact[unit] = !looked ? exact[unit] - 1 : all_refused ? 8 : 0;
+      }
+    }
+    EXPECT_GT(refusals, 0);
+    EXPECT_GT(returns, 0);
   }
 }
 
