@@ -1,54 +1,24 @@
 // E4M3 tensors on the device, through the public functions: against the oracle, repeated, outgrown maxima, what lies
 // behind a sequence's keys, and what is refused.
-#include <cmath>
-#include <limits>
+#include "gpu/e4m3.h"
 
-#include "attention/fixture.h"
-#include "gpu/device.h"
+#include <limits>
 
 namespace adaattn::test {
 namespace {
 
 class E4m3 : public OnHopper {};
 
-Dtypes e4m3() { return {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16}; }
-
-// A weight is off by 2^-4 at most, and so is the sum of them.
-constexpr Tolerance kE4m3Weights = {.o = 6e-2, .lse = 4e-2, .entropy = 0};
-
-AttentionCase long_case(adaattn_mask_t mask) {
-  return {.name = "Long",
-          .batch = 1,
-          .heads_q = 4,
-          .heads_kv = 2,
-          .seqlen_q = 300,
-          .seqlen_k = 3000,
-          .d_qk = 128,
-          .mask = mask};
-}
-
-// |o - expected| / |expected| over all of o, which for weights in E4M3 is about 2^-4 / sqrt(6).
-double relative_error(const AttentionData& data, const reference::AttentionResult& expected) {
-  double error = 0, size = 0;
-  data.o.for_each([&](const auto& index, int64_t flat) {
-    const double want = expected.o[static_cast<size_t>(flat)], off = data.o.get(index) - want;
-    error += off * off;
-    size += want * want;
-  });
-  return std::sqrt(error / size);
-}
-
 TEST_F(E4m3, ErrorOnNormalInputsIsThatOfRoundedWeights) {
   const Context context(kCuda);
   for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT}) {
     AttentionData data(long_case(mask), e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
-    // Inputs of unit variance, as the scores of a model are, by factors that stand for their whole range.
-    for (Tensor* factor : {&data.q_descale, &data.k_descale, &data.v_descale}) factor->fill(1.0 / 64);
-    for (Tensor* tensor : {&data.q, &data.k, &data.v})
-      tensor->for_each([&](const auto& index, int64_t) { tensor->set(index, 64 * tensor->get(index)); });
-    run(context, data);
+    use_whole_range(data);
+    run_in_8_bits(context, data);
+    if (HasFatalFailure()) return;
     const reference::AttentionResult expected = reference::attention(data.desc, data.io());
     const double error = relative_error(data, expected);
+    RecordProperty("error_mask_" + std::to_string(mask), std::to_string(error));
     EXPECT_LE(error, 2.7e-2);
     EXPECT_GT(error, 1e-3) << "not computed in 8 bits?";
   }
@@ -84,8 +54,10 @@ TEST_F(E4m3, IsBitwiseRepeatable) {
     AttentionCase c = long_case(mask);
     c.heads_q = 24;
     c.heads_kv = 8;
+    c.seqlen_q = 300;
     AttentionData first(c, e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
-    run(context, first);
+    run_in_8_bits(context, first);
+    if (HasFatalFailure()) return;
     for (int i = 0; i < 40; ++i) {
       AttentionData again = with_own_outputs(first);
       run(context, again);
@@ -102,10 +74,11 @@ TEST_F(E4m3, ScoresThatOutgrowEarlierBlocks) {
     data.q.fill(1);
     for (Tensor* factor : {&data.q_descale, &data.k_descale}) factor->fill(1);
     data.k.for_each([&](const auto& index, int64_t) {
-      const double place = 1 - static_cast<double>(index[1]) / 3000;
+      const double place = 1 - static_cast<double>(index[1]) / static_cast<double>(data.desc.max_seqlen_k);
       data.k.set(index, growth * place * (index[3] % 2 == 0 ? 1 : 0.5));
     });
-    run(context, data);
+    run_in_8_bits(context, data);
+    if (HasFatalFailure()) return;
     EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights)) << growth;
   }
 }
@@ -123,7 +96,8 @@ TEST_F(E4m3, NotANumberBehindTheKeysStaysThere) {
       if (index[1] >= c.used_k[static_cast<size_t>(index[0])])
         tensor->set(index, std::numeric_limits<double>::quiet_NaN());
     });
-  run(context, data);
+  run_in_8_bits(context, data);
+  if (HasFatalFailure()) return;
   EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
 }
 
@@ -131,7 +105,8 @@ TEST_F(E4m3, FactorOfZeroGivesTheMeanOfTheValues) {
   const Context context(kCuda);
   AttentionData data(long_case(ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT), e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
   data.k_descale.fill(0);
-  run(context, data);
+  run_in_8_bits(context, data);
+  if (HasFatalFailure()) return;
   EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
 }
 

@@ -1,0 +1,71 @@
+// Calls in E4M3 that the Hopper kernels of E4M3 products serve, and their error.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+
+#include "attention/fixture.h"
+#include "gpu/device.h"
+
+namespace adaattn::test {
+
+inline Dtypes e4m3(int64_t descale_block = 0) {
+  return {descale_block == 0 ? "e4m3" : "e4m3_blocks", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16,
+          descale_block};
+}
+
+// A weight is off by 2^-4 at most, and so is the sum of them.
+inline constexpr Tolerance kE4m3Weights = {.o = 6e-2, .lse = 4e-2, .entropy = 0};
+
+// Enough tiles that the keys of none are split, which these kernels do not do, and keys for which O leaves the
+// accumulators twice.
+inline AttentionCase long_case(adaattn_mask_t mask) {
+  return {.name = "Long",
+          .batch = 1,
+          .heads_q = 36,
+          .heads_kv = 12,
+          .seqlen_q = 130,
+          .seqlen_k = 3300,
+          .d_qk = 128,
+          .mask = mask};
+}
+
+// Fewer keys than are worth splitting, however few the tiles are.
+inline AttentionCase short_case(adaattn_mask_t mask) {
+  AttentionCase c = long_case(mask);
+  c.name = "Short";
+  c.heads_q = 8;
+  c.heads_kv = 4;
+  c.seqlen_k = 2000;
+  return c;
+}
+
+// A call of its plan's maxima, seen to be one for the kernel of E4M3 products.
+inline void run_in_8_bits(const Context& context, AttentionData& data) {
+  const std::string masked = data.desc.mask != ADAATTN_MASK_NONE ? "masked" : "";
+  const std::string features = data.desc.descale_block != 0 ? masked + "blocks" : masked.empty() ? "plain" : masked;
+  ASSERT_EQ(Plan(context, data.desc).info().kernel, "sm90_e4m3_e4m3_d128_" + features);
+  run(context, data);
+}
+
+// |o - expected| / |expected| over all of o, which for weights in E4M3 is about 2^-4 / sqrt(6).
+inline double relative_error(const AttentionData& data, const reference::AttentionResult& expected) {
+  double error = 0, size = 0;
+  data.o.for_each([&](const auto& index, int64_t flat) {
+    const double want = expected.o[static_cast<size_t>(flat)], off = data.o.get(index) - want;
+    error += off * off;
+    size += want * want;
+  });
+  return std::sqrt(error / size);
+}
+
+// Inputs of unit variance, as the scores of a model are, by factors that stand for their whole range.
+inline void use_whole_range(AttentionData& data) {
+  for (Tensor* factor : {&data.q_descale, &data.k_descale, &data.v_descale}) factor->fill(1.0 / 64);
+  for (Tensor* tensor : {&data.q, &data.k, &data.v})
+    tensor->for_each([&](const auto& index, int64_t) { tensor->set(index, 64 * tensor->get(index)); });
+}
+
+}  // namespace adaattn::test
