@@ -416,7 +416,7 @@ typedef struct adaattn_adaptive_desc {
   int64_t verify_rows; /* rows per head recomputed exactly to measure the error, at most 4096; -1: none */
   adaattn_switch_t feedback;
   adaattn_on_exceed_t on_exceed;
-  adaattn_switch_t freeze; /* ON: the first call's decisions are kept for the following ones; default OFF */
+  adaattn_switch_t freeze; /* ON: a head keeps what the first call (or replay) to compute it decided; default OFF */
   int32_t reserved0;       /* must be 0 */
   uint64_t seed;
   uint64_t max_workspace_bytes; /* the work is done in parts that fit: of heads (CPU), queries (CUDA); 0: no limit */

@@ -54,6 +54,8 @@ struct AdaptiveState {
   int32_t* warm = nullptr;         // [units]
   int32_t* dense_calls = nullptr;  // [units]: calls for which it is computed exactly, whatever it holds; or null
   decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
+  decide::HeadChoice* frozen = nullptr;      // [batch, heads_q]: what the chosen units keep; null: every call chooses
+  int32_t* chosen = nullptr;                 // [units], where frozen: whether an earlier call has chosen
   unsigned long long* calls = nullptr;       // done so far
   StageClock* clock = nullptr;               // null: not wanted
 };

@@ -129,6 +129,9 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   };
   int32_t* const dense_calls = args.state.dense_calls != nullptr ? args.state.dense_calls + unit : nullptr;
   const int32_t exact_calls = dense_calls != nullptr ? *dense_calls : 0;
+  // Which call is the first is for the device to say: one that is captured runs later, once for every replay.
+  HeadChoice* const frozen = args.state.frozen != nullptr ? args.state.frozen + heads : nullptr;
+  const bool chosen_before = frozen != nullptr && args.state.chosen[unit] != 0;
   bool all_dense = true;
   for (int first = 0; first < s.group; first += kPiece) {
     const int members = min(kPiece, s.group - first);
@@ -156,23 +159,29 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < members) {
-      HeadChoice chosen = judged_dense ? HeadChoice{} : best[take_rank ? 1 : 0][threadIdx.x];
       const int member = first + static_cast<int>(threadIdx.x);
       const int64_t head = heads + member;
+      HeadChoice chosen = chosen_before  ? frozen[member]
+                          : judged_dense ? HeadChoice{}
+                                         : best[take_rank ? 1 : 0][threadIdx.x];
       // Only where the unit is looked at: captured calls decide in all of the exact ones.
       if (feedback != nullptr && exact_calls <= 1 &&
           is_refused(options, stats.errors, t.head_levels[head], chosen, feedback[member]))
         rest_refused(&feedback[member]);
-      if (judged_dense || exact_calls > 0) {
+      if (!chosen_before && (judged_dense || exact_calls > 0)) {
         chosen = {};
         chosen.predicted_cost = static_cast<float>(t.head_levels[head].tiles);
         chosen.predicted_error = stats.errors.round_error;
       }
-      t.choice[head] = stats.usable != 0 ? chosen : HeadChoice{};
+      // Input that the tables or the rank cannot hold is computed exactly, whatever was chosen.
+      if (stats.usable == 0 || (chosen.rank_class != 0 && chosen.rank_class != stats.rank_class)) chosen = {};
+      if (frozen != nullptr && !chosen_before) frozen[member] = chosen;
+      t.choice[head] = chosen;
     }
     all_dense = all_dense && (judged_dense || stats.usable == 0);
     __syncthreads();
   }
+  if (frozen != nullptr && threadIdx.x == 0) args.state.chosen[unit] = 1;
   if (threadIdx.x != 0 || dense_calls == nullptr) return;
   // The last of the exact calls is the one that looks again.
   *dense_calls = exact_calls > 1 ? exact_calls - 1 : all_dense ? kDenseCalls : 0;

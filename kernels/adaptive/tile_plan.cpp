@@ -175,13 +175,12 @@ class TilePlan final : public AttentionPlan {
   std::unique_ptr<PlanMemory> memory_;
   AdaptiveState state_;
   TallyTargets targets_;
-  decide::HeadChoice* frozen_choices_ = nullptr;
   uint64_t calls_ = 0, launches_ = 0, rows_ = 0, pairs_ = 0;
   uint64_t runs_ = 0;        // calls of the device, whatever statistics were reset
   uint64_t same_since_ = 0;  // the first of the newest runs of equal extents
   int64_t same_batch_ = 0, same_q_ = 0, same_k_ = 0;
   int64_t newest_batch_ = 0;
-  bool frozen_ = false, captured_ = false;
+  bool captured_ = false;
   AdaptiveCounters exact_counters_;
 };
 
@@ -205,7 +204,8 @@ void TilePlan::take_memory() {
     targets_.ctas = memory.take<uint32_t>(1);
     targets_.map = memory.take<uint64_t>(map / sizeof(uint64_t));
     targets_.map_ranges = memory.take<decide::TileRow>(ranges);
-    frozen_choices_ = memory.take<decide::HeadChoice>(heads);
+    state_.frozen = memory.take<decide::HeadChoice>(heads);
+    state_.chosen = memory.take<int32_t>(units);
   };
   PlanMemory measure;
   lay_out(measure);
@@ -216,7 +216,10 @@ void TilePlan::take_memory() {
   if (map == 0) targets_.map = nullptr;
   const decide::Options& o = problem_.adaptive;
   if (!o.feedback || o.verify_rows == 0) state_.feedback = nullptr;
-  if (o.freeze) state_.dense_calls = nullptr;
+  if (o.freeze)
+    state_.dense_calls = nullptr;
+  else
+    state_.frozen = nullptr;
   outlook_ = std::make_unique<Outlook>();
   targets_.outlook = outlook_->device();
 }
@@ -263,7 +266,7 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   const TableShape& s = sizes_.shape;
   char* const space = static_cast<char*>(workspace);
   float* const far_share = o.far_field ? reinterpret_cast<float*>(space + sizes_.far_share) : nullptr;
-  const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
+  const int64_t units = int64_t{s.batch} * s.heads_kv;
   // While no call was captured, the device's count of calls is the host's.
   const bool verifies =
       sizes_.verify.rows > 0 && (captured_ || runs_ % static_cast<uint64_t>(sizes_.verify.every) == 0);
@@ -272,13 +275,6 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   if (o.freeze) check(cudaMemsetAsync(state_.warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
   analyze(args, stream);
   decide_heads(args, stream);
-  if (o.freeze) {
-    const size_t bytes = static_cast<size_t>(heads) * sizeof(decide::HeadChoice);
-    void* const to = frozen_ ? static_cast<void*>(args.tables.choice) : frozen_choices_;
-    const void* const from = frozen_ ? static_cast<const void*>(frozen_choices_) : args.tables.choice;
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "frozen decisions");
-    frozen_ = true;
-  }
 
   sm90::WalkCall walk;
   walk.p = args.p;

@@ -173,20 +173,6 @@ TEST_F(TilePlans, LengthsThatChangeFromCallToCall) {
   }
 }
 
-TEST_F(TilePlans, AFrozenPlanRepeatsItselfBitForBit) {
-  const Context context(kCuda);
-  AttentionData data = structured(causal_case(2000));
-  adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_SPEED);
-  adaptive.freeze = ADAATTN_SWITCH_ON;
-  const AdaptivePlan plan(context, data.desc, adaptive);
-  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
-  AttentionData again = with_own_outputs(data);
-  for (int call = 0; call < 3; ++call) {
-    ASSERT_NO_FATAL_FAILURE(execute(plan, again));
-    EXPECT_TRUE(same_outputs(data, again)) << call;
-  }
-}
-
 TEST_F(TilePlans, ALimitOnTheWorkspaceMakesWavesOfTheSameResult) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(2500));
