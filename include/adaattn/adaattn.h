@@ -406,7 +406,7 @@ typedef struct adaattn_adaptive_desc {
   double tile_mass;           /* least share of the estimated mass whose key tiles are computed exactly, in (0, 1] */
   int64_t probe_rank;         /* 1..head_dim_qk */
   double needle_share;        /* in (0, 1]: share of a row that a key must hold to be searched for */
-  adaattn_switch_t far_field; /* represent skipped tiles by the centroids of their groups of 32 keys */
+  adaattn_switch_t far_field; /* represent skipped tiles by centroids of 32 keys (CUDA: 128) */
   adaattn_rank_mode_t rank_mode;
   double rank_ratio;                 /* in (0, 1] */
   double rank_threshold;             /* in (0, 1] */

@@ -63,6 +63,7 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.unit_sums = arena.take<UnitSums>(units);
   t.head_levels = arena.take<decide::HeadLevels>(heads);
   t.head_entropy = arena.take<float>(heads);
+  t.head_dropped = arena.take<double>(heads);
   t.choice = arena.take<decide::HeadChoice>(heads);
   t.mask = arena.take<uint64_t>(heads * s.wave_tiles * s.mask_words);
   t.kept = arena.take<int32_t>(heads * s.wave_tiles);

@@ -32,6 +32,7 @@ struct UnitStats {
 // What the levels of a unit's query tiles add up to, head by head.
 struct HeadSums {
   unsigned long long kept[decide::kLevels], dropped_sq[decide::kLevels];
+  unsigned long long dropped[decide::kLevels];  // over query rows, in units of 2^-16
   unsigned long long query_tiles, tiles;
   unsigned long long entropy;  // of its query tiles, in units of 1 / kEntropyUnit
 };
@@ -94,6 +95,7 @@ struct AnalyzeTables {
   UnitSums* unit_sums = nullptr;              // [units], likewise
   decide::HeadLevels* head_levels = nullptr;  // [batch, heads_q]
   float* head_entropy = nullptr;              // [batch, heads_q]: mean over query tiles; 1 = uniform
+  double* head_dropped = nullptr;             // [batch, heads_q]: mass that the choice leaves out, over query rows
   decide::HeadChoice* choice = nullptr;
   uint64_t* mask = nullptr;
   int32_t* kept = nullptr;

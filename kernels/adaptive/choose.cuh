@@ -10,7 +10,7 @@ namespace adaattn::cuda {
 
 constexpr int kPiece = 64;  // heads that choose together; the host's groups are as long
 
-// The sums of a unit's query heads as the choice reads them; leaves zeros.
+// The sums of a unit's query heads as the choice reads them; leaves zeros, but for what is dropped.
 __device__ __forceinline__ void take_sums(const AnalyzeArgs& args, int64_t first_head) {
   const int lane = threadIdx.x % 32;
   for (int64_t head = first_head + threadIdx.x / 32; head < first_head + args.shape.group; head += kDecideWarps) {
@@ -177,6 +177,9 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
       if (stats.usable == 0 || (chosen.rank_class != 0 && chosen.rank_class != stats.rank_class)) chosen = {};
       if (frozen != nullptr && !chosen_before) frozen[member] = chosen;
       t.choice[head] = chosen;
+      HeadSums& sums = t.head_sums[head];
+      t.head_dropped[head] = chosen.dense ? 0.0 : static_cast<double>(__ldcg(&sums.dropped[chosen.level])) / 65536.0;
+      for (int i = 0; i < kLevels; ++i) sums.dropped[i] = 0;
     }
     all_dense = all_dense && (judged_dense || stats.usable == 0);
     __syncthreads();

@@ -268,6 +268,7 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
   UnitSums& unit_sums = args.tables.unit_sums[unit];
   if (warp < count) {
     const int64_t at = index + warp, in_space = int64_t{warp} * space.tiles + q.row.begin;
+    const int rows = min(decide::kTileQ, static_cast<int>(seq.len_q) - (first + warp) * decide::kTileQ);
     const uint32_t* const mass = space.mass + in_space;
     const uint32_t* const peak = space.peak + in_space;
     if constexpr (kShares) {
@@ -284,9 +285,9 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
         to.shares = args.tables.shares != nullptr ? args.tables.shares + item * s.key_tiles : nullptr;
       }
       measure_shares(mass, peak, args.keep_peak, found != nullptr ? found + warp * 2 * s.mask_words : nullptr,
-                     q.visible, q.row, usable[warp] != 0, s.mask_words, to);
+                     q.visible, q.row, rows, usable[warp] != 0, s.mask_words, to);
     } else {
-      measure_levels(mass, peak, args.keep_peak, space.sorted + warp * space.padded, q.visible, q.row,
+      measure_levels(mass, peak, args.keep_peak, space.sorted + warp * space.padded, q.visible, q.row, rows,
                      usable[warp] != 0, args.tables.levels + at,
                      args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
                      args.tables.head_sums + head_index);

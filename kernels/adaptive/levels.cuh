@@ -106,9 +106,10 @@ __device__ __forceinline__ float relative_entropy(float entropy, float visible) 
   return uniform > 0.0f ? (entropy < uniform ? fmaxf(entropy, 0.0f) / uniform : 1.0f) : 0.0f;
 }
 
-// A lane's level of a query tile; adds the query tile to its head.
-__device__ __forceinline__ void put_levels(const decide::TileRow& row, bool usable, float entropy, uint32_t threshold,
-                                           uint32_t kept, uint32_t dropped, decide::TileLevels* out, HeadSums* head) {
+// A lane's level of a query tile; adds the query tile, of so many rows, to its head.
+__device__ __forceinline__ void put_levels(const decide::TileRow& row, int rows, bool usable, float entropy,
+                                           uint32_t threshold, uint32_t kept, uint32_t dropped, decide::TileLevels* out,
+                                           HeadSums* head) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32, tiles = row.end - row.begin;
   if (lane < kLevels) {
@@ -125,7 +126,10 @@ __device__ __forceinline__ void put_levels(const decide::TileRow& row, bool usab
   if (tiles <= 0) return;
   if (lane < kLevels && kept > 0) {
     atomicAdd(&head->kept[lane], kept);
-    atomicAdd(&head->dropped_sq[lane], static_cast<unsigned long long>(dropped) * dropped);
+    if (dropped > 0) {
+      atomicAdd(&head->dropped_sq[lane], static_cast<unsigned long long>(dropped) * dropped);
+      atomicAdd(&head->dropped[lane], static_cast<unsigned long long>(dropped) * static_cast<unsigned>(rows));
+    }
   }
   if (lane > 1) return;
   atomicAdd(lane == 0 ? &head->tiles : &head->query_tiles, lane == 0 ? static_cast<unsigned long long>(tiles) : 1ull);
@@ -145,7 +149,7 @@ struct ShareTargets {
 };
 __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
                                                const uint32_t* found, float visible, const decide::TileRow& row,
-                                               bool usable, int mask_words, const ShareTargets& to) {
+                                               int rows, bool usable, int mask_words, const ShareTargets& to) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32, tiles = row.end - row.begin;
   uint32_t threshold = 0, total = 0;
@@ -202,7 +206,7 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
   }
   // From the second level on all is kept.
   const bool first = lane == 0;
-  put_levels(row, usable, entropy, first ? threshold : 0,
+  put_levels(row, rows, usable, entropy, first ? threshold : 0,
              !measured ? 0
              : first   ? kept
                        : static_cast<uint32_t>(tiles),
@@ -218,8 +222,8 @@ __device__ __forceinline__ bool code_keeps(uint8_t code, const decide::HeadChoic
 // need. codes: of the tiles from row.begin on, or null. Adds the query tile to its head. Leaves row, usable and
 // entropy in `levels`, the levels in *out.
 __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
-                                               uint32_t* sums, float visible, const decide::TileRow& row, bool usable,
-                                               decide::TileLevels* out, uint8_t* codes, HeadSums* head) {
+                                               uint32_t* sums, float visible, const decide::TileRow& row, int rows,
+                                               bool usable, decide::TileLevels* out, uint8_t* codes, HeadSums* head) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tiles = row.end - row.begin;
@@ -278,7 +282,7 @@ __device__ __forceinline__ void measure_levels(const uint32_t* mass, const uint3
     dropped = static_cast<uint32_t>(static_cast<double>(dropped) * 65536.0 / static_cast<double>(total));
     entropy = relative_entropy(entropy, visible);
   }
-  put_levels(row, usable, entropy, threshold, kept, dropped, out, head);
+  put_levels(row, rows, usable, entropy, threshold, kept, dropped, out, head);
 }
 
 }  // namespace adaattn::cuda

@@ -37,7 +37,7 @@ AdaptiveCounters counters_of(const TileTotals& t) {
   a.entropy_min = t.entropy_min;
   a.entropy_max = t.entropy_max;
   a.predicted_error_sum = t.predicted_sum;
-  a.dropped_mass_sum = t.far_sum;
+  a.dropped_mass_sum = t.dropped_sum;
   a.verified_heads = t.verified_heads;
   a.verified_rows = t.verified_rows;
   a.measured_error_sum = t.measured_sum;
@@ -59,7 +59,7 @@ std::vector<HeadRecord> records_of(const std::vector<HeadTally>& tallies, const 
     HeadRecord& record = list.emplace_back(exact_record(problem, i));
     record.entropy = static_cast<double>(tally.entropy);
     record.kept_tiles = tally.tiles > 0 ? static_cast<double>(tally.kept) / static_cast<double>(tally.tiles) : 1;
-    record.dropped_mass = tally.rows > 0 ? tally.far_share / static_cast<double>(tally.rows) : 0;
+    record.dropped_mass = tally.rows > 0 ? tally.dropped_share / static_cast<double>(tally.rows) : 0;
     record.predicted_error = static_cast<double>(tally.predicted_error);
     if (tally.measured != 0 && tally.dense == 0) record.measured_error = static_cast<double>(tally.measured_error);
     record.feedback = static_cast<double>(tally.feedback);

@@ -63,7 +63,8 @@ __device__ __forceinline__ void copy_map(const AnalyzeArgs& args, int first_tile
 }
 
 // What is known of a head before its tiles are counted; what was measured before stays.
-__device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, const Sequence& seq, HeadTally* tally) {
+__device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, const Sequence& seq, bool far_field,
+                                            HeadTally* tally) {
   const TableShape& s = args.shape;
   const decide::HeadChoice choice = args.tables.choice[head];
   const HeadTally before = *tally;
@@ -75,6 +76,8 @@ __device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, c
   tally->len_k = seq.len_k;
   tally->feedback = args.state.feedback != nullptr ? args.state.feedback[head].multiplier[choice.rank_class] : 1.0f;
   tally->entropy = args.tables.head_entropy[head];
+  // Without the far field, what decide thought of the tiles: attend never looks at them.
+  if (!far_field) tally->dropped_share = args.tables.head_dropped[head];
   tally->predicted_error = choice.predicted_error;
   tally->rank_class = choice.rank_class;
   tally->dense = choice.dense;
@@ -108,7 +111,7 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   HeadTally tally{};
   if (threadIdx.x == 0) {
     tally = targets.heads[head];
-    if (first_tile == 0) start_tally(args, head, seq, &tally);
+    if (first_tile == 0) start_tally(args, head, seq, far_share != nullptr, &tally);
   }
   if (s.wave_tiles == s.query_tiles && far_share == nullptr) {
     if (threadIdx.x == 0) take_counts(args, head, len_q, &tally);
@@ -140,7 +143,7 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   tally.rows += counts[2];
   tally.rows_kept += counts[3];
   tally.rows_far += counts[4];
-  tally.far_share += shares[0];
+  tally.dropped_share += shares[0];
   return tally;
 }
 
@@ -158,7 +161,7 @@ __device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, cons
   sum->entropy_min = fmin(sum->entropy_min, static_cast<double>(x.entropy));
   sum->entropy_max = fmax(sum->entropy_max, static_cast<double>(x.entropy));
   sum->predicted_sum += x.predicted_error;
-  sum->far_sum += x.rows > 0 ? x.far_share / static_cast<double>(x.rows) : 0;
+  sum->dropped_sum += x.rows > 0 ? x.dropped_share / static_cast<double>(x.rows) : 0;
   if (x.verified_rows > 0) {
     const auto error = static_cast<double>(x.measured_error);
     sum->verified_heads += 1;
@@ -207,7 +210,7 @@ __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, in
                                    sum.rank_v_sum,
                                    sum.entropy_sum,
                                    sum.predicted_sum,
-                                   sum.far_sum,
+                                   sum.dropped_sum,
                                    sum.measured_sum,
                                    -sum.entropy_min,
                                    sum.entropy_max,
@@ -226,8 +229,8 @@ __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, in
   unsigned long long* const counts[] = {&sum.heads,         &sum.heads_dense,    &sum.heads_low_rank,
                                         &sum.tiles,         &sum.kept,           &sum.verified_heads,
                                         &sum.verified_rows, &sum.over_tolerance, &sum.recomputed};
-  double* const sums[] = {&sum.flops,         &sum.rank_v_sum, &sum.entropy_sum,
-                          &sum.predicted_sum, &sum.far_sum,    &sum.measured_sum};
+  double* const sums[] = {&sum.flops,         &sum.rank_v_sum,  &sum.entropy_sum,
+                          &sum.predicted_sum, &sum.dropped_sum, &sum.measured_sum};
 #pragma unroll
   for (int i = 0; i < 9; ++i) *counts[i] = static_cast<unsigned long long>(whole[i]);
 #pragma unroll
@@ -262,7 +265,7 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->rank_v_sum += x.rank_v_sum;
   to->entropy_sum += x.entropy_sum;
   to->predicted_sum += x.predicted_sum;
-  to->far_sum += x.far_sum;
+  to->dropped_sum += x.dropped_sum;
   to->measured_sum += x.measured_sum;
   to->entropy_min = first ? x.entropy_min : fmin(to->entropy_min, x.entropy_min);
   to->entropy_max = first ? x.entropy_max : fmax(to->entropy_max, x.entropy_max);
@@ -337,7 +340,7 @@ __global__ __launch_bounds__(kFewThreads) void count_kernel(const __grid_constan
   for (int head = thread; head < heads; head += kFewThreads) {
     HeadTally tally = targets.heads[head];
     const Sequence seq = sequence_of(args.p, head / args.shape.heads_q);
-    start_tally(args, head, seq, &tally);
+    start_tally(args, head, seq, false, &tally);
     take_counts(args, head, seq.len_q, &tally);
     targets.heads[head] = tally;
     add_head(args, head, tally, &sum);

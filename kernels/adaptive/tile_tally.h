@@ -13,7 +13,7 @@ namespace adaattn::cuda {
 struct HeadTally {
   uint64_t tiles, kept;                // with a visible key; computed exactly
   uint64_t rows, rows_kept, rows_far;  // query rows; times tiles kept; times tiles that entered as centroids
-  double far_share;                    // sum over rows of the far field's share
+  double dropped_share;                // sum over rows of what is not computed exactly
   int64_t len_q, len_k;
   float entropy, predicted_error, rank_energy;
   float feedback;  // the multiplier that the next prediction takes
@@ -29,7 +29,7 @@ struct TileTotals {
   unsigned long long heads, heads_dense, heads_low_rank, tiles, kept;
   unsigned long long verified_heads, verified_rows, over_tolerance, recomputed;
   unsigned long long stage_ns[kStages];
-  double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, far_sum;
+  double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, dropped_sum;
   double measured_sum, measured_max, measured_row_max;
 };
 

@@ -48,6 +48,76 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
   }
 }
 
+// Every field that a call fills in, beside the same call on the CPU.
+TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
+  const Context host, context(kCuda);
+  AttentionCase packed = causal_case(1500);
+  packed.name = "Packed";
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.lens_q = {1500, 900};
+  packed.lens_k = {1500, 1290};
+  for (const AttentionCase& c : {causal_case(2048), packed})
+    for (const bool far_field : {false, true}) {
+      SCOPED_TRACE(testing::Message() << describe(c) << " far field " << far_field);
+      AttentionData data = structured(c);
+      adaattn_adaptive_desc_t adaptive = custom_desc(0.9);
+      adaptive.far_field = far_field ? ADAATTN_SWITCH_ON : ADAATTN_SWITCH_OFF;
+      adaptive.rank_mode = ADAATTN_RANK_OFF;  // it may choose by what a rank costs on a device
+      adaptive.verify_rows = 4096;            // every row
+      const AdaptivePlan theirs(host, data.desc, adaptive), ours(context, data.desc, adaptive);
+      AttentionData on_cpu = with_own_outputs(data);
+      ASSERT_TRUE(succeeded(theirs.execute(on_cpu)));
+      ASSERT_NO_FATAL_FAILURE(execute(ours, data));
+      const std::vector<adaattn_head_stats_t> want = theirs.heads(), got = ours.heads();
+      ASSERT_EQ(got.size(), want.size());
+      for (size_t i = 0; i < got.size(); ++i) {
+        SCOPED_TRACE(i);
+        EXPECT_EQ(got[i].batch, want[i].batch);
+        EXPECT_EQ(got[i].head, want[i].head);
+        EXPECT_EQ(got[i].dense, want[i].dense);
+        EXPECT_EQ(got[i].rank_v, want[i].rank_v);
+        EXPECT_EQ(got[i].rank_energy, want[i].rank_energy);
+        EXPECT_EQ(got[i].precision, want[i].precision);
+        EXPECT_NEAR(got[i].entropy, want[i].entropy, 0.01);
+        EXPECT_NEAR(got[i].kept_tiles, want[i].kept_tiles, 0.02);
+        EXPECT_NEAR(got[i].dropped_mass, want[i].dropped_mass, 0.1 * want[i].dropped_mass + 0.002);
+        EXPECT_NEAR(got[i].predicted_error, want[i].predicted_error, 0.1 * want[i].predicted_error + 0.002);
+        EXPECT_NEAR(got[i].measured_error, want[i].measured_error, 0.1 * want[i].measured_error + 0.004);
+        EXPECT_NEAR(got[i].feedback, want[i].feedback, 0.2 * want[i].feedback);
+      }
+      const adaattn_plan_stats_t a = ours.stats(), b = theirs.stats();
+      EXPECT_EQ(a.calls, b.calls);
+      EXPECT_EQ(a.query_rows, b.query_rows);
+      EXPECT_EQ(a.score_pairs, b.score_pairs);
+      EXPECT_EQ(a.flops, b.flops);
+      EXPECT_EQ(a.heads, b.heads);
+      EXPECT_EQ(a.heads_dense, b.heads_dense);
+      EXPECT_EQ(a.heads_low_rank, b.heads_low_rank);
+      EXPECT_EQ(a.heads_bf16, b.heads_bf16);
+      EXPECT_EQ(a.heads_f32 + a.heads_f16 + a.heads_i8, b.heads_f32 + b.heads_f16 + b.heads_i8);
+      EXPECT_EQ(a.tiles, b.tiles);
+      EXPECT_NEAR(static_cast<double>(a.tiles_kept) / static_cast<double>(b.tiles_kept), 1, 0.01);
+      EXPECT_EQ(a.tiles_probed_in, b.tiles_probed_in);
+      // A centroid stands for 128 keys here and for 32 on the CPU.
+      EXPECT_NEAR(a.flops_done / b.flops_done, 1, far_field ? 0.06 : 0.01);
+      EXPECT_EQ(a.rank_v_sum, b.rank_v_sum);
+      EXPECT_NEAR(a.entropy_sum, b.entropy_sum, 0.08);
+      EXPECT_NEAR(a.entropy_min, b.entropy_min, 0.01);
+      EXPECT_NEAR(a.entropy_max, b.entropy_max, 0.01);
+      EXPECT_NEAR(a.predicted_error_sum, b.predicted_error_sum, 0.05 * b.predicted_error_sum);
+      EXPECT_NEAR(a.dropped_mass_sum, b.dropped_mass_sum, 0.05 * b.dropped_mass_sum);
+      EXPECT_EQ(a.verified_heads, b.verified_heads);
+      EXPECT_EQ(a.verified_rows, b.verified_rows);
+      EXPECT_NEAR(a.measured_error_sum, b.measured_error_sum, 0.1 * b.measured_error_sum);
+      EXPECT_NEAR(a.measured_error_max, b.measured_error_max, 0.1 * b.measured_error_max + 0.004);
+      EXPECT_NEAR(a.measured_row_error_max, b.measured_row_error_max, 0.2 * b.measured_row_error_max);
+      EXPECT_EQ(a.heads_over_tolerance, b.heads_over_tolerance);
+      EXPECT_EQ(a.heads_recomputed, b.heads_recomputed);
+      for (const double seconds : {a.seconds_analyze, a.seconds_decide, a.seconds_attend, a.seconds_verify})
+        EXPECT_GT(seconds, 0);
+    }
+}
+
 TEST_F(TilePlans, FeedbackFollowsWhatIsMeasured) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(2000));
