@@ -34,7 +34,9 @@ TEST_F(E4m3, ShapesOfTheTableAgreeWithTheOracle) {
   int served = 0;
   for (const AttentionCase& c : attention_cases()) {
     for (const Dtypes& dtypes :
-         {e4m3(), Dtypes{"e4m3_out_f16", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_F16}}) {
+         {e4m3(), Dtypes{"e4m3_out_f16", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_F16}, e4m3(64),
+          Dtypes{"e4m3_blocks_out_f32", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_F32, 192}}) {
+      SCOPED_TRACE(dtypes.name);
       AttentionData data(c, dtypes, run_seed(), ADAATTN_OUTPUT_LSE);
       if (!is_served(context, c, data)) continue;
       SCOPED_TRACE(describe(c));
@@ -45,25 +47,26 @@ TEST_F(E4m3, ShapesOfTheTableAgreeWithTheOracle) {
       ++served;
     }
   }
-  EXPECT_GT(served, 150);
+  EXPECT_GT(served, 300);
 }
 
 TEST_F(E4m3, IsBitwiseRepeatable) {
   const Context context(kCuda);
-  for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT}) {
-    AttentionCase c = long_case(mask);
-    c.heads_q = 24;
-    c.heads_kv = 8;
-    c.seqlen_q = 300;
-    AttentionData first(c, e4m3(), run_seed(), ADAATTN_OUTPUT_LSE);
-    run_in_8_bits(context, first);
-    if (HasFatalFailure()) return;
-    for (int i = 0; i < 40; ++i) {
-      AttentionData again = with_own_outputs(first);
-      run(context, again);
-      ASSERT_TRUE(same_outputs(first, again)) << "run " << i;
+  for (const int64_t descale_block : {0, 64})
+    for (const adaattn_mask_t mask : {ADAATTN_MASK_NONE, ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT}) {
+      AttentionCase c = long_case(mask);
+      c.heads_q = 24;
+      c.heads_kv = 8;
+      c.seqlen_q = 300;
+      AttentionData first(c, e4m3(descale_block), run_seed(), ADAATTN_OUTPUT_LSE);
+      run_in_8_bits(context, first);
+      if (HasFatalFailure()) return;
+      for (int i = 0; i < 40; ++i) {
+        AttentionData again = with_own_outputs(first);
+        run(context, again);
+        ASSERT_TRUE(same_outputs(first, again)) << "run " << i;
+      }
     }
-  }
 }
 
 // Keys grow towards the first, which is visited last: every block outgrows the maxima before it.

@@ -168,6 +168,47 @@ TEST(Sections, DivideThePairsEvenly) {
   EXPECT_EQ(cuda::even_section(1, 0, 1), 1);
 }
 
+// Keys and values in E4M3: what the products of a call are computed in, and by which instance.
+TEST(Selection, FactorsOfBlocksLeaveTheProductsInE4m3) {
+  cuda::DeviceTraits device{90, 132, 50 << 20, 227 << 10};
+  AttentionCase c = {.name = "Cache", .batch = 2, .heads_q = 16, .heads_kv = 8, .seqlen_q = 4096, .seqlen_k = 4096};
+  c.d_qk = 128;
+  Dtypes dtypes = {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16};
+  const auto chosen = [&] {
+    return std::string(
+        cuda::plan_info(problem_from(make_desc(c, dtypes, ADAATTN_OUTPUT_LSE), Use::kAttention), device).kernel);
+  };
+  const auto causal = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_plain");
+  c.mask = causal;
+  EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_masked");
+  for (const int64_t descale_block : {64, 128, 192, 8192}) {
+    dtypes.descale_block = descale_block;
+    c.mask = ADAATTN_MASK_NONE;
+    EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_blocks");
+    c.mask = causal;
+    EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_maskedblocks");
+  }
+  // Wider queries, pages, keys worth splitting and other architectures: the portable kernels widen.
+  const auto portable = [&] { return chosen().substr(0, 12) == "sm80_forward"; };
+  AttentionCase few = c;
+  few.batch = 1;
+  few.heads_q = few.heads_kv = 4;
+  few.seqlen_q = 300;
+  std::swap(c, few);
+  EXPECT_TRUE(portable());
+  std::swap(c, few);
+  dtypes.q = ADAATTN_DTYPE_BF16;
+  EXPECT_TRUE(portable());
+  dtypes.q = ADAATTN_DTYPE_E4M3;
+  device.compute_capability = 89;
+  EXPECT_TRUE(portable());
+  device.compute_capability = 90;
+  c.layout_kv = ADAATTN_LAYOUT_PAGED;
+  c.page_size = 64;
+  EXPECT_TRUE(portable());
+}
+
 std::vector<const AttendKernel*> eight_bit_decode_rows() {
   std::vector<const AttendKernel*> list = rows({Phase::kDecode});
   std::erase_if(list, [](const AttendKernel* kernel) { return kernel->dtype != Dtype::kE4M3; });

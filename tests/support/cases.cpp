@@ -233,14 +233,14 @@ const std::vector<Dtypes>& e4m3_dtypes() {
   static const std::vector<Dtypes> list = [] {
     std::vector<Dtypes> all = e4m3_cache_dtypes();
     all.push_back({"e4m3", kE4M3, kE4M3, kBF16});
+    all.push_back({"e4m3_blocks", kE4M3, kE4M3, kF32, 64});
     return all;
   }();
   return list;
 }
 
 const std::vector<Dtypes>& e4m3_cache_dtypes() {
-  static const std::vector<Dtypes> list = {{"e4m3_blocks", kE4M3, kE4M3, kF32, 64},
-                                           {"bf16_kv_e4m3", kBF16, kE4M3, kBF16},
+  static const std::vector<Dtypes> list = {{"bf16_kv_e4m3", kBF16, kE4M3, kBF16},
                                            {"f16_kv_e4m3_blocks", kF16, kE4M3, kF16, 128}};
   return list;
 }

@@ -3,11 +3,17 @@
 
 #include <cuda_fp8.h>
 
+#include "attend/e4m3_features.h"
 #include "attend/launch.h"
 #include "attend/sm90/e4m3_kernel.cuh"
 #include "attend/sm90/e4m3_launch.h"
 
-namespace adaattn::cuda::sm90 {
+namespace adaattn::cuda {
+
+// As instances.def has them.
+inline constexpr uint32_t kBlocks = kDescaleBlocks, kMaskedblocks = kMasked | kDescaleBlocks;
+
+namespace sm90 {
 
 // T names the dtype of the inputs.
 template <typename T, int kDqk, int kDv, uint32_t kFeatures>
@@ -16,12 +22,13 @@ struct E4m3 {
                                             .d_v = kDv,
                                             .tile_n = 64,
                                             .groups = 3,
-                                            .masked = kFeatures != kPlain,
-                                            .dynamic = kFeatures != kPlain,
+                                            .masked = (kFeatures & kMasked) != 0,
+                                            .dynamic = (kFeatures & kMasked) != 0,
                                             .ordered = false,
                                             .k_stages = 4,
                                             .quick = true};
   static constexpr int kSums = 12, kKeep = 24, kRawStages = 3, kVStages = 4;
+  static constexpr bool kBlockFactors = (kFeatures & kDescaleBlocks) != 0;
   using Traits = E4m3Traits<E4m3>;
 
   static AttendKernel row(const char* name) {
@@ -35,7 +42,7 @@ struct E4m3 {
     k.dtype = Dtype::kE4M3;
     k.d_qk = kDqk;
     k.d_v = kDv;
-    k.features = kVarlen | kSink | kWideOutput | kRagged | (kConfig.masked ? kMasked : 0);
+    k.features = kVarlen | kSink | kWideOutput | kRagged | (kFeatures & (kMasked | kDescaleBlocks));
     k.tile_q = Traits::kM;
     k.tile_k = Traits::kN;
     k.ctas_per_sm = 1;
@@ -46,4 +53,5 @@ struct E4m3 {
   }
 };
 
-}  // namespace adaattn::cuda::sm90
+}  // namespace sm90
+}  // namespace adaattn::cuda

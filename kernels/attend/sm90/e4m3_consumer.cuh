@@ -19,6 +19,7 @@ class E4m3Consumer {
   static constexpr int kSums = Traits::kSums, kKeep = Traits::kKeep;
   static_assert(kKeep % kSums == 0);
   static constexpr int kD = Traits::kD, kOut = Traits::kOut;
+  static constexpr bool kBlockFactors = Traits::kBlockFactors;
   // Shift of a row without a key so far.
   static constexpr float kUnseen = -FLT_MAX / 4;
 
@@ -133,7 +134,11 @@ class E4m3Consumer {
     wgmma_fence();
     issue_scores();
     row_limits();
-    scale_ = args_.scale_log2 * descale(args_.p.q_descale) * descale(args_.p.k_descale);
+    if constexpr (kBlockFactors) {
+      read_factors();
+    } else {
+      scale_ = args_.scale_log2 * descale(args_.p.q_descale) * descale(args_.p.k_descale);
+    }
     shift_[0] = shift_[1] = kUnseen;
     row_sum_[0] = row_sum_[1] = 0;
     kept_factor_[0] = kept_factor_[1] = 1;
@@ -178,6 +183,7 @@ class E4m3Consumer {
     wgmma_fence();
     issue_scores();
     issue_out();
+    if constexpr (kBlockFactors) read_factors();
     wgmma_wait<0>();
     pin(scores_);
     pin(out_);
@@ -190,12 +196,13 @@ class E4m3Consumer {
       to_exponents(shift_);
       const bool rescales = largest_exponent() > kRoom;
       write_weights<0, kHead>();
-      if (__any_sync(~0u, rescales | !come | left_ == 0)) {
+      if (__any_sync(~0u, rescales | !come | left_ == 0 | changes_unit())) {
         if (__any_sync(~0u, rescales)) {
           raise_shift(shift_);
           rescale_out();
           write_weights<0, kHead>();
         }
+        change_unit();
         wait_for_next(n);
         keep_when_due(n);
       }
@@ -203,6 +210,7 @@ class E4m3Consumer {
     } else {
       masked_weights<kMask>(n);
       rescale_out();
+      change_unit();
       wait_for_next(n);
       keep_when_due(n);
     }
@@ -227,6 +235,12 @@ class E4m3Consumer {
     wgmma_wait<0>();
     pin(out_);
     add_sums();
+    if constexpr (kBlockFactors) {
+      unit_ = __shfl_sync(~0u, lane_ == 0 ? shared_.v_unit[v_at_.stage] : 0, 0);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        for (int step = 1; step <= 2; ++step) row_sum_[r] += __shfl_xor_sync(~0u, row_sum_[r], step);
+    }
     __syncwarp();
     leave(shared_.v_empty, v_at_);
   }
@@ -253,7 +267,14 @@ class E4m3Consumer {
 
   __device__ __forceinline__ void add_sums() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_sum_[r] += out_[kOut + 2 * r];
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (kBlockFactors) {
+        const float weight = line_weight(lane_);
+        row_sum_[r] = fmaf(out_[kOut + 2 * r], weight, fmaf(out_[kOut + 2 * r + 1], weight / 2, row_sum_[r]));
+      } else {
+        row_sum_[r] += out_[kOut + 2 * r];
+      }
+    }
   }
   __device__ __forceinline__ void clear_out() {
 #pragma unroll
@@ -262,8 +283,9 @@ class E4m3Consumer {
 
   // Scores become what weights are powers of 2 of, relative to `base`; in registers of its own it would be moved about.
   __device__ __forceinline__ void to_exponents(const float (&base)[2]) {
+    const float lead = kBlockFactors ? factors_.lead : 0, from[2] = {base[0] - lead, base[1] - lead};
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) scores_[i] = fmaf(scores_[i], scale_, -base[i / 2 % 2]);
+    for (int i = 0; i < kN / 2; ++i) scores_[i] = fmaf(scores_[i], scale_, -from[i / 2 % 2]);
   }
 
   // Of exponents above 0, as integers that order them: an instruction takes two of them.
@@ -311,6 +333,27 @@ class E4m3Consumer {
     for (int r = 0; r < 2; ++r) {
       row_sum_[r] *= rescale_[r];
       kept_factor_[r] *= rescale_[r];
+    }
+  }
+
+  // Of the block whose scores come next. Read by the lane that gives the buffer back.
+  __device__ __forceinline__ void read_factors() {
+    BlockFactors read{};
+    if (lane_ == 0) read = shared_.k_factors[k_at_.stage];
+    scale_ = __shfl_sync(~0u, read.scale, 0);
+    factors_.lead = __shfl_sync(~0u, read.lead, 0);
+    factors_.change = __shfl_sync(~0u, read.change, 0);
+  }
+
+  __device__ __forceinline__ bool changes_unit() const { return kBlockFactors && factors_.change != 1; }
+  // To that of the block of the present weights; row sums know no unit.
+  __device__ __forceinline__ void change_unit() {
+    if constexpr (kBlockFactors) {
+      if (!__any_sync(~0u, changes_unit())) return;
+#pragma unroll
+      for (int i = 0; i < kOut; ++i) out_[i] *= factors_.change;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) kept_factor_[r] *= factors_.change;
     }
   }
 
@@ -414,7 +457,7 @@ class E4m3Consumer {
   __device__ __forceinline__ void store() {
     const AttnParams& p = args_.p;
     const float sink = p.sinks != nullptr ? p.sinks[tile_.head * p.sinks_stride] * kLog2e : -INFINITY;
-    const float v_scale = descale(p.v_descale);
+    const float v_scale = kBlockFactors ? unit_ : descale(p.v_descale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = row_sum_[r], top = shift_[r] == kUnseen ? -INFINITY : shift_[r];
@@ -503,8 +546,11 @@ class E4m3Consumer {
   int free_begin_ = 0, free_end_ = 0;  // blocks [free_begin_, free_end_) need no mask
   int high_[2], low_[2];
   float scale_;  // from S to base-2 logits
+  BlockFactors factors_;
+  float unit_;
   float shift_[2], rescale_[2];
-  float row_sum_[2], kept_factor_[2];
+  float row_sum_[2];  // with factors for blocks of keys a lane's part of it until the last block
+  float kept_factor_[2];
   float scores_[kN / 2];
   uint32_t probabilities_[kWords], queries_[kD / 8];
   float out_[Traits::kPart];  // O and the row sums of P as it was rounded

@@ -40,12 +40,14 @@ __global__ void __launch_bounds__(E4m3Traits<Policy>::kThreads, 1)
     }
     init_e4m3_barriers(shared, Traits::kGroups);
   }
-  constexpr uint32_t kOnes = 0x38383838;  // e4m3
-  constexpr int kWords = 8 * kSlabKeys / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < Traits::kVStages * Traits::kSlabs * kWords; i += Traits::kThreads) {
-    const int slab = i / kWords % Traits::kSlabs, stage = i / (kWords * Traits::kSlabs);
-    uint8_t* const ones = shared.v[stage] + slab * Traits::kSlabBytes + Traits::kDv * kSlabKeys;
-    reinterpret_cast<uint4*>(ones)[i % kWords] = make_uint4(kOnes, kOnes, kOnes, kOnes);
+  if constexpr (!Traits::kBlockFactors) {
+    constexpr uint32_t kOnes = 0x38383838;  // e4m3
+    constexpr int kWords = 8 * kSlabKeys / 16;
+    for (int i = static_cast<int>(threadIdx.x); i < Traits::kVStages * Traits::kSlabs * kWords; i += Traits::kThreads) {
+      const int slab = i / kWords % Traits::kSlabs, stage = i / (kWords * Traits::kSlabs);
+      uint8_t* const ones = shared.v[stage] + slab * Traits::kSlabBytes + Traits::kDv * kSlabKeys;
+      reinterpret_cast<uint4*>(ones)[i % kWords] = make_uint4(kOnes, kOnes, kOnes, kOnes);
+    }
   }
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();

@@ -1,6 +1,9 @@
 // Compile-time shape of the kernels whose Q, K and V are e4m3: both products in 8 bits.
 #pragma once
 
+#include <type_traits>
+
+#include "attend/sm90/e4m3_factors.cuh"
 #include "attend/sm90/forward_traits.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -16,12 +19,14 @@ struct E4m3Traits {
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   static constexpr int kWidth = kD, kChunk = kD, kChunks = 1;  // a line of Q or K is one swizzle width
   static constexpr int kQBytes = kGroupRows * kD, kKBytes = kN * kD, kVBytes = kN * kDv;
-  // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
+  // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded. With factors for blocks of
+  // keys the lines hold the digits of what takes V's factor out of P.
   static constexpr int kLines = kDv + 8, kSlabs = kN / kSlabKeys, kSlabBytes = kSlabKeys * kLines;
   static constexpr int kKStages = kC.k_stages, kRawStages = Policy::kRawStages, kVStages = Policy::kVStages;
   static constexpr int kOut = kDv / 2, kPart = kLines / 2;  // accumulators of a thread
   // Blocks after which row sums leave the accumulators, and O.
   static constexpr int kSums = Policy::kSums, kKeep = Policy::kKeep;
+  static constexpr bool kBlockFactors = Policy::kBlockFactors;
   // The kernel is launched with 128 a thread: no more than 512 for the four warpgroups together, or setmaxnreg waits
   // for ever.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -31,7 +36,7 @@ struct E4m3Traits {
   static_assert(kGroups == 3 && kN % kSlabKeys == 0 && kN <= 256);
   static_assert(kD == 128 && (kDv == 64 || kDv == 128));
 
-  struct Shared {
+  struct Buffers {
     alignas(1024) uint8_t q[kGroups][kQBytes];
     alignas(1024) uint8_t k[kKStages][kKBytes];
     alignas(1024) uint8_t raw[kRawStages][kVBytes];
@@ -44,6 +49,12 @@ struct E4m3Traits {
     Tile tile[2];
     int raw_valid[kRawStages];  // keys of the block that exist; kNoMore: there is none
   };
+  struct BuffersAndFactors : Buffers {
+    BlockFactors k_factors[kKStages];
+    uint32_t raw_lines[kRawStages];                // as ValueFactors::lines
+    float raw_unit[kRawStages], v_unit[kVStages];  // as ValueFactors::unit
+  };
+  using Shared = std::conditional_t<kBlockFactors, BuffersAndFactors, Buffers>;
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
 
