@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attend/e4m3_features.h"
+#include "attend/short_features.h"
 #include "core/error.h"
 
 namespace adaattn::cuda {
@@ -15,6 +16,8 @@ constexpr int64_t kWidenedDecodeRows = 64;        // widening keys takes a prefi
 constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
 constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
+// Between these the Hopper kernel for short sequences wins.
+constexpr int64_t kShortKeys = 512, kLongKeys = 8192;
 
 const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -69,6 +72,24 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
   return found;
 }
 
+// The Hopper kernel for short sequences that could stand for `usual`. It was measured with causal masks alone, and an
+// adaptive plan's exact calls need a kernel with the blocks of its walk, for the same bits.
+const AttendKernel* short_kernel(const AttendKernel* usual, const Problem& problem, uint32_t features,
+                                 const DeviceTraits& device) {
+  if (usual == nullptr || usual->arch != 90 || problem.window_right != 0 || problem.window_left >= 0 ||
+      problem.adaptive.policy != decide::Policy::kExact)
+    return nullptr;
+  const AttendKernel* kernel = best(Phase::kForward, problem, features | kShort, device);
+  const bool same = kernel != nullptr && kernel->d_qk == usual->d_qk && kernel->d_v == usual->d_v;
+  return same ? kernel : nullptr;
+}
+
+int64_t tiles_of(const Problem& problem, const Extent& extent, const AttendKernel& kernel) {
+  const int64_t tiles = problem.layout_q == Layout::kTHD ? ceil_div(extent.total_q, kernel.tile_q)
+                                                         : extent.batch * ceil_div(extent.seqlen_q, kernel.tile_q);
+  return tiles * problem.heads_q;
+}
+
 const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uint32_t features,
                                const DeviceTraits& device) {
   const int64_t group = problem.heads_q / problem.heads_kv, seqlen_q = extent.seqlen_q;
@@ -97,7 +118,14 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
     const AttendKernel* kernel = best(Phase::kForward, problem, packed, device);
     if (kernel != nullptr && kernel->arch == 90) return kernel;
   }
-  return best(Phase::kForward, problem, features | (few(apart) ? kSplit : kPlain), device);
+  const AttendKernel* usual = best(Phase::kForward, problem, features | (few(apart) ? kSplit : kPlain), device);
+  if (extent.seqlen_k < kShortKeys || extent.seqlen_k >= kLongKeys) return usual;
+  // With many more keys than queries most blocks have no mask, and those of the other kernel are larger.
+  if (extent.seqlen_k > 2 * extent.seqlen_q) return usual;
+  const AttendKernel* kernel = short_kernel(usual, problem, features, device);
+  if (kernel == nullptr) return usual;
+  // Its tiles are larger: with fewer than two for each multiprocessor they end too unevenly.
+  return tiles_of(problem, extent, *kernel) >= 2 * device.multiprocessors ? kernel : usual;
 }
 
 // Smallest number of parts whose last wave is at least 85 % as full as the best choice's.
@@ -232,7 +260,9 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   // Rows of few tiles leave nothing to balance, but starting with the longest tile of every head would read all keys
   // and values at once and leave memory idle afterwards.
   constexpr int32_t kShortRows = 4;
-  if (launch.m_tiles <= kShortRows) launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(4, group));
+  const bool from_end = (kernel.features & kFromEnd) != 0;  // late tiles fill the gaps at the ends of small sections
+  if (from_end || launch.m_tiles <= kShortRows)
+    launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(from_end ? 16 : 4, group));
   return launch;
 }
 
@@ -264,7 +294,8 @@ std::vector<const AttendKernel*> candidates(const Problem& problem, const Device
       for (const uint32_t more : {uint32_t{kPlain}, uint32_t{kVarlen}, uint32_t{kSplit}}) {
         const Extent extent{problem.max_batch, seqlen_q, 0, problem.max_total_q};
         const AttendKernel* kernel = kernel_for(problem, extent, features_of(problem) | unaligned | more, device);
-        if (kernel != nullptr && std::find(found.begin(), found.end(), kernel) == found.end()) found.push_back(kernel);
+        for (const AttendKernel* row : {kernel, short_kernel(kernel, problem, features_of(problem) | more, device)})
+          if (row != nullptr && std::find(found.begin(), found.end(), row) == found.end()) found.push_back(row);
       }
   return found;
 }

@@ -1,6 +1,7 @@
 // Hopper forward kernels at the edges of their tiles, with split keys and grouped heads, against the oracle.
 #include <algorithm>
 
+#include "attend/short_features.h"
 #include "gpu/kernel_rows.h"
 
 namespace adaattn::test {
@@ -193,6 +194,86 @@ TEST_P(MaskedHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) { run_edge
 
 TEST_P(PlainHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) { run_edges(*GetParam(), plain_edge_cases()); }
 
+// Tiles are counted from a sequence's end: every number of warpgroups in its first tile, rows of its last warpgroup and
+// keys of its last block; sections that divide the heads and that do not.
+class ShortHopperKernels : public EveryKernel {};
+
+TEST_P(ShortHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
+  int section = 0;
+  for (AttentionCase c : masked_edge_cases()) {
+    c.d_qk = c.d_v = 128;
+    run_alone(*GetParam(), c, 3, 1 + section++ % 4);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(ShortHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
+  int section = 0;
+  for (const int64_t seqlen_q : {1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385, 577})
+    for (const int64_t more_keys : {0, 1, 63, -64, -65, 200}) {
+      if (seqlen_q + more_keys <= 0) continue;
+      AttentionCase c = edge_case();
+      c.heads_q = 6;
+      c.d_qk = section % 2 == 0 ? 128 : 104;
+      c.d_v = section % 3 == 0 ? 120 : 128;
+      c.seqlen_q = seqlen_q;
+      c.seqlen_k = seqlen_q + more_keys;
+      c.mask = section % 5 == 4 ? ADAATTN_MASK_CAUSAL_TOP_LEFT : ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+      run_alone(*GetParam(), c, section % 4 == 0 ? 132 : 5, 1 + section % 7);
+      ++section;
+      if (HasFailure()) return;
+    }
+}
+
+TEST_P(ShortHopperKernels, AgreeWithTheOracleOnPackedSequencesOfAnyLength) {
+  AttentionCase c = edge_case();
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  std::vector<int32_t> lens_q, lens_k;
+  for (const int len : {1, 64, 65, 0, 128, 129, 192, 193, 256, 320, 449, 3, 600}) {
+    lens_q.push_back(len);
+    lens_k.push_back(len);
+  }
+  run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 7, 1);
+  // Fewer and more keys, and none; more sequences than a warp has lanes.
+  for (int i = 0; i < 40; ++i) {
+    lens_q.push_back(37 * i % 261);
+    lens_k.push_back(53 * i % 311);
+  }
+  c.flags = ADAATTN_FLAG_SINK;
+  run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 7, 1);
+  c.mask = ADAATTN_MASK_CAUSAL_TOP_LEFT;
+  run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 132, 1);
+}
+
+// Groups, sequences whose keys are not all used, and scores near each other or far apart.
+TEST_P(ShortHopperKernels, AgreeWithTheOracleOnGroupsAndFarApartScores) {
+  AttentionCase c = {.name = "Groups", .batch = 3, .heads_q = 16, .heads_kv = 2, .seqlen_q = 1000, .seqlen_k = 1000};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  run_alone(*GetParam(), c, 132, 24);
+  run_alone(*GetParam(), c, 132, 48);
+  c.used_k = {1000, 517, 0};
+  c.flags = ADAATTN_FLAG_SINK;
+  run_alone(*GetParam(), c, 20, 16);
+  c.used_k.clear();
+  for (const double scale : {1e-3, 5.0}) {
+    c.input_scale = scale;
+    run_alone(*GetParam(), c, 132, 5);
+  }
+}
+
+// Tiles of one block among long ones, in every order.
+TEST_P(ShortHopperKernels, LaunchesGiveTheSameBitsInAnyOrderOfTiles) {
+  AttentionCase c = {.name = "Again", .batch = 3, .heads_q = 8, .heads_kv = 4, .seqlen_q = 450, .seqlen_k = 450};
+  c.d_qk = c.d_v = 128;
+  c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  run_alone(*GetParam(), c, 37, 8, 60);
+  c.seqlen_k = 60;  // most tiles have no keys
+  run_alone(*GetParam(), c, 5, 3, 20);
+  run_alone(*GetParam(), with_lengths(c, {64, 1, 450, 0, 193, 65}, {64, 1, 450, 9, 193, 65}), 11, 1, 20);
+}
+
 // Those that have, of some features, exactly the given ones.
 std::vector<const AttendKernel*> hopper_rows(uint32_t of, uint32_t features) {
   std::vector<const AttendKernel*> list = rows({Phase::kForward});
@@ -201,9 +282,11 @@ std::vector<const AttendKernel*> hopper_rows(uint32_t of, uint32_t features) {
   return list;
 }
 
-constexpr uint32_t kSplitOrMasked = cuda::kSplit | cuda::kMasked;
+constexpr uint32_t kSplitOrMasked = cuda::kSplit | cuda::kMasked | cuda::kShort;
 INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(hopper_rows(cuda::kSplit, cuda::kSplit)), kernel_name);
 INSTANTIATE_TEST_SUITE_P(Table, MaskedHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, cuda::kMasked)),
+                         kernel_name);
+INSTANTIATE_TEST_SUITE_P(Table, ShortHopperKernels, testing::ValuesIn(hopper_rows(cuda::kShort, cuda::kShort)),
                          kernel_name);
 INSTANTIATE_TEST_SUITE_P(Table, PlainHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, 0)), kernel_name);
 

@@ -18,18 +18,23 @@ using cuda::Phase;
 namespace {
 
 cuda::DeviceTraits traits_for(const AttendKernel& kernel, int multiprocessors) {
+  cuda::DeviceTraits traits = device_traits(multiprocessors);
+  if (kernel.arch < 90) traits.compute_capability = std::min(traits.compute_capability, 89);
+  return traits;
+}
+
+}  // namespace
+
+cuda::DeviceTraits device_traits(int multiprocessors) {
   cudaDeviceProp properties{};
   require(cudaGetDeviceProperties(&properties, 0));
   cuda::DeviceTraits traits;
-  const int actual = properties.major * 10 + properties.minor;
-  traits.compute_capability = kernel.arch < 90 ? std::min(actual, 89) : actual;
+  traits.compute_capability = properties.major * 10 + properties.minor;
   traits.multiprocessors = multiprocessors > 0 ? multiprocessors : properties.multiProcessorCount;
   traits.l2_bytes = properties.l2CacheSize;
   traits.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   return traits;
 }
-
-}  // namespace
 
 std::vector<const AttendKernel*> rows(std::initializer_list<Phase> phases) {
   std::vector<const AttendKernel*> list;
@@ -83,6 +88,48 @@ void run_row(const AttendKernel& kernel, const AttentionCase& c, int multiproces
     SCOPED_TRACE(dtypes.name);
     run_row(kernel, c, dtypes, multiprocessors);
     if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+void run_alone(const AttendKernel& kernel, const AttentionCase& c, int multiprocessors, int section, int again) {
+  for (const Dtypes& dtypes : dtypes_of(kernel)) {
+    SCOPED_TRACE(describe(c) + ", " + dtypes.name + ", multiprocessors " + std::to_string(multiprocessors) +
+                 ", section " + std::to_string(section));
+    AttentionData data(c, dtypes, run_seed(), ADAATTN_OUTPUT_LSE);
+    const Problem problem = problem_from(data.desc, Use::kAttention);
+    cuda::prepare_kernel(kernel);
+    data.poison_outputs();
+    data.upload(ADAATTN_DEVICE_CUDA);
+    const adaattn_io_t io = data.io(ADAATTN_DEVICE_CUDA);
+    const AttnParams params = attention_from(problem, io, {ADAATTN_DEVICE_CUDA, 0, nullptr}, {});
+    cuda::Launch launch{.kernel = &kernel, .section = section};
+    launch.m_tiles = static_cast<int32_t>((params.seqlen_q + kernel.tile_q - 1) / kernel.tile_q);
+    cuda::AttendArgs args = cuda::make_args(params, problem, launch, nullptr);
+    const DeviceMemory counters(2 * sizeof(uint32_t));
+    require(cudaMemset(counters.data(), 0, counters.bytes()));
+    args.scheduler = static_cast<uint32_t*>(counters.data());
+    args.multiprocessors = multiprocessors;
+    require(kernel.launch(args, nullptr));
+    require(cudaDeviceSynchronize());
+    data.download(ADAATTN_DEVICE_CUDA);
+    EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), Weights::kInputTypeOrF16));
+    uint32_t left[2] = {1, 1};
+    require(cudaMemcpy(left, counters.data(), sizeof left, cudaMemcpyDefault));
+    EXPECT_EQ(left[0], 0u);
+    EXPECT_EQ(left[1], 0u);
+    if (testing::Test::HasFailure()) return;
+    const std::vector<double> o = data.o.values(), lse = data.lse.values();
+    for (int i = 1; i <= again; ++i) {
+      args.section = 1 + (section + i) % static_cast<int>(c.batch * c.heads_q);
+      data.poison_outputs();
+      data.o.upload(ADAATTN_DEVICE_CUDA, 0);
+      data.lse.upload(ADAATTN_DEVICE_CUDA, 0);
+      require(kernel.launch(args, nullptr));
+      require(cudaDeviceSynchronize());
+      data.download(ADAATTN_DEVICE_CUDA);
+      ASSERT_EQ(data.o.values(), o) << "launch " << i;
+      ASSERT_EQ(data.lse.values(), lse) << "launch " << i;
+    }
   }
 }
 

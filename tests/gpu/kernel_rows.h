@@ -30,6 +30,14 @@ std::vector<Dtypes> dtypes_of(const cuda::AttendKernel& kernel);
 void run_row(const cuda::AttendKernel& kernel, const AttentionCase& c, const Dtypes& dtypes, int multiprocessors = 0);
 void run_row(const cuda::AttendKernel& kernel, const AttentionCase& c, int multiprocessors = 0);
 
+// Launched by itself, whatever the selector would say of the call: no split keys, heads apart. section: as
+// AttendArgs::section. again: so many more launches, in other sections, must give the same bits.
+void run_alone(const cuda::AttendKernel& kernel, const AttentionCase& c, int multiprocessors, int section,
+               int again = 0);
+
+// A device like this one, of so many multiprocessors; 0: as many as it has.
+cuda::DeviceTraits device_traits(int multiprocessors = 0);
+
 inline std::string kernel_name(const testing::TestParamInfo<const cuda::AttendKernel*>& info) {
   return info.param->name;
 }

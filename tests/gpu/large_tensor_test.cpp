@@ -195,6 +195,8 @@ std::vector<Large> large_cases() {
       {"sm90_forward_bf16_d128_plain", kBf16All, shape("Full", 4, 300, 128, kFull)},
       {"sm90_forward_bf16_d128_masked", kBf16All, shape("Causal", 4, 300, 128, kCausal)},
       {"sm90_forward_bf16_d128_masked", kBf16All, shape("Packed", 4, 300, 128, kCausal), true},
+      {"sm90_forward_bf16_d128_short", kBf16All, shape("Short", 4, 600, 128, kCausal)},
+      {"sm90_forward_f16_d128_short", kF16All, shape("PackedShort", 4, 700, 128, kCausal), true},
       {"sm90_forward_f16_d64_masked", kF16All, shape("HeadDim64", 4, 300, 64, kCausal)},
       {"sm90_forward_bf16_d256_softcap", kBf16All, softcap},
       {"sm80_forward_bf16_d128_extras", kBf16All, alibi},

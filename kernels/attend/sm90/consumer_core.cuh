@@ -80,13 +80,13 @@ class ConsumerCore {
 
   // Row limits: keys [low, high) of the thread's two rows, relative to the thread's first column.
   __device__ __forceinline__ void set_limits(int off, int len_k) {
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows;
+    const int first = first_row<Traits>(tile_) + group_ * kGroupRows;
     const int column = 2 * (lane_ % 4);
     if constexpr (kC.masked) {
       const int right = args_.window_right, left = args_.window_left;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int diagonal = position_of<Traits>(args_, first_row + warp_ * 16 + lane_ / 4 + 8 * r) + off;
+        const int diagonal = position_of<Traits>(args_, first + warp_ * 16 + lane_ / 4 + 8 * r) + off;
         high_[r] = (right >= 0 ? min(len_k, diagonal + right + 1) : len_k) - column;
         low_[r] = (left >= 0 ? diagonal - left : 0) - column;
       }
@@ -128,7 +128,7 @@ class ConsumerCore {
     wait_full(shared_.v_full, v_count_ + 1);
     wgmma_wait<0>();
     pin(out_);
-    release(&shared_.v_empty[v_count_ % kStages]);
+    release(&shared_.v_empty[v_count_ % Traits::kVStages]);
     finish_softmax<false>();
     ++v_count_;
   }
@@ -161,7 +161,7 @@ class ConsumerCore {
       for (int r = 0; r < 2; ++r) row_sum_[r] *= rescale_[r];
     }
     release_scores(k, last);
-    release(&shared_.v_empty[v_count_ % kStages]);
+    release(&shared_.v_empty[v_count_ % Traits::kVStages]);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) pack_column(j);
 #pragma unroll
@@ -216,12 +216,12 @@ class ConsumerCore {
     wait_full(shared_.v_full, v_count_);
     wgmma_wait<0>();
     pin(out_);
-    release(&shared_.v_empty[v_count_ % kStages]);
+    release(&shared_.v_empty[v_count_ % Traits::kVStages]);
     ++v_count_;
   }
 
   __device__ __forceinline__ void wait_full(uint64_t* barriers, uint32_t count) {
-    mbarrier_wait(&barriers[count % kStages], count / kStages & 1);
+    mbarrier_wait(&barriers[count % Traits::kVStages], count / Traits::kVStages & 1);
   }
 
   __device__ __forceinline__ void wait_k(uint32_t count) {
@@ -278,7 +278,7 @@ class ConsumerCore {
 
   __device__ __forceinline__ void issue_out(uint32_t count) {
     constexpr int kWidth = Traits::kWidthV;
-    const uint64_t v = Descriptor<kWidth>::mn_major(shared_address(shared_.v[count % kStages]), kN * kWidth);
+    const uint64_t v = Descriptor<kWidth>::mn_major(shared_address(shared_.v[count % Traits::kVStages]), kN * kWidth);
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) {
       Wgmma<T, Traits::kDv>::template rs<1>(out_, probabilities_[4 * i], probabilities_[4 * i + 1],
@@ -335,11 +335,14 @@ class ConsumerCore {
   // The other exponentials, P, the row sums (the thread's own part of them) and O at the new maximum.
   template <bool kFirst>
   __device__ __forceinline__ void finish_softmax() {
+    // In shares of eight the compiler keeps O in memory.
+    constexpr bool kRescaleBetween = !kC.rescale_early && Traits::kDv / 2 < 8 * kColumns;
+    if constexpr (!kFirst && !kC.rescale_early && !kRescaleBetween) rescale_out();
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       if (j >= kEarly) exponentiate(j);
       pack_column(j);
-      if constexpr (!kFirst && !kC.rescale_early) {
+      if constexpr (!kFirst && kRescaleBetween) {
         constexpr int kOut = Traits::kDv / 2;
 #pragma unroll
         for (int i = j * kOut / kColumns; i < (j + 1) * kOut / kColumns; ++i) out_[i] *= rescale_[i / 2 % 2];
@@ -408,7 +411,7 @@ class ConsumerCore {
   __device__ __forceinline__ void zero_v_tail(int valid) {
     constexpr int kWidth = Traits::kWidthV;
     const int lines = kN - valid, words = lines * (kWidth / 16);
-    uint8_t* v = shared_.v[v_count_ % kStages];
+    uint8_t* v = shared_.v[v_count_ % Traits::kVStages];
     for (int i = warp_ * 32 + lane_; i < words * Traits::kChunksV; i += kWarpgroup) {
       const int chunk = i / words, word = i - chunk * words;
       *reinterpret_cast<uint4*>(v + (chunk * kN + valid) * kWidth + word * 16) = make_uint4(0, 0, 0, 0);
@@ -419,7 +422,7 @@ class ConsumerCore {
 
   // Of the warp's first row in its sequence.
   __device__ __forceinline__ int warp_row(const Tile& tile) const {
-    return tile.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
+    return first_row<Traits>(tile) + group_ * kGroupRows + warp_ * 16;
   }
   __device__ __forceinline__ int warp_row() const { return warp_row(tile_); }
   __device__ __forceinline__ int row_of(int r) const { return warp_row() + lane_ / 4 + 8 * r; }
@@ -574,11 +577,14 @@ class ConsumerCore {
   // A tile without keys: O = 0, LSE that of the sink alone.
   __device__ __forceinline__ void store_empty() {
     const AttnParams& p = args_.p;
-    const int first_row = tile_.m_block * Traits::kM + group_ * kGroupRows + warp_ * 16;
-    const int rows = min(16, range_.len_q - first_row);
+    const int first = warp_row();
+    if constexpr (kC.from_end) {
+      if (first < 0) return;
+    }
+    const int rows = min(16, range_.len_q - first);
     T* o = static_cast<T*>(p.o.data) + tile_.batch * p.o.stride_b + tile_.head * p.o.stride_h;
     for (int i = 0; i < rows; ++i) {
-      const int64_t position = range_.q_start + first_row + i;
+      const int64_t position = range_.q_start + first + i;
       if (8 * lane_ < p.d_v)
         *reinterpret_cast<uint4*>(o + position * p.o.stride_s + 8 * lane_) = make_uint4(0, 0, 0, 0);
       if (p.lse.data != nullptr && lane_ == 0) {

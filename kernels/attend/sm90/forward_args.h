@@ -21,11 +21,13 @@ struct ForwardConfig {
   bool dynamic = false;         // tiles from a counter, longest first; otherwise a static stride over the grid
   bool ordered = true;          // warpgroups take turns in issuing matrix products
   int k_stages = 2;             // buffers of K: quick steps hold one until the vote
+  int v_stages = 2;             // buffers of V
   int early_columns = 0;        // of tile_n / 8 column groups, those whose exponentials run under the PV before
   bool quick = false;           // blocks without a mask take the maxima of earlier ones for granted
   bool load_ahead = false;      // a tile is announced and its first K loaded before the last V of the one before
   bool q_in_registers = false;  // Q is read once and stays in registers
   bool pass_unseen = false;     // a warpgroup passes by the blocks at a tile's end that only later rows see
+  bool from_end = false;        // tiles are counted from a sequence's last warpgroup; its first tile is the ragged one
   bool rescale_early = false;   // O is rescaled while QK runs instead of after PV
   bool split = false;           // parts of the keys, and the query heads of a group in the rows of one tile
 };
@@ -52,6 +54,10 @@ struct ForwardArgs {
   float* partial_o;    // [splits, partial_rows, d_v], as AttendArgs
   float* partial_lse;  // [splits, partial_rows]
   int64_t partial_rows;
+
+  // Of instances that count from the end, not packed: so many tiles, the shortest, of each of so many pairs, the last,
+  // are drawn after all others.
+  int32_t late_tiles, late_heads;
 };
 
 struct ForwardInstance {

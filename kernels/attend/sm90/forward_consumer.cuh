@@ -82,7 +82,7 @@ class Consumer : protected ForwardCore<Traits> {
   __device__ __forceinline__ void row_limits() {
     Core::set_limits(range_.off, range_.len_k);
     if constexpr (kC.masked) {
-      const int row = tile_.m_block * Traits::kM + group_ * kGroupRows;
+      const int row = first_row<Traits>(tile_) + group_ * kGroupRows;
       const int first = position_of<Traits>(args_, row), last = position_of<Traits>(args_, row + kGroupRows - 1);
       const int right = args_.window_right, left = args_.window_left;
       free_end_ = uniform(right >= 0 ? max(0, first + range_.off + right + 1) / kN : range_.n_max);
@@ -96,20 +96,20 @@ class Consumer : protected ForwardCore<Traits> {
   // Lets the blocks at the tile's end pass by that no row of this warpgroup sees; what remains ends at range_.n_max.
   // True: nothing remains, the rows are answered.
   __device__ __forceinline__ bool pass_unseen() {
-    const int first = tile_.m_block * Traits::kM + group_ * kGroupRows, right = args_.window_right;
+    const int first = first_row<Traits>(tile_) + group_ * kGroupRows, right = args_.window_right;
     int end = range_.n_max;
     if (right >= 0) {
       const int last = min(position_of<Traits>(args_, first + kGroupRows - 1), range_.len_q - 1);
       end = min(end, (max(0, last + range_.off + right + 1) + kN - 1) / kN);
     }
-    if (position_of<Traits>(args_, first) >= range_.len_q) end = 0;
+    if ((kC.from_end && first < 0) || position_of<Traits>(args_, first) >= range_.len_q) end = 0;
     end = uniform(max(end, range_.n_min));
     for (int n = range_.n_max; n > end; --n) {
       // The barriers count arrivals of one phase at a time: none before the block is there.
       Core::wait_k(v_count_);
       release(&shared_.k_empty[v_count_ % Traits::kKStages]);
       Core::wait_full(shared_.v_full, v_count_);
-      release(&shared_.v_empty[v_count_ % kStages]);
+      release(&shared_.v_empty[v_count_ % Traits::kVStages]);
       ++v_count_;
     }
     v_count_ = uniform(v_count_);

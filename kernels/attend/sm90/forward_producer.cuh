@@ -88,7 +88,7 @@ class Producer {
     for (int group = 0; group < Traits::kGroups; ++group) {
       mbarrier_wait(&shared_.q_empty[group], parity ^ 1);
       mbarrier_arrive_expect_tx(&shared_.q_full[group], Traits::kQBytes);
-      const int first = tile.m_block * Traits::kM + group * kGroupRows;
+      const int first = first_row<Traits>(tile) + group * kGroupRows;
       const int row = range.q_start + position_of<Traits>(args_, first);
       // Split instances read the heads of a group beside each other: the map's second dimension is the head.
       const int head = kC.split ? tile.head << args_.pack_shift : tile.head;
@@ -117,7 +117,7 @@ class Producer {
     ++k_count_;
   }
   __device__ __forceinline__ void load_v(const CUtensorMap& map, int row, int head, int batch) {
-    const int stage = v_count_ % kStages, parity = v_count_ / kStages & 1;
+    const int stage = v_count_ % Traits::kVStages, parity = v_count_ / Traits::kVStages & 1;
     mbarrier_wait(&shared_.v_empty[stage], parity ^ 1);
     mbarrier_arrive_expect_tx(&shared_.v_full[stage], Traits::kVBytes);
 #pragma unroll

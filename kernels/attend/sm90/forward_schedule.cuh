@@ -27,13 +27,25 @@ __device__ __forceinline__ int position_of(const ForwardArgs& args, int row) {
   return Traits::kC.split ? row >> args.pack_shift : row;
 }
 
+// The first row of a tile in its sequence; below 0 where the first tile of those that are counted from the end has less
+// than all of its warpgroups.
+template <class Traits>
+__device__ __forceinline__ int first_row(const Tile& tile) {
+  if constexpr (Traits::kC.from_end) {
+    return (tile.m_block - (Traits::kGroups - 1)) * kGroupRows;
+  } else {
+    return tile.m_block * Traits::kM;
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ TileRange tile_range(const ForwardArgs& args, const Tile& tile) {
   TileRange r = read_sequence(args, tile.batch);
   int first_key = 0, end_key = r.len_k;
   if constexpr (Traits::kC.masked) {
-    const int m_start = position_of<Traits>(args, tile.m_block * Traits::kM);
-    const int m_last = min(position_of<Traits>(args, (tile.m_block + 1) * Traits::kM - 1), r.len_q - 1);
+    const int first = first_row<Traits>(tile);
+    const int m_start = position_of<Traits>(args, Traits::kC.from_end ? max(0, first) : first);
+    const int m_last = min(position_of<Traits>(args, first + Traits::kM - 1), r.len_q - 1);
     if (args.window_right >= 0) end_key = min(end_key, max(0, m_last + r.off + args.window_right + 1));
     if (args.window_left >= 0) first_key = max(0, m_start + r.off - args.window_left);
   }
@@ -100,7 +112,9 @@ class TileScheduler {
     if (number >= args_.num_tiles / (Traits::kC.split ? args_.splits : 1)) return tile;
     const int heads = args_.heads_q;
     int row;  // batch * heads + head
-    if constexpr (Traits::kC.dynamic) {
+    if constexpr (Traits::kC.from_end) {
+      row = decode_from_end(number, tile);
+    } else if constexpr (Traits::kC.dynamic) {
       const int all = args_.batch * heads;
       const int per_section = args_.section_heads * args_.m_blocks;
       const int section = number / per_section, rest = number - section * per_section;
@@ -118,15 +132,38 @@ class TileScheduler {
     return tile;
   }
 
+  // Sections as above, but the late tiles of the last pairs, short ones, come after all others and fill the gaps that a
+  // section's end leaves: a last section of few pairs would end unevenly, and one of many does not stay in L2.
+  __device__ __forceinline__ int decode_from_end(int number, Tile& tile) {
+    const int all = args_.batch * args_.heads_q, before = all - args_.late_heads;
+    int tiles = args_.m_blocks, skipped = 0, section_heads = args_.section_heads, first_row = 0, end_row = before;
+    if (number >= before * tiles) {
+      number -= before * tiles;
+      first_row = before, end_row = all;
+      tiles -= args_.late_tiles;
+      if (number >= args_.late_heads * tiles) {
+        number -= args_.late_heads * tiles;
+        section_heads = args_.late_heads;
+        skipped = tiles;
+        tiles = args_.late_tiles;
+      }
+    }
+    const int section = number / (section_heads * tiles), rest = number - section * section_heads * tiles;
+    first_row += section * section_heads;
+    const int rows = min(section_heads, end_row - first_row), m_reversed = rest / rows;
+    tile.m_block = (args_.seqlen_q - 1) / kGroupRows - (m_reversed + skipped) * Traits::kGroups;
+    return first_row + rest - m_reversed * rows;
+  }
+
   // Lengths are known to the device only: 32 sequences at a time, a prefix sum of their tile counts. Numbers only grow,
   // so the walk continues where it stopped.
   __device__ __forceinline__ Tile decode_packed(int number) {
     const int heads = args_.heads_q, batches = args_.batch;
     for (; first_batch_ < batches; first_batch_ += 32) {
       const int b = first_batch_ + lane_;
-      int count = 0;
+      int count = 0, len_q = 0;
       if (b < batches) {
-        int len_q = read_sequence(args_, b).len_q;
+        len_q = read_sequence(args_, b).len_q;
         if constexpr (Traits::kC.split) len_q <<= args_.pack_shift;
         count = (len_q + Traits::kM - 1) / Traits::kM * heads;
       }
@@ -144,7 +181,11 @@ class TileScheduler {
         const int inside = rest - (__shfl_sync(~0u, end, owner) - tiles);
         Tile tile;
         const int m_reversed = inside / heads;
-        tile.m_block = tiles / heads - 1 - m_reversed;
+        if constexpr (Traits::kC.from_end) {
+          tile.m_block = (__shfl_sync(~0u, len_q, owner) - 1) / kGroupRows - m_reversed * Traits::kGroups;
+        } else {
+          tile.m_block = tiles / heads - 1 - m_reversed;
+        }
         tile.head = inside - m_reversed * heads;
         tile.batch = first_batch_ + owner;
         return tile;

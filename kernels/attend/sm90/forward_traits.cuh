@@ -10,7 +10,7 @@ namespace adaattn::cuda::sm90 {
 
 constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // wgmma's M
-constexpr int kStages = 2;      // of V, and of K unless a config says more
+constexpr int kStages = 2;      // of K and V unless a config says more
 
 // Named barriers, one per consumer warpgroup from these numbers on; 0 is __syncthreads.
 enum class NamedBarrier : int { kOrder = 1, kTailZeroed = 4, kQuantized = 7, kSquared = 10, kVote = 13 };
@@ -23,7 +23,7 @@ struct TileRange {
 };
 
 struct Tile {
-  int m_block = -1;  // -1: no more work
+  int m_block = -1;  // -1: no more work; counted from the end, the tile's last warpgroup of 64 rows
   int head = 0;
   int batch = 0;
   int split = 0;
@@ -36,7 +36,7 @@ struct ForwardTraits {
   static constexpr ForwardConfig kC = Policy::kConfig;
   static constexpr int kD = kC.d_qk, kDv = kC.d_v, kN = kC.tile_n, kGroups = kC.groups;
   static constexpr int kM = kGroupRows * kGroups;
-  static constexpr int kKStages = kC.k_stages;
+  static constexpr int kKStages = kC.k_stages, kVStages = kC.v_stages;
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   // Swizzle width in bytes, which is also the width of a column chunk.
   static constexpr int kWidth = kD % 64 == 0 ? 128 : 64, kWidthV = kDv % 64 == 0 ? 128 : 64;
@@ -54,16 +54,16 @@ struct ForwardTraits {
 
   // O leaves through shared memory where there is room for it beside the stages.
   static constexpr int kOutBytes = 16 * kDv * 2;  // of one warp
-  static constexpr int kRoom = 232448 - 1024 - kGroups * kQBytes - kKStages * kKBytes - kStages * kVBytes;
+  static constexpr int kRoom = 232448 - 1024 - kGroups * kQBytes - kKStages * kKBytes - kVStages * kVBytes;
   static constexpr bool kStagedOut = kGroups * 4 * kOutBytes <= kRoom;
 
   struct Shared {
     alignas(1024) uint8_t q[kGroups][kQBytes];
     alignas(1024) uint8_t k[kKStages][kKBytes];
-    alignas(1024) uint8_t v[kStages][kVBytes];
+    alignas(1024) uint8_t v[kVStages][kVBytes];
     alignas(1024) uint8_t out[kStagedOut ? kGroups : 1][kStagedOut ? 4 : 1][kStagedOut ? kOutBytes : 16];
     alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
-    uint64_t k_full[kKStages], k_empty[kKStages], v_full[kStages], v_empty[kStages];
+    uint64_t k_full[kKStages], k_empty[kKStages], v_full[kVStages], v_empty[kVStages];
     uint64_t tile_full[2], tile_empty[2];
     Tile tile[2];
   };

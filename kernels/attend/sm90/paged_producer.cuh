@@ -112,7 +112,7 @@ class PagedProducer : protected Producer<Traits> {
     ++k_count_;
   }
   __device__ __forceinline__ void load_v(const Place& place, int head) {
-    const int stage = v_count_ % kStages, parity = v_count_ / kStages & 1;
+    const int stage = v_count_ % Traits::kVStages, parity = v_count_ / Traits::kVStages & 1;
     load_box<Traits::kChunkV, Traits::kWidthV>(shared_.v[stage], args_.v_map, &shared_.v_full[stage],
                                                &shared_.v_empty[stage], parity, place, head * args_.v_head_step,
                                                args_.v_batch_step);

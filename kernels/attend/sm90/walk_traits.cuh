@@ -92,7 +92,7 @@ struct WalkTraits : ForwardTraits<T, Policy> {
     alignas(8) uint64_t basis_full, basis_empty;
     uint64_t draw;  // the producer is about to load the last key tile of the one in work
   };
-  static_assert(Base::kN == decide::kTileK && Base::kM == decide::kTileQ && kStages == 2);
+  static_assert(Base::kN == decide::kTileK && Base::kM == decide::kTileQ && Base::kVStages == kStages);
   static_assert(!kFar || Base::kKStages == kStages, "a block of centroids takes two buffers of K");
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
