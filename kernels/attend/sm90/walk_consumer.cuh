@@ -70,8 +70,12 @@ class WalkConsumer : ConsumerCore<Traits> {
       // Registers are short in the loops.
       if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
     }
-    release(&shared_.tile_empty[slot]);
     ++tile_count_;
+  }
+  // Lets go of the slot of a tile that has keys. An arrival overtakes reads on their way: this one is made to depend on
+  // the range, begin_taken() has branched on the other words.
+  __device__ __forceinline__ void release_slot() {
+    if (lane_ == 0 && taken_range_.y > 0) mbarrier_arrive(&shared_.tile_empty[(tile_count_ + 1) % 2]);
   }
   // Goes on to it. False: no more.
   __device__ __forceinline__ bool begin_taken() {
@@ -86,6 +90,7 @@ class WalkConsumer : ConsumerCore<Traits> {
     full_begin_ = uniform(taken_range_.z);
     full_end_ = uniform(taken_range_.w);
     kept_ = uniform(taken_.w);
+    release_slot();
     return true;
   }
 
