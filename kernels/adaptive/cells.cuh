@@ -113,12 +113,12 @@ class Cells {
   }
 
  private:
-  // The lane's quarter.
+  // The lane's quarter: 16 bytes of each 64, so that a load takes whole sectors.
   static __device__ __forceinline__ void read_block(const int8_t* block, uint32_t (&words)[kWords]) {
-    const auto* from = reinterpret_cast<const uint4*>(block + threadIdx.x % 4 * (kDim / 4));
+    const auto* from = reinterpret_cast<const uint4*>(block) + threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 x = __ldg(from + i);
+      const uint4 x = __ldg(from + 4 * i);
       words[4 * i] = x.x;
       words[4 * i + 1] = x.y;
       words[4 * i + 2] = x.z;
@@ -135,9 +135,13 @@ class Cells {
   bool exists_[kProducts][2];
 };
 
-// Shared memory of the kernels below: masses and peaks of the tiles; for levels sums of the sorted masses, for shares
-// bits of the key tiles with needles; and for those that keep them the scores of the cells: each lane finds there what
-// it left.
+// Where shares decide, what a tile's peak says stands in its mass: the masses of a query tile add up to 4 * 2^20 and
+// their roundings.
+constexpr uint32_t kKeptByPeak = 1u << 31;
+
+// Shared memory of the kernels below: masses of the tiles; for levels their peaks and sums of the sorted masses, for
+// shares bits of the key tiles with needles; and for those that keep them the scores of the cells: each lane finds
+// there what it left.
 template <int kTiles>
 struct Space {
   float4* scores;
@@ -149,7 +153,8 @@ struct Space {
     scores = dynamic;
     mass = reinterpret_cast<uint32_t*>(dynamic + (stored ? score_slots(s) : 0));
     peak = mass + kTiles * tiles;
-    sorted = found = peak + kTiles * tiles;
+    sorted = peak + kTiles * tiles;
+    found = peak;
   }
   static ADAATTN_HD int padded_tiles(const TableShape& s) {
     int count = 128;  // as levels.cuh sorts them
@@ -160,15 +165,17 @@ struct Space {
   static ADAATTN_HD int score_slots(const TableShape& s) { return (s.key_tiles / 2 + 1) * ((kTiles + 3) / 4) * 32; }
   static size_t bytes(const TableShape& s, bool stored, bool shares) {
     return sizeof(uint32_t) * size_t{kTiles} *
-               static_cast<size_t>(2 * s.key_tiles + (shares ? 2 * s.mask_words : padded_tiles(s))) +
+               static_cast<size_t>(s.key_tiles + (shares ? 2 * s.mask_words : s.key_tiles + padded_tiles(s))) +
            (stored ? sizeof(float4) * static_cast<size_t>(score_slots(s)) : 0);
   }
 };
 
 // Masses and peaks of a pair of key tiles from the masses of their cells, which a lane has of rows lane / 4 and 8 more.
-template <int kTiles>
+// kShares: with kKeptByPeak from keep_peak on in place of the peak.
+template <bool kShares = false, int kTiles>
 __device__ __forceinline__ void weigh_pair(int m, int pair, const uint32_t (&cells)[2][2],
-                                           const decide::CellRow (&rows)[2], const Space<kTiles>& space) {
+                                           const decide::CellRow (&rows)[2], const Space<kTiles>& space,
+                                           uint32_t keep_peak = 0) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -184,15 +191,19 @@ __device__ __forceinline__ void weigh_pair(int m, int pair, const uint32_t (&cel
     }
     const int query = 4 * m + 2 * r + lane / 16, tile = 2 * pair + lane % 4 / 2;
     if (lane / 4 % 4 != 0 || lane % 2 != 0 || query >= kTiles || tile >= space.tiles) continue;
-    space.mass[query * space.tiles + tile] = mass;
-    space.peak[query * space.tiles + tile] = peak;
+    if constexpr (kShares) {
+      space.mass[query * space.tiles + tile] = mass | (keep_peak != 0 && peak >= keep_peak ? kKeptByPeak : 0u);
+    } else {
+      space.mass[query * space.tiles + tile] = mass;
+      space.peak[query * space.tiles + tile] = peak;
+    }
   }
 }
 
 // Those of the key tiles [begin, end) for all query tiles from the rows' tops and sums.
-template <int kTiles, int kDim>
+template <bool kShares = false, int kTiles, int kDim>
 __device__ __forceinline__ void weigh_tiles(const Cells<kTiles, kDim>& cells, const decide::CellRow (*rows)[2],
-                                            int begin, int end, const Space<kTiles>& space) {
+                                            int begin, int end, const Space<kTiles>& space, uint32_t keep_peak = 0) {
   cells.each(begin, end, [&](int m, int pair, const float(&scores)[2][2], const int(&keys)[2]) {
     uint32_t mass[2][2];
 #pragma unroll
@@ -200,7 +211,7 @@ __device__ __forceinline__ void weigh_tiles(const Cells<kTiles, kDim>& cells, co
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         mass[r][i] = keys[i] > 0 && cells.exists(m, r) ? decide::integer_mass(scores[r][i], rows[m][r].top) : 0;
-    weigh_pair(m, pair, mass, rows[m], space);
+    weigh_pair<kShares>(m, pair, mass, rows[m], space, keep_peak);
   });
 }
 
@@ -255,7 +266,7 @@ void with_levels_shape(const AnalyzeArgs& args, int query_tiles, const Take& tak
     const int64_t ctas = args.p.batch * s.heads_q * ((query_tiles + 7) / 8);
     using Eight = CellsShape<8, 128, true, true>;
     if (ctas >= 2 * args.multiprocessors && Eight::bytes(s) <= kHalf) return take(Eight{});
-    constexpr size_t kThird = size_t{68} << 10;
+    constexpr size_t kThird = size_t{71} << 10;  // beside what is not dynamic
     if (CellsShape<4, 128, true, true>::bytes(s) > kThird)
       return of_dim(CellsShape<4, 128, true, true, 2>{}, CellsShape<8, 128, false, true>{},
                     CellsShape<2, 128, false, true>{});

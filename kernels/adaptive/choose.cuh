@@ -13,6 +13,7 @@ constexpr int kPiece = 64;  // heads that choose together; the host's groups are
 // The sums of a unit's query heads as the choice reads them; leaves zeros, but for what is dropped.
 __device__ __forceinline__ void take_sums(const AnalyzeArgs& args, int64_t first_head) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int64_t head = first_head + threadIdx.x / 32; head < first_head + args.shape.group; head += kDecideWarps) {
     HeadSums& sums = args.tables.head_sums[head];
     decide::HeadLevels& levels = args.tables.head_levels[head];
@@ -25,9 +26,8 @@ __device__ __forceinline__ void take_sums(const AnalyzeArgs& args, int64_t first
     const unsigned long long query_tiles = __ldcg(&sums.query_tiles);
     levels.query_tiles = query_tiles;
     levels.tiles = __ldcg(&sums.tiles);
-    const double entropy = static_cast<double>(__ldcg(&sums.entropy)) / kEntropyUnit;
-    args.tables.head_entropy[head] =
-        query_tiles > 0 ? static_cast<float>(entropy / static_cast<double>(query_tiles)) : 0.0f;
+    const float entropy = static_cast<float>(__ldcg(&sums.entropy)) * static_cast<float>(1 / kEntropyUnit);
+    args.tables.head_entropy[head] = query_tiles > 0 ? entropy / static_cast<float>(query_tiles) : 0.0f;
     sums.query_tiles = sums.tiles = sums.entropy = 0;
   }
 }
@@ -51,17 +51,18 @@ __device__ __forceinline__ UnitStats unit_stats(const AnalyzeArgs& args, int uni
   between = warp_sum(between);
   captured = warp_sum(captured);
   finite = __all_sync(kAll, finite);
+  // Sums in double, quotients of them in single precision: those in double are code that runs but once.
   UnitStats u;
-  const double total = within + between;
-  u.v_spread = len_k > 0 ? static_cast<float>(sqrt(total / static_cast<double>(len_k))) : 0.0f;
-  u.usable = usable && finite && u.v_spread > 0;
+  const auto total = static_cast<float>(within + between);
+  u.v_spread = len_k > 0 ? sqrtf(total / static_cast<float>(len_k)) : 0.0f;
+  u.usable = usable && finite && u.v_spread > 0 && isfinite(total);
   u.rank_class = u.usable ? rank_class : 0;
   if (u.usable) {
-    u.errors.far_spread = static_cast<float>(sqrt(within / total));
-    u.errors.drop_spread = static_cast<float>(sqrt(between / total));
+    u.errors.far_spread = sqrtf(static_cast<float>(within) / total);
+    u.errors.drop_spread = sqrtf(static_cast<float>(between) / total);
   }
   if (u.rank_class > 0) {
-    u.rank_energy = static_cast<float>(fmin(1.0, captured / total));
+    u.rank_energy = fminf(1.0f, static_cast<float>(captured) / total);
     u.errors.rank_allowed[u.rank_class] = true;
     u.errors.rank_error[u.rank_class] = sqrtf(1.0f - u.rank_energy);
   }
@@ -133,8 +134,11 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   HeadChoice* const frozen = args.state.frozen != nullptr ? args.state.frozen + heads : nullptr;
   const bool chosen_before = frozen != nullptr && args.state.chosen[unit] != 0;
   bool all_dense = true;
+  // Code that runs once takes as long to fetch as to run: loops stay short.
+#pragma unroll 1
   for (int first = 0; first < s.group; first += kPiece) {
     const int members = min(kPiece, s.group - first);
+#pragma unroll 1
     for (int i = warp; i < members; i += kDecideWarps) {
       HeadChoice choice;
       const bool found = best_of(first + i, &choice);
@@ -146,6 +150,7 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
     if (threadIdx.x == 0) {
       float dense_cost = 0, cost[2] = {0.0f, static_cast<float>(tiles_k) * args.costs.rank_setup};
       bool feasible[2] = {true, stats.rank_class > 0};
+#pragma unroll 1
       for (int i = 0; i < members; ++i) {
         dense_cost += static_cast<float>(t.head_levels[heads + first + i].tiles);
         for (int h = 0; h < 2; ++h) {

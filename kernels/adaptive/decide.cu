@@ -246,11 +246,11 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
         for (int m = 0; m < Block::kProducts; ++m) {
           const uint4 x = *reinterpret_cast<const uint4*>(own(m, pair));
           const uint32_t mass[2][2] = {{x.x, x.y}, {x.z, x.w}};
-          weigh_pair(m, pair, mass, rows[m], space);
+          weigh_pair<kShares>(m, pair, mass, rows[m], space, args.keep_peak);
         }
       }
     } else {
-      weigh_tiles<kTiles, kDim>(cells, rows, begin, end, space);
+      weigh_tiles<kShares>(cells, rows, begin, end, space, args.keep_peak);
     }
     __syncthreads();
     if (found != nullptr && full_begin < full_end) {
@@ -270,7 +270,6 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
     const int64_t at = index + warp, in_space = int64_t{warp} * space.tiles + q.row.begin;
     const int rows = min(decide::kTileQ, static_cast<int>(seq.len_q) - (first + warp) * decide::kTileQ);
     const uint32_t* const mass = space.mass + in_space;
-    const uint32_t* const peak = space.peak + in_space;
     if constexpr (kShares) {
       const bool all = s.wave_tiles == s.query_tiles;
       const int64_t item = int64_t{head_index} * s.wave_tiles + in_wave + warp;
@@ -284,11 +283,11 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
         to.kept = args.tables.kept + item;
         to.shares = args.tables.shares != nullptr ? args.tables.shares + item * s.key_tiles : nullptr;
       }
-      measure_shares(mass, peak, args.keep_peak, found != nullptr ? found + warp * 2 * s.mask_words : nullptr,
-                     q.visible, q.row, rows, usable[warp] != 0, s.mask_words, to);
+      measure_shares(mass, found != nullptr ? found + warp * 2 * s.mask_words : nullptr, q.visible, q.row, rows,
+                     usable[warp] != 0, s.mask_words, to);
     } else {
-      measure_levels(mass, peak, args.keep_peak, space.sorted + warp * space.padded, q.visible, q.row, rows,
-                     usable[warp] != 0, args.tables.levels + at,
+      measure_levels(mass, space.peak + in_space, args.keep_peak, space.sorted + warp * space.padded, q.visible, q.row,
+                     rows, usable[warp] != 0, args.tables.levels + at,
                      args.tables.codes != nullptr ? args.tables.codes + at * s.key_tiles : nullptr,
                      args.tables.head_sums + head_index);
     }

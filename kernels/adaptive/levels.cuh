@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adaptive/analyze.h"
+#include "adaptive/cells.cuh"
 #include "common/ptx.cuh"
 #include "decide/cells.h"
 
@@ -97,6 +98,13 @@ __device__ __forceinline__ uint16_t share_bits(float share) {
   return static_cast<uint16_t>(fminf(fmaf(share, 65536.0f, 0.5f), 65535.0f));
 }
 
+// floor(2^16 part / total), part <= total < 2^24: a quotient in single precision is off by less than 1.
+__device__ __forceinline__ uint32_t share_of(uint32_t part, uint32_t total) {
+  const auto near = static_cast<uint32_t>(__fdividef(static_cast<float>(part), static_cast<float>(total)) * 65536.0f);
+  const int64_t rest = (int64_t{part} << 16) - static_cast<int64_t>(uint64_t{near} * total);
+  return near + (rest >= int64_t{total} ? 1 : 0) - (rest < 0 ? 1 : 0);
+}
+
 // Over the lanes: of the masses, the keys of a tile counted as equal, over that of `visible` equal keys.
 __device__ __forceinline__ float relative_entropy(float entropy, float visible) {
 #pragma unroll
@@ -138,8 +146,9 @@ __device__ __forceinline__ void put_levels(const decide::TileRow& row, int rows,
 }
 
 // What a query tile keeps where shares decide: decide::measure_cells with the first mass level alone, by one warp.
-// mass, peak: of the tiles from row.begin on; found: bits of all key tiles, which keep them, or null. mask, kept: where
-// the schedule has them, or null; shares: of the tiles from row.begin on, or null. levels, head: as below, or null.
+// mass: of the tiles from row.begin on, with kKeptByPeak; found: bits of all key tiles, which keep them, or null. mask,
+// kept: where the schedule has them, or null; shares: of the tiles from row.begin on, or null. levels, head: as below,
+// or null.
 struct ShareTargets {
   decide::TileLevels* levels;
   HeadSums* head;
@@ -147,9 +156,9 @@ struct ShareTargets {
   int32_t* kept;
   uint16_t* shares;
 };
-__device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint32_t* peak, uint32_t keep_peak,
-                                               const uint32_t* found, float visible, const decide::TileRow& row,
-                                               int rows, bool usable, int mask_words, const ShareTargets& to) {
+__device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint32_t* found, float visible,
+                                               const decide::TileRow& row, int rows, bool usable, int mask_words,
+                                               const ShareTargets& to) {
   using namespace decide;
   const int lane = static_cast<int>(threadIdx.x) % 32, tiles = row.end - row.begin;
   uint32_t threshold = 0, total = 0;
@@ -159,22 +168,29 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
     uint32_t first[kEach];  // as many in registers, the others are read every time
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      first[i] = lane + 32 * i < tiles ? mass[lane + 32 * i] : 0;
+      first[i] = lane + 32 * i < tiles ? mass[lane + 32 * i] & ~kKeptByPeak : 0;
       total += first[i];
     }
-    for (int b = lane + 32 * kEach; b < tiles; b += 32) total += mass[b];
+    for (int b = lane + 32 * kEach; b < tiles; b += 32) total += mass[b] & ~kKeptByPeak;
     total = __reduce_add_sync(kAll, total);
     const auto wanted = static_cast<uint32_t>((uint64_t{total} * level_mass(0) + 65535u) >> 16);
-    // The masses of a query tile add up to 4 * 2^20 and their roundings, which bounds each of them.
+    // The masses of a query tile add up to 4 * 2^20 and their roundings, which bounds each of them. Two bits at a time:
+    // of the sums from their three values on, the more reach what is wanted the smaller the value.
 #pragma unroll 1
-    for (uint32_t bit = 1u << 22; bit > 0; bit >>= 1) {
-      const uint32_t x = threshold | bit;
-      uint32_t sum = 0;
+    for (int shift = 22; shift >= 0; shift -= 2) {
+      uint32_t sums[3] = {};
+      const auto add = [&](uint32_t m) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) sum += first[i] >= x ? first[i] : 0;
-#pragma unroll 4
-      for (int b = lane + 32 * kEach; b < tiles; b += 32) sum += mass[b] >= x ? mass[b] : 0;
-      if (__reduce_add_sync(kAll, sum) >= wanted) threshold = x;
+        for (uint32_t j = 0; j < 3; ++j) sums[j] += m >= (threshold | (j + 1) << shift) ? m : 0;
+      };
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) add(first[i]);
+#pragma unroll 2
+      for (int b = lane + 32 * kEach; b < tiles; b += 32) add(mass[b] & ~kKeptByPeak);
+      uint32_t reached = 0;
+#pragma unroll
+      for (const uint32_t sum : sums) reached += __reduce_add_sync(kAll, sum) >= wanted ? 1 : 0;
+      threshold |= reached << shift;
     }
   }
   uint32_t kept = 0, dropped = 0;
@@ -185,9 +201,9 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
     const int tile = 32 * word + lane, b = tile - row.begin;
     bool keep = false;
     if (measured && tile >= row.begin && tile < row.end) {
-      const uint32_t m = mass[b];
-      keep = m >= threshold || is_forced(row, tile) || (keep_peak != 0 && peak[b] >= keep_peak) ||
-             (found != nullptr && (found[word] >> lane & 1) != 0);
+      const uint32_t marked = mass[b], m = marked & ~kKeptByPeak;
+      keep =
+          m >= threshold || is_forced(row, tile) || marked != m || (found != nullptr && (found[word] >> lane & 1) != 0);
       dropped += keep ? 0 : m;
       const float share = static_cast<float>(m) * inverse;
       entropy -= m == 0 ? 0.0f : share * __log2f(share);
@@ -201,7 +217,7 @@ __device__ __forceinline__ void measure_shares(const uint32_t* mass, const uint3
   if (to.levels == nullptr) return;
   if (measured) {
     dropped = __reduce_add_sync(kAll, dropped);
-    dropped = static_cast<uint32_t>((uint64_t{dropped} << 16) / total);
+    dropped = share_of(dropped, total);
     entropy = relative_entropy(entropy, visible);
   }
   // From the second level on all is kept.

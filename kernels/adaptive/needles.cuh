@@ -41,7 +41,7 @@ class NeedleSearch {
     const int64_t row0 = ((int64_t{b} * s.heads_q + head) * s.query_tiles + first) * decide::kNeedleRowsOfTile;
     const int64_t cell0 = (int64_t{b} * s.heads_kv + head / s.group) * key_cells_of_unit(s);
     keys_ = reinterpret_cast<const uint4*>(args.tables.needle_keys +
-                                           (cell0 * decide::kNeedlesOfCell + lane / 4) * kDim + lane % 4 * (kDim / 4));
+                                           (cell0 * decide::kNeedlesOfCell + lane / 4) * kDim + lane % 4 * 16);
     // Of columns 2 (lane % 4) and the next.
     key_scales_ = args.tables.needle_key_scales + cell0 + lane % 4 * 2 / decide::kNeedlesOfCell;
 #pragma unroll
@@ -53,10 +53,10 @@ class NeedleSearch {
         // Rows without a limit need no bytes either: those beyond the last tile.
         const bool there = limit_[m][r] != INFINITY;
         const auto* from =
-            reinterpret_cast<const uint4*>(args.tables.needle_queries + (row0 + row) * kDim + lane % 4 * (kDim / 4));
+            reinterpret_cast<const uint4*>(args.tables.needle_queries + (row0 + row) * kDim + lane % 4 * 16);
 #pragma unroll
         for (int i = 0; i < kWords / 4; ++i) {
-          const uint4 x = there ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+          const uint4 x = there ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
           a_[m][2 * i][r] = x.x;
           a_[m][2 * i][2 + r] = x.y;
           a_[m][2 * i + 1][r] = x.z;
@@ -119,7 +119,7 @@ class NeedleSearch {
     if (block >= last) return;
     const uint4* const from = keys_ + int64_t{block} * (8 * kDim / 16);
 #pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) to.words[i] = __ldg(from + i);
+    for (int i = 0; i < kWords / 4; ++i) to.words[i] = __ldg(from + 4 * i);
     to.scale = __ldg(key_scales_ + int64_t{block} * kCellsOfBlock);
   }
 

@@ -14,7 +14,8 @@ constexpr int kThreads = kDecideThreads;
 constexpr int kCodeThreads = 1024;  // ordering a section is a chain of latencies: the fewer items a thread, the better
 
 __device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
-  const int bucket = static_cast<int>(int64_t{kept} * kWorkBuckets / (key_tiles + 1));
+  const int bucket =
+      static_cast<int>(static_cast<uint32_t>(kept) * kWorkBuckets / static_cast<uint32_t>(key_tiles + 1));
   return kWorkBuckets - 1 - bucket;  // most work first
 }
 
@@ -31,51 +32,65 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
   return static_cast<int>(max(int64_t{0}, min(tiles, static_cast<int64_t>(args.shape.wave_tiles))));
 }
 
-// One CTA appends a section's items to the lists: a counting sort by the tiles they keep.
+// One CTA appends a section's items to the lists: a counting sort by the tiles they keep. rehearses: of a few items
+// that are none, whatever their numbers, and leaves nothing: so that the code is there when it is needed.
 template <int kThreads>
-__device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section) {
+__device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section,
+                                              bool rehearses) {
   using decide::kRankClasses;
-  constexpr int kEach = 4;           // items of a thread whose reads are on their way together
-  constexpr int kRemembered = 8192;  // items whose place is read but once
+  constexpr int kEach = 2;               // items of a thread whose reads are on their way together
+  constexpr int kRemembered = 8192;      // items whose place is read but once
+  constexpr uint16_t kNowhere = 0xffff;  // of an item that there is not
   __shared__ uint32_t start[kRankClasses][kWorkBuckets], base[kRankClasses], before[kRankClasses];
   __shared__ uint16_t places[kRemembered];  // rank class and bucket
   const TableShape& s = args.shape;
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, thread = threadIdx.x;
-  const int first = section * units * s.group, last = min(first + units * s.group, heads);
+  const int first = rehearses ? 0 : section * units * s.group,
+            last = rehearses ? 1 : min(first + units * s.group, heads);
+  // What no grid writes or reads any more stands for what is not there yet: 8 KB at least.
+  const void* const numbers = args.tables.sample_sums;
+  const auto* const choices = rehearses ? static_cast<const decide::HeadChoice*>(numbers) : args.tables.choice;
+  const auto* const ranges = rehearses ? static_cast<const decide::TileRow*>(numbers) : args.tables.tile_range;
+  const auto* const kept_tiles = rehearses ? static_cast<const int32_t*>(numbers) : args.tables.kept;
+  const auto* const levels = rehearses ? static_cast<const decide::TileLevels*>(numbers) : args.tables.levels;
+  const uint32_t level_mask = rehearses ? 7u : ~0u, place_mask = rehearses ? kWorkBuckets - 1 : ~0u;
   for (int i = thread; i < kRankClasses * kWorkBuckets; i += kThreads) start[i / kWorkBuckets][i % kWorkBuckets] = 0;
   if (thread < kRankClasses) base[thread] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int head = thread; head < first; head += kThreads)
-    atomicAdd(&base[args.tables.choice[head].rank_class],
-              static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
+    atomicAdd(&base[choices[head].rank_class], static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
   const auto place_of = [&](int head, int in_wave) {
-    const decide::HeadChoice& choice = args.tables.choice[head];
+    const decide::HeadChoice& choice = choices[head];
     const int64_t index = int64_t{head} * s.query_tiles + first_tile + in_wave;
-    const decide::TileRow row = args.tables.tile_range[index];
+    const decide::TileRow row = ranges[index];
     int kept = row.end - row.begin;
     if (s.by_shares && !keeps_all(choice))
-      kept = args.tables.kept[int64_t{head} * s.wave_tiles + in_wave];
+      kept = kept_tiles[int64_t{head} * s.wave_tiles + in_wave];
     else if (!s.by_shares && !choice.dense)
-      kept = static_cast<int>(args.tables.levels[index].kept[choice.level]);
-    return static_cast<uint16_t>(choice.rank_class * kWorkBuckets + bucket_of(kept, s.key_tiles));
+      kept = static_cast<int>(levels[index].kept[static_cast<uint32_t>(choice.level) & level_mask]);
+    return static_cast<uint16_t>(
+        static_cast<uint32_t>(choice.rank_class * kWorkBuckets + bucket_of(kept, s.key_tiles)) & place_mask);
   };
-  const int items = (last - first) * s.wave_tiles;
-  const auto exists = [&](int i) {
-    return i < items && i % s.wave_tiles < wave_items(args, (first + i / s.wave_tiles) / s.heads_q, first_tile);
+  const int items = rehearses ? min(32, s.wave_tiles) : (last - first) * s.wave_tiles;
+  // Item i of the section is number first * wave_tiles + i of all.
+  const auto place_of_item = [&](int i) {
+    const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
+    return in_wave < wave_items(args, head / s.heads_q, first_tile) ? place_of(head, in_wave) : kNowhere;
   };
+#pragma unroll 1
   for (int from = thread; from < items; from += kEach * kThreads) {
     uint16_t place[kEach];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int i = from + j * kThreads;
-      if (exists(i)) place[j] = place_of(first + i / s.wave_tiles, i % s.wave_tiles);
+      place[j] = i < items ? place_of_item(i) : kNowhere;
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int i = from + j * kThreads;
-      if (!exists(i)) continue;
-      if (i < kRemembered) places[i] = place[j];
-      atomicAdd(&start[0][place[j]], 1u);
+      if (i < min(items, kRemembered)) places[i] = place[j];
+      if (place[j] != kNowhere) atomicAdd(&start[0][place[j]], 1u);
     }
   }
   __syncthreads();
@@ -94,15 +109,17 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
     }
   }
   __syncthreads();
-  if (last == heads && thread < kRankClasses) args.tables.work_count[thread] = before[thread];
+  if (last == heads && thread < kRankClasses && !rehearses) args.tables.work_count[thread] = before[thread];
+#pragma unroll 1
   for (int i = thread; i < items; i += kThreads) {
-    if (!exists(i)) continue;
-    const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
-    const int place = i < kRemembered ? places[i] : place_of(head, in_wave);
-    args.tables
-        .work[int64_t{place / kWorkBuckets} * s.batch * s.heads_q * s.wave_tiles + atomicAdd(&start[0][place], 1u)] =
-        static_cast<uint32_t>(head * s.wave_tiles + in_wave);
+    const uint16_t place = i < kRemembered ? places[i] : place_of_item(i);
+    if (place == kNowhere) continue;
+    const uint32_t at = atomicAdd(&start[0][place], 1u);
+    if (!rehearses)
+      args.tables.work[int64_t{place / kWorkBuckets} * s.batch * s.heads_q * s.wave_tiles + at] =
+          static_cast<uint32_t>(first * s.wave_tiles + i);
   }
+  __syncthreads();
 }
 
 // One warp: the mask of a query tile, of which keeps(tile) says whether a visible key tile is kept.
@@ -113,6 +130,7 @@ __device__ __forceinline__ void put_mask(const AnalyzeArgs& args, int64_t item, 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint64_t* const mask = args.tables.mask + item * s.mask_words;
   int kept = 0;
+#pragma unroll 1
   for (int word = 0; word < s.mask_words; ++word) {
     uint64_t bits = 0;
 #pragma unroll
@@ -127,12 +145,18 @@ __device__ __forceinline__ void put_mask(const AnalyzeArgs& args, int64_t item, 
   if (lane == 0) args.tables.kept[item] = kept;
 }
 
-// The first CTAs order the work lists, a section each.
+// The first CTAs order the work lists, a section each, once the grid before has ended. rehearses: they go over the code
+// while they wait: code that runs once takes as long to fetch as to run.
 template <int kThreads>
-__device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections) {
+__device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections,
+                                            bool rehearses) {
   const int section = static_cast<int>(blockIdx.x);
   if (section >= sections) return false;
-  order_section<kThreads>(args, first_tile, units, section);
+#pragma unroll 1
+  for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
+    if (pass == 1) wait_for_previous_grid();
+    order_section<kThreads>(args, first_tile, units, section, pass == 0);
+  }
   begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
   return true;
 }
@@ -141,8 +165,8 @@ __device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_t
 __global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_constant__ AnalyzeArgs args, int units,
                                                                  int sections) {
   launch_dependents();
+  if (order_lists<kCodeThreads>(args, 0, units, sections, true)) return;
   wait_for_previous_grid();
-  if (order_lists<kCodeThreads>(args, 0, units, sections)) return;
   const TableShape& s = args.shape;
   const int64_t index = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
   if (index >= args.p.batch * s.heads_q * s.query_tiles) return;
@@ -156,8 +180,8 @@ __global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_co
 __global__ __launch_bounds__(kCodeThreads) void full_mask_kernel(const __grid_constant__ AnalyzeArgs args,
                                                                  int first_tile, int count, int units, int sections) {
   launch_dependents();
+  if (order_lists<kCodeThreads>(args, first_tile, units, sections, true)) return;
   wait_for_previous_grid();
-  if (order_lists<kCodeThreads>(args, first_tile, units, sections)) return;
   const TableShape& s = args.shape;
   const int64_t number = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
   if (number >= args.p.batch * s.heads_q * count) return;
@@ -201,7 +225,7 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
   launch_dependents();
   wait_for_previous_grid();
   if (first_tile > 0) begin_stage(args.state, kDecideStage);
-  if (order_lists<kThreads>(args, first_tile, units, sections)) return;
+  if (order_lists<kThreads>(args, first_tile, units, sections, false)) return;
   const TableShape& s = args.shape;
   const Space<kTiles> space(s);
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, number = static_cast<int>(blockIdx.x) - sections;
@@ -228,7 +252,7 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
 #pragma unroll
         for (int r = 0; r < 2; ++r)
           if (cells.exists(m, r)) rows[m][r] = args.tables.cell_rows[index * kCells + 16 * m + lane / 4 + 8 * r];
-      weigh_tiles<kTiles, kDim>(cells, rows, begin, end, space);
+      weigh_tiles(cells, rows, begin, end, space);
     }
     __syncthreads();
   }

@@ -284,6 +284,7 @@ __device__ __forceinline__ void take_keys(const AnalyzeArgs& args, const Item& x
   add_rows(stage, x.rows, blocks_of_8, sums);
   __syncwarp();
   if (lane == 0) mbarrier_arrive(empty);
+  wait_for_previous_grid();  // for the means, which the sums do not need
   float shift[2 * kColumnTiles];
 #pragma unroll
   for (int t = 0; t < kColumnTiles; ++t) {
@@ -349,6 +350,7 @@ __device__ __forceinline__ void take_values(const AnalyzeArgs& args, const Item&
   }
   __syncwarp();
   if (lane == 0) mbarrier_arrive(empty);
+  wait_for_previous_grid();  // as in take_keys
   const int column = lane % 4 * 2;
   float square = 0;
 #pragma unroll
@@ -415,16 +417,10 @@ __global__ __launch_bounds__(kThreads + 160, 1) void stream_kernel(const __grid_
     return;
   }
   const int items = args.query_items + 2 * args.key_items;
-  bool waited = false;
   int n = 0;
   for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x), ++n) {
     if (n % kConsumers != warp) continue;
     const Item x = item_of<kNeedles>(args, index);
-    // Queries come first: they need no means.
-    if (x.kind != Kind::kQueries && !waited) {
-      wait_for_previous_grid();
-      waited = true;
-    }
     const int stage = n % kStages;
     uint64_t* const empty = &shared.empty[stage];
     mbarrier_wait(&shared.full[stage], n / kStages & 1);
@@ -436,7 +432,7 @@ __global__ __launch_bounds__(kThreads + 160, 1) void stream_kernel(const __grid_
     else
       take_values(args.analyze, x, from, empty);
   }
-  if (!waited) wait_for_previous_grid();
+  wait_for_previous_grid();
 }
 
 constexpr size_t kDynamicBytes = size_t{kStages} * kStageBytes + 1024;
