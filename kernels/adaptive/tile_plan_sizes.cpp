@@ -38,9 +38,15 @@ decide::ShareRule rule_of(decide::Policy policy) {
     case decide::Policy::kQuality:
       return {.needles = {.cell = 0.0018, .remainder = 3}};
     case decide::Policy::kBalanced:
-      return {.needles = {.cell = 0.0035, .needle = 0.0023, .power = 0.6}};
+      return {.cells = {.cell = 0.00328, .remainder = 3, .power = 0.744},
+              .needles = {.cell = 0.0035, .needle = 0.0023, .power = 0.6},
+              .cells_from = 6144,
+              .needles_from = 12288};
     case decide::Policy::kSpeed:
-      return {.needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65}};
+      return {.cells = {.cell = 0.0034, .power = 1},
+              .needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65},
+              .cells_from = 6144,
+              .needles_from = 9216};
     default:
       return {};
   }

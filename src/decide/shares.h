@@ -19,16 +19,17 @@ struct Shares {
 };
 
 // What a policy goes by. Needles keep fewer tiles at the same loss, which saves time with the square of the length;
-// finding them takes a part of a call's time that grows as the length falls. Below needles_from keys, as a back-end has
-// measured it, cells alone decide.
+// finding them takes a part of a call's time that grows as the length falls. From cells_from to below needles_from
+// keys, as a back-end has measured it, cells alone decide. In contexts that are shorter still they keep so much more
+// that needles pay again.
 struct ShareRule {
   Shares cells = {}, needles = {};
-  int64_t needles_from = 0;
+  int64_t cells_from = 0, needles_from = 0;
 };
 
 // For a problem of up to `keys` keys; calibrated: the context of the rule's shares. Beyond it shares follow the mean.
 inline Shares shares_at(const ShareRule& rule, int64_t keys, int64_t calibrated) {
-  Shares shares = keys < rule.needles_from ? rule.cells : rule.needles;
+  Shares shares = keys >= rule.cells_from && keys < rule.needles_from ? rule.cells : rule.needles;
   const double length = static_cast<double>(calibrated) / static_cast<double>(std::max<int64_t>(keys, 1));
   const double scale = length < 1 ? length : std::pow(length, shares.power);
   shares.cell = std::min(0.05, shares.cell * scale);

@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kCalibrated = 16384;
 constexpr ShareRule kRule = {.cells = {.cell = 0.003, .remainder = 2, .power = 0.5},
                              .needles = {.cell = 0.01, .needle = 0.002, .power = 0.6},
+                             .cells_from = 3000,
                              .needles_from = 12288};
 
 Options options_at(const ShareRule& rule, int64_t keys) {
@@ -17,7 +18,9 @@ Options options_at(const ShareRule& rule, int64_t keys) {
   return o;
 }
 
-TEST(Shares, CellsAloneDecideInShortContextsAndNeedlesBesideThemInLongOnes) {
+TEST(Shares, CellsAloneDecideBetweenTheLengthsAndNeedlesBesideThemInOtherOnes) {
+  EXPECT_GT(options_at(kRule, 2999).needle_mass, 0);
+  EXPECT_EQ(options_at(kRule, 3000).needle_mass, 0);
   const Options below = options_at(kRule, 12287), from = options_at(kRule, 12288);
   EXPECT_EQ(below.needle_mass, 0);
   EXPECT_EQ(below.remainder, 2);
