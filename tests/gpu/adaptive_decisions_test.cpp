@@ -171,6 +171,38 @@ TEST_F(AdaptiveDecisions, AreThoseOfTheHostOnTheSameStatistics) {
   check(c, kBf16All, ADAATTN_POLICY_SPEED, 0, 2.0);
 }
 
+// Heads that their multipliers refuse, and what those become.
+TEST_F(AdaptiveDecisions, OnMultipliersAreThoseOfTheHost) {
+  for (const Rules rules : {Rules::kTiles, Rules::kAll}) {
+    SCOPED_TRACE(rules == Rules::kTiles ? "tiles" : "all");
+    AttentionData data(base_case(), kBf16All, run_seed());
+    make_structured(data, {.topic = 2.0}, run_seed());
+    Analysis a(data, ADAATTN_POLICY_SPEED, 0, false, rules);
+    a.args.keep_peak = rules == Rules::kTiles ? static_cast<uint32_t>(0x1p24 * 0.05) : 0;
+    // Predictions without multipliers, at the lowest level.
+    a.args.options.tolerance = 100;
+    a.run();
+    float most = 0;
+    for (const decide::HeadChoice& choice : a.copy(a.args.tables.choice, a.heads()))
+      most = std::max(most, choice.predicted_error);
+    a.args.options.tolerance = std::max(4 * most, 1e-6f);
+    a.feedback.resize(static_cast<size_t>(a.heads()));
+    for (size_t h = 0; h < a.feedback.size(); ++h)
+      for (float& x : a.feedback[h].multiplier) x = h % 3 == 0 ? 16.0f : h % 3 == 1 ? 1.0f : 0.0625f;
+    expect_same_decisions(a);
+    int rested = 0;
+    const auto after = a.copy(a.args.state.feedback, a.heads());
+    for (size_t h = 0; h < after.size(); ++h) {
+      rested += after[h].multiplier[0] != a.feedback[h].multiplier[0];
+      EXPECT_TRUE(h % 3 == 0 || after[h].multiplier[0] == a.feedback[h].multiplier[0]);
+    }
+    // With ranks and more levels there may be one that even those multipliers allow.
+    if (rules == Rules::kTiles) {
+      EXPECT_GT(rested, 0);
+    }
+  }
+}
+
 TEST_F(AdaptiveDecisions, BySharesAreThoseOfTheHostOnTheSameStatistics) {
   uint64_t skipped = 0;
   const auto check = [&](const AttentionCase& c, int32_t wave, double share, double topic) {
