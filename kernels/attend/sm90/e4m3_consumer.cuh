@@ -136,6 +136,7 @@ class E4m3Consumer {
     row_limits();
     if constexpr (kBlockFactors) {
       read_factors();
+      unit_ = factors_.unit;
     } else {
       scale_ = args_.scale_log2 * descale(args_.p.q_descale) * descale(args_.p.k_descale);
     }
@@ -236,7 +237,6 @@ class E4m3Consumer {
     pin(out_);
     add_sums();
     if constexpr (kBlockFactors) {
-      unit_ = __shfl_sync(~0u, lane_ == 0 ? shared_.v_unit[v_at_.stage] : 0, 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         for (int step = 1; step <= 2; ++step) row_sum_[r] += __shfl_xor_sync(~0u, row_sum_[r], step);
@@ -342,18 +342,20 @@ class E4m3Consumer {
     if (lane_ == 0) read = shared_.k_factors[k_at_.stage];
     scale_ = __shfl_sync(~0u, read.scale, 0);
     factors_.lead = __shfl_sync(~0u, read.lead, 0);
-    factors_.change = __shfl_sync(~0u, read.change, 0);
+    factors_.unit = __shfl_sync(~0u, read.unit, 0);
   }
 
-  __device__ __forceinline__ bool changes_unit() const { return kBlockFactors && factors_.change != 1; }
+  __device__ __forceinline__ bool changes_unit() const { return kBlockFactors && factors_.unit != 0; }
   // To that of the block of the present weights; row sums know no unit.
   __device__ __forceinline__ void change_unit() {
     if constexpr (kBlockFactors) {
       if (!__any_sync(~0u, changes_unit())) return;
+      const float change = unit_ == 0 ? 1 : __fdividef(unit_, factors_.unit);
+      unit_ = factors_.unit;
 #pragma unroll
-      for (int i = 0; i < kOut; ++i) out_[i] *= factors_.change;
+      for (int i = 0; i < kOut; ++i) out_[i] *= change;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) kept_factor_[r] *= factors_.change;
+      for (int r = 0; r < 2; ++r) kept_factor_[r] *= change;
     }
   }
 
@@ -547,7 +549,7 @@ class E4m3Consumer {
   int high_[2], low_[2];
   float scale_;  // from S to base-2 logits
   BlockFactors factors_;
-  float unit_;
+  float unit_;  // of O; 0: no factor so far was above 0
   float shift_[2], rescale_[2];
   float row_sum_[2];  // with factors for blocks of keys a lane's part of it until the last block
   float kept_factor_[2];

@@ -10,7 +10,8 @@
 
 #include <cfloat>
 
-#include "attend/sm90/forward_args.h"
+#include "attend/sm90/e4m3_args.h"
+#include "common/ptx.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -18,14 +19,8 @@ namespace adaattn::cuda::sm90 {
 struct alignas(16) BlockFactors {
   float scale;   // from Q K^T to base-2 logits
   float lead;    // log2(factor / unit) of V
-  float change;  // what O is multiplied by before this block's values join it: old unit / new unit
-};
-
-// Of the same block's values, for the transposer.
-struct ValueFactors {
-  float unit;      // of O from this block on; 0: no factor so far was above 0
-  uint32_t lines;  // as of lines_of()
-  bool nothing;    // the values count as zeros
+  float unit;    // that of O from this block on; 0: as before
+  bool nothing;  // the values count as zeros
 };
 
 // E4M3 has normal numbers down to 2^-11 of where weights start. Of factors 2^6 apart the smaller one's weights are
@@ -52,59 +47,64 @@ __device__ __forceinline__ float line_weight(int lane) {
   return __uint_as_float(static_cast<uint32_t>(127 - 2 * (lane % 4)) << 23);
 }
 
-// A tile's factors, from its last block of kN keys to its first. Run by one thread.
-template <int kN>
+// A tile's factors, from its last block of keys to its first. Run by the thread that loads, which has 1,000 clocks for
+// a block and 32 registers: no division, no address computed anew, and what is rare is in shared memory.
 class FactorWalk {
  public:
-  __device__ __forceinline__ FactorWalk(const ForwardArgs& args, int batch, int head_kv, int n)
-      : args_(args), batch_(batch), head_kv_(head_kv) {
-    const int64_t block = args.p.descale_block;
-    blocks_ = block == 0 ? INT32_MAX : static_cast<int>(min(block / kN, int64_t{INT32_MAX}));
-    scale_ = args.scale_log2 * factor(args.p.q_descale, 0);
-    fetch(n);
+  __device__ __forceinline__ FactorWalk(const E4m3Args& args, float& largest, int batch, int head_kv, int n)
+      : args_(args), largest_(largest) {
+    const AttnParams& p = args.p;
+    const int factor = n / args.factor_blocks;
+    left_ = n - factor * args.factor_blocks;
+    scale_ = args.scale_log2 * __ldg(place(p.q_descale, batch, head_kv, 0));
+    keys_ = place(p.k_descale, batch, head_kv, factor);
+    values_ = place(p.v_descale, batch, head_kv, factor);
+    key_ = __ldg(keys_);
+    value_ = __ldg(values_);
+    largest_ = -FLT_MAX;
   }
 
-  // Of block n; starts reading those of the block before it.
-  __device__ __forceinline__ BlockFactors next(int n, ValueFactors& values) {
-    BlockFactors keys{scale_ * key_, 0, 1};
-    const float log2 = __log2f(value_);
-    largest_ = fmaxf(largest_, log2);
-    values.nothing = !(log2 >= largest_ + kLeastFactor) || value_ == 0;
-    if (!values.nothing) {
-      keys.lead = log2 - unit_log2_;
-      if (!(keys.lead >= kLeastLead && keys.lead <= kMostLead)) {
-        if (unit_ != 0) keys.change = exp2f(-keys.lead);
-        keys.lead = 0;
-        unit_ = value_;
+  // Of block n, the next one down; starts reading those of the block before it.
+  __device__ __forceinline__ BlockFactors next(int n) {
+    const float log2 = log2_approx(value_);
+    BlockFactors block{scale_ * key_, log2 - unit_log2_, 0, false};
+    if (!(block.lead >= kLeastLead && block.lead <= kMostLead)) {
+      block.lead = 0;
+      const float largest = fmaxf(largest_, log2);
+      largest_ = largest;
+      block.nothing = !(log2 >= largest + kLeastFactor);
+      if (!block.nothing) {
+        block.unit = value_;
         unit_log2_ = log2;
       }
     }
-    values.unit = unit_;
-    values.lines = lines_of(exp2f(-keys.lead));
-    fetch(max(n - 1, 0));
-    return keys;
+    if (left_-- == 0 && n > 0) {
+      left_ = args_.factor_blocks - 1;
+      keys_ -= args_.p.k_descale.stride_block;
+      values_ -= args_.p.v_descale.stride_block;
+      key_ = __ldg(keys_);
+      value_ = __ldg(values_);
+    }
+    return block;
   }
 
  private:
-  __device__ __forceinline__ float factor(const Descale& x, int block) const {
-    return __ldg(x.data + batch_ * x.stride_b + head_kv_ * x.stride_h + block * x.stride_block);
+  static __device__ __forceinline__ const float* place(const Descale& x, int batch, int head_kv, int factor) {
+    return x.data + batch * x.stride_b + head_kv * x.stride_h + factor * x.stride_block;
   }
-  __device__ __forceinline__ void fetch(int n) {
-    const int block = n / blocks_;
-    key_ = factor(args_.p.k_descale, block);
-    value_ = factor(args_.p.v_descale, block);
+  // Of 0 and of subnormal numbers -inf.
+  static __device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
   }
 
-  const ForwardArgs& args_;
-  int batch_, head_kv_, blocks_;
+  const E4m3Args& args_;
+  float& largest_;  // logarithm of the largest factor of V so far, short of those within reach of a unit
+  const float *keys_, *values_;
+  int left_;  // blocks before this one with the same factors
   float scale_, key_, value_;
-  float unit_ = 0, unit_log2_ = -INFINITY, largest_ = -FLT_MAX;
-};
-
-// What stands in its place where a factor is for all keys.
-struct NoFactors {
-  __device__ __forceinline__ NoFactors(const ForwardArgs&, int, int, int) {}
-  __device__ __forceinline__ BlockFactors next(int, ValueFactors&) { return {}; }
+  float unit_log2_ = -INFINITY;
 };
 
 }  // namespace adaattn::cuda::sm90

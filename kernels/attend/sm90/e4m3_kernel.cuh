@@ -26,8 +26,7 @@ __device__ __forceinline__ void init_e4m3_barriers(Shared& shared, int groups) {
 }
 
 template <class Policy>
-__global__ void __launch_bounds__(E4m3Traits<Policy>::kThreads, 1)
-    e4m3_kernel(const __grid_constant__ ForwardArgs args) {
+__global__ void __launch_bounds__(E4m3Traits<Policy>::kThreads, 1) e4m3_kernel(const __grid_constant__ E4m3Args args) {
   using Traits = E4m3Traits<Policy>;
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);

@@ -1,5 +1,8 @@
 #include "attend/sm90/e4m3_launch.h"
 
+#include <algorithm>
+
+#include "attend/sm90/e4m3_args.h"
 #include "attend/sm90/forward_launch.h"
 #include "attend/sm90/tensor_map.h"
 
@@ -10,7 +13,9 @@ cudaError_t launch_e4m3(const ForwardInstance& instance, const AttendArgs& call,
   // O, in a dtype of its own, is not written through a map: the one of its place is made for Q's rows.
   AttnParams p = call.p;
   p.o = p.q;
-  ForwardArgs args = common_args(c, p);
+  E4m3Args args{common_args(c, p), INT32_MAX};
+  if (p.descale_block != 0)
+    args.factor_blocks = static_cast<int32_t>(std::min<int64_t>(p.descale_block / c.tile_n, INT32_MAX));
   args.p.o = call.p.o;
   if (p.cu_seqlens_q != nullptr) args.p.o.stride_b = 0;
   return launch_tiles(instance, call, args, &args, stream);

@@ -14,7 +14,7 @@ class E4m3Producer : Producer<Traits> {
   static constexpr int kN = Traits::kN, kRawStages = Traits::kRawStages;
 
  public:
-  __device__ __forceinline__ E4m3Producer(const ForwardArgs& args, typename Traits::Shared& shared)
+  __device__ __forceinline__ E4m3Producer(const E4m3Args& args, typename Traits::Shared& shared)
       : Loads(args, shared) {}
 
   __device__ __forceinline__ void run() {
@@ -33,37 +33,43 @@ class E4m3Producer : Producer<Traits> {
   template <class Draw>
   __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
     const int head = tile.head / args_.group_size;
-    ValueFactors values{};
-    using Walk = std::conditional_t<Traits::kBlockFactors, FactorWalk<kN>, NoFactors>;
-    Walk walk(args_, tile.batch, head, range.n_max - 1);
-    const auto load_k = [&](int n) {
-      [[maybe_unused]] const BlockFactors factors = walk.next(n, values);
+    // K and its factors, which are V's too.
+    const auto load_k = [&](int n, [[maybe_unused]] const BlockFactors& factors) {
       Loads::load_k(args_.k_map, 0, range.k_start + n * kN, head * args_.k_head_step, tile.batch * args_.k_batch_step,
                     [&](int stage) {
                       if constexpr (Traits::kBlockFactors) shared_.k_factors[stage] = factors;
                     });
     };
-    load_k(range.n_max - 1);
-    Loads::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
-    if (range.blocks() == 1) draw();
-    load_v(range, range.n_max - 1, head, tile.batch, values);
-    for (int n = range.n_max - 2; n >= range.n_min; --n) {
-      if (n == range.n_min) draw();
-      load_k(n);
-      load_v(range, n, head, tile.batch, values);
+    const auto load_all = [&](const auto& factors_of) {
+      BlockFactors factors = factors_of(range.n_max - 1);
+      load_k(range.n_max - 1, factors);
+      Loads::load_q(tile, range, args_.p.cu_seqlens_q != nullptr ? 0 : tile.batch);
+      if (range.blocks() == 1) draw();
+      load_v(range, range.n_max - 1, head, tile.batch, factors);
+      for (int n = range.n_max - 2; n >= range.n_min; --n) {
+        if (n == range.n_min) draw();
+        factors = factors_of(n);
+        load_k(n, factors);
+        load_v(range, n, head, tile.batch, factors);
+      }
+    };
+    if constexpr (Traits::kBlockFactors) {
+      FactorWalk walk(static_cast<const E4m3Args&>(args_), shared_.largest_factor, tile.batch, head, range.n_max - 1);
+      load_all([&](int n) { return walk.next(n); });
+    } else {
+      load_all([](int) { return BlockFactors{}; });
     }
   }
 
   __device__ __forceinline__ void load_v(const TileRange& range, int n, int head, int batch,
-                                         const ValueFactors& values) {
+                                         [[maybe_unused]] const BlockFactors& factors) {
     const int stage = v_count_ % kRawStages, key = n * kN;
     mbarrier_wait(&shared_.raw_empty[stage], (v_count_ / kRawStages & 1) ^ 1);
     // V beyond a sequence's end is readable memory and may hold NaN.
     shared_.raw_valid[stage] = args_.zero_v_tail ? range.len_k - key : kN;
     if constexpr (Traits::kBlockFactors) {
-      if (values.nothing) shared_.raw_valid[stage] = 0;
-      shared_.raw_lines[stage] = values.lines;
-      shared_.raw_unit[stage] = values.unit;
+      if (factors.nothing) shared_.raw_valid[stage] = 0;
+      shared_.raw_lead[stage] = factors.lead;
     }
     mbarrier_arrive_expect_tx(&shared_.raw_full[stage], Traits::kVBytes);
     tma_load_4d(shared_.raw[stage], &args_.v_map, &shared_.raw_full[stage], keep_, 0, range.k_start + key,
@@ -115,13 +121,12 @@ class Transposer {
   // The lines behind V, alike for all keys; a word of 16 bytes for each lane. Run by whole warps.
   __device__ __forceinline__ void write_lines(uint32_t from, uint32_t stage) const {
     static_assert(Traits::kSlabs * 16 == 32);
-    if (warp_ != 0) return;
+    if (warp_ != kWarps - 1) return;  // it has the fewest parts of V
     const int line = lane_ / 2 % 8, slab = lane_ / 16;
-    const uint32_t lines = __shfl_sync(~0u, lane_ == 0 ? shared_.raw_lines[from] : 0, 0);
-    const uint32_t word = line_byte(lines, line) * 0x01010101u;
+    const float lead = __shfl_sync(~0u, lane_ == 0 ? shared_.raw_lead[from] : 0, 0);
+    const uint32_t word = line_byte(lines_of(exp2_approx(-lead)), line) * 0x01010101u;
     uint8_t* const to = shared_.v[stage] + slab * Traits::kSlabBytes + (Traits::kDv + line) * kSlabKeys;
     reinterpret_cast<uint4*>(to)[lane_ % 2] = make_uint4(word, word, word, word);
-    if (lane_ == 0) shared_.v_unit[stage] = shared_.raw_unit[from];
   }
 
   template <bool kTail>

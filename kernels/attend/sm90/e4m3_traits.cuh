@@ -51,8 +51,8 @@ struct E4m3Traits {
   };
   struct BuffersAndFactors : Buffers {
     BlockFactors k_factors[kKStages];
-    uint32_t raw_lines[kRawStages];                // as ValueFactors::lines
-    float raw_unit[kRawStages], v_unit[kVStages];  // as ValueFactors::unit
+    float raw_lead[kRawStages];  // BlockFactors::lead
+    float largest_factor;        // FactorWalk's
   };
   using Shared = std::conditional_t<kBlockFactors, BuffersAndFactors, Buffers>;
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
