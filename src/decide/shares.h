@@ -16,6 +16,7 @@ struct Shares {
   double remainder = 0;  // Options::remainder
   // A share falls as there are more cells: at half the context the shares of the same loss are 2^power times as large.
   double power = 0.5;
+  double most_cell = 0.05;  // however short the context
 };
 
 // What a policy goes by. Needles keep fewer tiles at the same loss, which saves time with the square of the length;
@@ -32,7 +33,7 @@ inline Shares shares_at(const ShareRule& rule, int64_t keys, int64_t calibrated)
   Shares shares = keys >= rule.cells_from && keys < rule.needles_from ? rule.cells : rule.needles;
   const double length = static_cast<double>(calibrated) / static_cast<double>(std::max<int64_t>(keys, 1));
   const double scale = length < 1 ? length : std::pow(length, shares.power);
-  shares.cell = std::min(0.05, shares.cell * scale);
+  shares.cell = std::min(shares.most_cell, shares.cell * scale);
   shares.needle = std::min(0.05, shares.needle * scale);
   return shares;
 }

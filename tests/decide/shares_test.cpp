@@ -37,6 +37,9 @@ TEST(Shares, GrowAsTheContextGetsShorter) {
   EXPECT_NEAR(share(65536), 0.01 / 4, 1e-6);
   EXPECT_NEAR(options_at(kRule, 32768).needle_mass, 0.001, 1e-7);
   EXPECT_NEAR(share(1), 0.05, 1e-6);  // no more than that
+  const Options less = options_at({.needles = {.cell = 0.01, .needle = 0.01, .most_cell = 0.02}}, 1);
+  EXPECT_NEAR(less.keep_peak * 0x1p-24, 0.02, 1e-6);
+  EXPECT_NEAR(less.needle_mass, 0.05, 1e-6);
 }
 
 TEST(Shares, ARuleWithoutACrossoverIsTheSameAtEveryLength) {

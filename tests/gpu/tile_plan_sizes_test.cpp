@@ -14,7 +14,7 @@ using cuda::TilePlanSizes;
 
 constexpr cuda::DeviceTraits kHopper = {90, 132, int64_t{50} << 20, 227 << 10};
 
-TilePlanSizes sizes_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive) {
+Problem problem_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive) {
   Problem p;
   p.max_batch = 1;
   p.max_seqlen_q = p.max_seqlen_k = seqlen;
@@ -25,7 +25,11 @@ TilePlanSizes sizes_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive) 
   p.window_right = 0;
   p.adaptive = resolve_options(adaptive, p);
   p.adaptive = cuda::device_options(p);
-  return cuda::tile_plan_sizes(p, kHopper);
+  return p;
+}
+
+TilePlanSizes sizes_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive) {
+  return cuda::tile_plan_sizes(problem_of(seqlen, adaptive), kHopper);
 }
 
 std::vector<adaattn_adaptive_desc_t> every_kind() {
@@ -77,6 +81,17 @@ TEST(TilePlanSizes, KeepToTheLimit) {
       }
       EXPECT_EQ(sizes_of(seqlen, adaptive).shape.wave_tiles, whole.shape.wave_tiles);
     }
+}
+
+// What the device's kernels get: in short contexts SPEED's cells stop growing before those of other rules do.
+TEST(TilePlanOptions, CellsOfSpeedAreBoundedBelowSixThousandKeys) {
+  const auto cell = [](int64_t seqlen, adaattn_policy_t policy) {
+    return problem_of(seqlen, adaptive_desc(policy)).adaptive.keep_peak * 0x1p-24;
+  };
+  for (const int64_t seqlen : {1024, 2048, 4096}) EXPECT_NEAR(cell(seqlen, ADAATTN_POLICY_SPEED), 0.035, 1e-6);
+  EXPECT_LT(cell(6144, ADAATTN_POLICY_SPEED), 0.03);
+  EXPECT_NEAR(cell(16384, ADAATTN_POLICY_SPEED), 0.02, 1e-6);
+  EXPECT_LT(cell(2048, ADAATTN_POLICY_BALANCED), cell(2048, ADAATTN_POLICY_SPEED));
 }
 
 }  // namespace
