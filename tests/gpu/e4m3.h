@@ -19,6 +19,10 @@ inline Dtypes e4m3(int64_t descale_block = 0) {
 // A weight is off by 2^-4 at most, and so is the sum of them.
 inline constexpr Tolerance kE4m3Weights = {.o = 6e-2, .lse = 4e-2, .entropy = 0};
 
+// With factors for blocks of keys. A sum of weights is off by 1 / 17 where one of them, rounded, is all of it, and a
+// hundredth may be lost of those whose values have a smaller factor than others.
+inline constexpr Tolerance kE4m3BlockWeights = {.o = 6e-2, .lse = 8e-2, .entropy = 0};
+
 // Enough tiles that the keys of none are split, which these kernels do not do, and keys for which O leaves the
 // accumulators twice.
 inline AttentionCase long_case(adaattn_mask_t mask) {

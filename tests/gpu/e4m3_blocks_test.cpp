@@ -60,17 +60,21 @@ TEST_F(E4m3Blocks, ErrorOnNormalInputsIsThatOfRoundedWeights) {
       const reference::AttentionResult expected = reference::attention(data.desc, data.io());
       const double error = relative_error(data, expected);
       RecordProperty("error_" + spread.name + "_mask_" + std::to_string(mask), std::to_string(error));
-      EXPECT_LE(error, 2.8e-2);
+      // Where few keys make up O, sets of them differ: by 0.05e-2 with factors far apart, where two blocks are all of
+      // it.
+      EXPECT_LE(error, spread.name == "TenOctavesOfValues" ? 3e-2 : 2.8e-2);
       EXPECT_GT(error, 1e-3) << "not computed in 8 bits?";
-      EXPECT_TRUE(matches(data, expected, kE4m3Weights));
+      EXPECT_TRUE(matches(data, expected, kE4m3BlockWeights));
     }
 }
 
 // The largest factor of values that are far apart, in octaves above 1: what a weight below 2^-15 of its row's largest
-// gives is lost whatever its factor, and of hundreds of keys so much of the largest values may be missing. A sum of
-// weights is off by 1 / 17 where one of them, rounded, is all of it, and a hundredth may be lost of those beside a
-// larger factor.
-Tolerance with_octaves(double most) { return {.o = 6e-2, .lse = 8e-2, .entropy = 0, .o_floor = std::exp2(most - 9)}; }
+// gives is lost whatever its factor, and of hundreds of keys so much of the largest values may be missing.
+Tolerance with_octaves(double most) {
+  Tolerance tolerance = kE4m3BlockWeights;
+  tolerance.o_floor = std::exp2(most - 9);
+  return tolerance;
+}
 
 // The masks, packed sequences, sinks and lengths of a few calls by blocks of several sizes.
 TEST_F(E4m3Blocks, SizesOfBlocksAndShapes) {
@@ -178,7 +182,8 @@ TEST_F(E4m3Blocks, KeyFactorsOfZeroAndOfEachBlock) {
       });
       run_in_8_bits(context, data);
       if (HasFatalFailure()) return;
-      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights)) << (all ? "all" : "a third");
+      EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3BlockWeights))
+          << (all ? "all" : "a third");
     }
 }
 
