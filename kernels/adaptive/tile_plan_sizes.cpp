@@ -43,11 +43,8 @@ decide::ShareRule rule_of(decide::Policy policy) {
               .cells_from = 6144,
               .needles_from = 12288};
     case decide::Policy::kSpeed:
-      // Of cells at most so much below 6k keys: where keys repeat, no needle among them holds much.
-      return {.cells = {.cell = 0.0034, .power = 1},
-              .needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65, .most_cell = 0.035},
-              .cells_from = 6144,
-              .needles_from = 9216};
+      // Of cells at most so much below 7k keys: where keys repeat, no needle among them holds much.
+      return {.needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65, .most_cell = 0.035}};
     default:
       return {};
   }

@@ -23,12 +23,11 @@ struct Setting {
   AttentionCase form;
   Tolerances policies;
 };
-// BALANCED and SPEED look for needles in short contexts and in long ones, and go by cells alone between them.
+// BALANCED looks for needles in short contexts and in long ones, and goes by cells alone between them.
 std::vector<Setting> settings() {
   AttentionCase between = causal_case(6400);
   between.batch = 1;
-  return {{causal_case(kSeqlen), kEveryPolicy},
-          {between, {{ADAATTN_POLICY_BALANCED, 0.2}, {ADAATTN_POLICY_SPEED, 0.4}}}};
+  return {{causal_case(kSeqlen), kEveryPolicy}, {between, {{ADAATTN_POLICY_BALANCED, 0.2}}}};
 }
 
 // Policies within their tolerance, in a call with and one without verification.
