@@ -155,7 +155,8 @@ __device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_t
 #pragma unroll 1
   for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
     if (pass == 1) wait_for_previous_grid();
-    order_section<kThreads>(args, first_tile, units, section, pass == 0);
+    // A rehearsal stays with the first items: what it reads is no longer than those of one wave.
+    order_section<kThreads>(args, pass == 0 ? 0 : first_tile, units, section, pass == 0);
   }
   begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
   return true;
