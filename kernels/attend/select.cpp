@@ -262,7 +262,7 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   constexpr int32_t kShortRows = 4;
   const bool from_end = (kernel.features & kFromEnd) != 0;  // late tiles fill the gaps at the ends of small sections
   if (from_end || launch.m_tiles <= kShortRows)
-    launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(from_end ? 16 : 4, group));
+    launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(from_end ? 8 : 4, group));
   return launch;
 }
 

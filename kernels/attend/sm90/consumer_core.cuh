@@ -63,6 +63,17 @@ class ConsumerCore {
   // them then stay in uniform registers, a tenth of the inner loop.
   static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+  // Four words of a slot as lane 0 reads them, which arrives at the slot's barrier for its warp; `uniform` hands them
+  // to the others, for whose own reads that arrival would not speak. Predicated, for a branch would split the block.
+  __device__ __forceinline__ int4 read_slot(const void* words) const {
+    int4 x{};
+    asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, %4, 0;\n@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
+                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+                 : "r"(lane_), "r"(shared_address(words))
+                 : "memory");
+    return x;
+  }
+
   // One arrival per warp: its own reads are over, the others speak for themselves.
   __device__ __forceinline__ void release(uint64_t* barrier) {
     __syncwarp();

@@ -28,7 +28,7 @@ constexpr ForwardConfig forward_config() {
     c.ordered = !c.masked;
     c.quick = !c.softcap;
     c.k_stages = 3;
-    c.pass_unseen = c.masked && !c.split;
+    c.pass_unseen = c.from_end = c.masked && !c.split;
   } else if (kDqk <= 96) {
     c.ordered = false;
     c.quick = !c.softcap;

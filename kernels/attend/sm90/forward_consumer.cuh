@@ -59,15 +59,19 @@ class Consumer : protected ForwardCore<Traits> {
       const int slot = tile_count_ % 2;
       mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
       const Tile& given = shared_.tile[slot];
-      tile_.m_block = uniform(given.m_block);
-      tile_.head = uniform(given.head);
-      tile_.batch = uniform(given.batch);
-      if constexpr (kC.split) tile_.split = uniform(given.split);
-      range_ = given.range;
+      const int4 tile = Core::read_slot(&given.m_block), rows = Core::read_slot(&given.range.len_q),
+                 blocks = Core::read_slot(&given.range.k_start);
+      tile_.m_block = uniform(tile.x);
       if (tile_.m_block < 0) return false;
-      range_.len_k = uniform(range_.len_k);
-      range_.n_min = uniform(range_.n_min);
-      range_.n_max = uniform(range_.n_max);
+      tile_.head = uniform(tile.y);
+      tile_.batch = uniform(tile.z);
+      if constexpr (kC.split) tile_.split = uniform(tile.w);
+      range_.len_q = uniform(rows.x);
+      range_.len_k = uniform(rows.y);
+      range_.off = uniform(rows.z);
+      range_.q_start = uniform(rows.w);
+      range_.n_min = uniform(blocks.y);
+      range_.n_max = uniform(blocks.z);
       if (range_.blocks() > 0) break;
       Core::store_empty();
       release(&shared_.tile_empty[slot]);

@@ -70,12 +70,13 @@ void set_parts(const ForwardConfig& c, const AttendArgs& call, ForwardArgs& args
   args.partial_rows = call.partial_rows;
 }
 
-// Two short tiles for each CTA, from whole sections at the end: what is left once the last long tiles are drawn.
-void set_late(const AttendArgs& call, ForwardArgs& args) {
+// Short tiles for each CTA, from whole sections at the end: what is left once the last long tiles are drawn. Half of a
+// pair's tiles; a quarter where sections hold more pairs, for half of all would not stay in L2 (NOTES.md).
+void set_late(const ForwardConfig& c, const AttendArgs& call, ForwardArgs& args) {
   const int64_t pairs = call.p.batch * args.heads_q, section = call.section;
   const int64_t wanted = std::max<int64_t>(call.multiprocessors / 2 / section, 1) * section;
   args.late_heads = static_cast<int32_t>(std::min(pairs, wanted));
-  args.late_tiles = call.m_tiles / 2;
+  args.late_tiles = std::max(call.m_tiles / (c.d_qk <= 64 ? 4 : 2), std::min(call.m_tiles / 2, 2));
   if (args.late_tiles == 0) args.late_heads = 0;
 }
 
@@ -107,7 +108,7 @@ cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call
 cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& call, cudaStream_t stream) {
   ForwardArgs args = common_args(instance.config, call.p);
   if (instance.config.split) set_parts(instance.config, call, args);
-  if (instance.config.from_end) set_late(call, args);
+  if (instance.config.from_end) set_late(instance.config, call, args);
   return launch_tiles(instance, call, args, &args, stream);
 }
 

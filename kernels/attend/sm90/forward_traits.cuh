@@ -29,6 +29,10 @@ struct Tile {
   int split = 0;
   TileRange range;  // of those that the producer hands over
 };
+// Where it does: read by four words.
+struct alignas(16) TileSlot : Tile {
+  __device__ __forceinline__ void operator=(const Tile& tile) { Tile::operator=(tile); }
+};
 
 template <typename T_, class Policy>
 struct ForwardTraits {
@@ -65,7 +69,7 @@ struct ForwardTraits {
     alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
     uint64_t k_full[kKStages], k_empty[kKStages], v_full[kVStages], v_empty[kVStages];
     uint64_t tile_full[2], tile_empty[2];
-    Tile tile[2];
+    TileSlot tile[2];
   };
   static_assert(kKBytes % (8 * kWidth) == 0 && kVBytes % (8 * kWidthV) == 0, "stages start on a swizzle atom");
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");

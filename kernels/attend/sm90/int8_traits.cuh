@@ -37,7 +37,7 @@ struct Int8Traits {
     alignas(8) uint64_t q_full[kGroups], q_empty[kGroups];
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     uint64_t tile_full[2], tile_empty[2];
-    Tile tile[2];
+    TileSlot tile[2];
   };
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };

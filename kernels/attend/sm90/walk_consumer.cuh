@@ -49,23 +49,13 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
  private:
-  // Four words of a slot as lane 0 reads them, who arrives at the slot's barrier for its warp; `uniform` gives them to
-  // the others, whose own reads nothing would order before that arrival.
-  __device__ __forceinline__ int4 read_slot(const void* words) const {
-    int4 x{};
-    asm volatile("{\n.reg .pred p;\nsetp.eq.s32 p, %4, 0;\n@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
-                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-                 : "r"(lane_), "r"(shared_address(words))
-                 : "memory");
-    return x;
-  }
   // The next query tile, while the one before may still be at work.
   __device__ __forceinline__ void take_tile() {
     const int slot = tile_count_ % 2;
     mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
     const WalkTile& walk = shared_.walk[slot];
-    taken_ = read_slot(&walk.m_block);
-    taken_range_ = read_slot(&walk.begin);
+    taken_ = Core::read_slot(&walk.m_block);
+    taken_range_ = Core::read_slot(&walk.begin);
     if constexpr (Traits::kFar) {
       // Registers are short in the loops.
       if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
@@ -201,7 +191,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
   __device__ __forceinline__ FarBlock read_far() const {
     const FarBlock& from = shared_.far[k_count_ % kStages];
-    const int4 skipped = read_slot(from.skipped), last = read_slot(&from.last);
+    const int4 skipped = Core::read_slot(from.skipped), last = Core::read_slot(&from.last);
     const auto word = [](int low, int high) {
       return static_cast<uint64_t>(static_cast<uint32_t>(uniform(low))) |
              static_cast<uint64_t>(static_cast<uint32_t>(uniform(high))) << 32;
