@@ -63,7 +63,7 @@ class Plan final : public AttentionPlan {
           choose(problem_, extent, features, device_, workspace == nullptr ? 0 : static_cast<int64_t>(workspace_bytes));
       AttendArgs args = make_args(params, problem_, launch, workspace);
       args.scheduler = record_.device->scheduler + 2 * (launches_ % (std::size(record_.device->scheduler) / 2));
-      if (launch.kernel->phase == Phase::kDecode)
+      if (launch.kernel->phase == Phase::kDecode || launch.joined)
         args.scheduler = launch.joined ? record_.arrivals[launches_ % kArrivalSets] : nullptr;
       ++launches_;
       args.multiprocessors = device_.multiprocessors;

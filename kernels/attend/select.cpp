@@ -152,6 +152,18 @@ int32_t joined_splits(int64_t tiles, int64_t blocks, const DeviceTraits& device)
   return static_cast<int32_t>(ceil_div(blocks, ceil_div(blocks, parts)));
 }
 
+// Of the tiles that whole rounds of the grid leave over, how many come in two parts of their keys: all or none. Lengths
+// are those of the call.
+int64_t tail_tiles(const AttendKernel& kernel, const Extent& extent, uint32_t features, int64_t tiles,
+                   const DeviceTraits& device) {
+  constexpr int64_t kLeastKeys = 2048;  // fewer are not worth another start and a join
+  const int64_t left = tiles % device.multiprocessors;
+  if ((kernel.features & kTail) == 0 || (features & kVarlen) != 0 || extent.seqlen_k < kLeastKeys ||
+      tiles < device.multiprocessors || 2 * left > device.multiprocessors || left > kMostTailTiles)
+    return 0;
+  return left;
+}
+
 }  // namespace
 
 uint32_t features_of(const Problem& problem) {
@@ -254,6 +266,12 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
       launch.splits = static_cast<int32_t>(choose_splits(tiles, slots, std::min(most, ceil_div(blocks, 2))));
   }
 
+  const int64_t left = tail_tiles(kernel, extent, features, tiles, device);
+  if (left > 0 && (partial_bytes < 0 || partial_bytes >= left * kTailBytes)) {
+    launch.splits = 2;
+    launch.joined = true;
+  }
+
   const int64_t sharing = launch.pack > 1 ? 1 : group;
   const int64_t kv_bytes = extent.seqlen_k * (problem.d_qk + problem.d_v) * dtype_size(problem.dtype_kv) / sharing;
   launch.section = section_of(device, heads * extent.batch, kv_bytes, sharing);
@@ -284,7 +302,14 @@ int64_t partial_capacity(const Problem& problem, const DeviceTraits& device) {
     if ((kernel->features & kSplit) != 0)
       rows = std::max(rows, int64_t{2} * device.multiprocessors * kernel->ctas_per_sm * kernel->tile_q);
   rows = std::min(rows, rows_max * std::min(kMaxSplits, problem.max_seqlen_k));
-  return ceil_div(rows * partial_row_bytes(problem), 256) * 256;
+  int64_t bytes = rows * partial_row_bytes(problem);
+  // Calls of fewer tiles than the maxima make may leave over more of them.
+  for (const AttendKernel* kernel : candidates(problem, device)) {
+    const int64_t tiles = problem.max_batch * problem.heads_q * ceil_div(problem.max_seqlen_q, kernel->tile_q);
+    if ((kernel->features & kTail) != 0 && tiles > device.multiprocessors)
+      bytes = std::max(bytes, std::min<int64_t>(device.multiprocessors / 2, kMostTailTiles) * kTailBytes);
+  }
+  return ceil_div(bytes, 256) * 256;
 }
 
 std::vector<const AttendKernel*> candidates(const Problem& problem, const DeviceTraits& device) {

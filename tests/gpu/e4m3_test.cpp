@@ -114,6 +114,31 @@ TEST_F(E4m3, FactorOfZeroGivesTheMeanOfTheValues) {
   EXPECT_TRUE(matches(data, reference::attention(data.desc, data.io()), kE4m3Weights));
 }
 
+// A few tiles more than multiprocessors: those come in two parts, whichever of which ends last joins them.
+TEST_F(E4m3, TilesLeftOverComeInTwoParts) {
+  const Context context(kCuda);
+  cudaDeviceProp properties{};
+  require(cudaGetDeviceProperties(&properties, 0));
+  for (const int64_t descale_block : {0, 64})
+    for (const uint32_t flags : {0u, static_cast<uint32_t>(ADAATTN_FLAG_SINK)}) {
+      AttentionCase c = long_case(ADAATTN_MASK_NONE);
+      c.heads_q = properties.multiProcessorCount + 8;
+      c.heads_kv = 4;
+      c.seqlen_q = 40;
+      c.flags = flags;
+      AttentionData first(c, e4m3(descale_block), run_seed(), ADAATTN_OUTPUT_LSE);
+      EXPECT_EQ(Plan(context, first.desc).info().splits, 2);
+      run_in_8_bits(context, first);
+      if (HasFatalFailure()) return;
+      EXPECT_TRUE(matches(first, reference::attention(first.desc, first.io()), {.o = 6e-2, .lse = 8e-2, .entropy = 0}));
+      for (int i = 0; i < 10; ++i) {
+        AttentionData again = with_own_outputs(first);
+        run(context, again);
+        ASSERT_TRUE(same_outputs(first, again)) << "run " << i;
+      }
+    }
+}
+
 TEST_F(E4m3, RefusalsNameTheField) {
   const Context context(kCuda);
   const struct {

@@ -107,8 +107,8 @@ TEST_P(EightBitDecodeKernel, TakesUpTo64Rows) {
 class PersistentKernels : public OnTheDevice {};
 
 // Two launches of one plan at a time.
-void overlap(const AttentionCase& c) {
-  AttentionData one(c, kBf16All, run_seed(), 0), two(c, kBf16All, run_seed() + 1, 0);
+void overlap(const AttentionCase& c, const Dtypes& dtypes = kBf16All) {
+  AttentionData one(c, dtypes, run_seed(), 0), two(c, dtypes, run_seed() + 1, 0);
   const Problem problem = problem_from(one.desc, Use::kAttention);
   const auto backend = make_cuda_backend({});
   const auto plan = backend->make_plan(problem);
@@ -161,6 +161,13 @@ TEST_F(PersistentKernels, DecodeOfOnePlanMayOverlapOnTwoStreams) {
   overlap(c);
 }
 
+// And those of tiles in two parts.
+TEST_F(PersistentKernels, TilesInPartsOfOnePlanMayOverlapOnTwoStreams) {
+  AttentionCase c = {.name = "Overlap", .batch = 1, .heads_q = 140, .heads_kv = 4, .seqlen_q = 40, .seqlen_k = 2100};
+  c.d_qk = c.d_v = 128;
+  overlap(c, {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16});
+}
+
 TEST(Sections, DivideThePairsEvenly) {
   EXPECT_EQ(cuda::even_section(128, 25, 1), 16);
   EXPECT_EQ(cuda::even_section(16, 3, 1), 2);
@@ -210,6 +217,31 @@ TEST(Selection, FactorsOfBlocksLeaveTheProductsInE4m3) {
   c.layout_kv = ADAATTN_LAYOUT_PAGED;
   c.page_size = 64;
   EXPECT_TRUE(portable());
+}
+
+TEST(Selection, TilesLeftOverComeInPartsWhereThatSavesHalfARound) {
+  const cuda::DeviceTraits device{90, 132, 50 << 20, 227 << 10};
+  const Dtypes dtypes = {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16};
+  const auto splits = [&](int64_t batch, int64_t seqlen, adaattn_mask_t mask, int64_t bytes) {
+    const AttentionCase c = {.name = "Tail",
+                             .batch = batch,
+                             .heads_q = 16,
+                             .heads_kv = 16,
+                             .seqlen_q = seqlen,
+                             .seqlen_k = seqlen,
+                             .d_qk = 128,
+                             .mask = mask};
+    const Problem problem = problem_from(make_desc(c, dtypes, 0), Use::kAttention);
+    const cuda::Extent extent{batch, seqlen, seqlen, batch * seqlen};
+    EXPECT_GE(cuda::partial_capacity(problem, device), bytes);
+    return cuda::choose(problem, extent, cuda::features_of(problem), device, bytes).splits;
+  };
+  constexpr int64_t kEnough = 13 << 20;
+  EXPECT_EQ(splits(2, 8192, ADAATTN_MASK_NONE, kEnough), 2);   // 1376 tiles, 56 left over
+  EXPECT_EQ(splits(1, 16384, ADAATTN_MASK_NONE, kEnough), 2);  // the same
+  EXPECT_EQ(splits(1, 16384, ADAATTN_MASK_NONE, 1 << 20), 1);
+  EXPECT_EQ(splits(4, 4096, ADAATTN_MASK_NONE, kEnough), 1);  // 88 left over
+  EXPECT_EQ(splits(2, 8192, ADAATTN_MASK_CAUSAL, 0), 1);
 }
 
 std::vector<const AttendKernel*> eight_bit_decode_rows() {

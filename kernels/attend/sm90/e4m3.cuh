@@ -42,7 +42,8 @@ struct E4m3 {
     k.dtype = Dtype::kE4M3;
     k.d_qk = kDqk;
     k.d_v = kDv;
-    k.features = kVarlen | kSink | kWideOutput | kRagged | (kFeatures & (kMasked | kDescaleBlocks));
+    k.features = kVarlen | kSink | kWideOutput | kRagged | (kFeatures & (kMasked | kDescaleBlocks)) |
+                 (Traits::kTail ? kTail : kPlain);
     k.tile_q = Traits::kM;
     k.tile_k = Traits::kN;
     k.ctas_per_sm = 1;

@@ -5,8 +5,16 @@
 
 namespace adaattn::cuda::sm90 {
 
+// A tile's warps, each with rows of its own, and the words of 16 bytes that a lane of them hands over: 64 sums of O,
+// and of two rows the shift and the sum of the weights.
+inline constexpr int kTailWarps = 12, kTailWords = 17;
+
 struct E4m3Args : ForwardArgs {
   int32_t factor_blocks;  // blocks of keys that share a factor of K, and one of V
+  // Tiles from this one on come in two parts. Without parts: more than there are.
+  int32_t whole_tiles;
+  float4* tail;        // [tiles in parts, kTailWarps, 2, kTailWords, 32]
+  uint32_t* arrivals;  // a bit for each warp of these tiles; zero before and after a launch
 };
 
 }  // namespace adaattn::cuda::sm90

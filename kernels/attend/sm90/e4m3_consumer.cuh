@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attend/sm90/consumer_core.cuh"
+#include "attend/sm90/e4m3_tail.cuh"
 #include "attend/sm90/e4m3_traits.cuh"
 #include "attend/sm90/ring.cuh"
 #include "common/ptx.cuh"
@@ -31,7 +32,7 @@ class E4m3Consumer {
   static constexpr int kPairs = kN / 16, kHead = kPairs / 2;
 
  public:
-  __device__ __forceinline__ E4m3Consumer(const ForwardArgs& args, typename Traits::Shared& shared, int group)
+  __device__ __forceinline__ E4m3Consumer(const E4m3Args& args, typename Traits::Shared& shared, int group)
       : args_(args),
         shared_(shared),
         group_(group),
@@ -45,6 +46,9 @@ class E4m3Consumer {
       middle_blocks();
       last_block();
       if (range_.blocks() > kKeep) collect_out();
+      if constexpr (Traits::kTail) {
+        if (tile_.split != 0 && !join_parts()) continue;
+      }
       store();
     } while (next_tile());
   }
@@ -77,6 +81,7 @@ class E4m3Consumer {
       tile_.m_block = uniform(given.m_block);
       tile_.head = uniform(given.head);
       tile_.batch = uniform(given.batch);
+      if constexpr (Traits::kTail) tile_.split = uniform(given.split);
       range_ = given.range;
       if (tile_.m_block < 0) return false;
       range_.len_k = uniform(range_.len_k);
@@ -455,6 +460,45 @@ class E4m3Consumer {
     }
   }
 
+  // Of a tile in two parts: false where the other part's warp is still to come, which then joins them. Sums of two
+  // products do not depend on who that is.
+  __device__ __forceinline__ bool join_parts() {
+    const TailPlace place(args_, tile_, 4 * group_ + warp_, lane_);
+    const float unit = kBlockFactors ? unit_ : 1;
+    if (!place.found()) {
+#pragma unroll
+      for (int i = 0; i < kOut / 4; ++i)
+        *place.own(i) =
+            make_float4(out_[4 * i] * unit, out_[4 * i + 1] * unit, out_[4 * i + 2] * unit, out_[4 * i + 3] * unit);
+      *place.own(kOut / 4) = make_float4(shift_[0], row_sum_[0], shift_[1], row_sum_[1]);
+      if (!place.arrive()) return false;
+    }
+    const float4 rows = place.other(kOut / 4);
+    const float shift[2] = {rows.x, rows.z}, sum[2] = {rows.y, rows.w};
+    float own[2], other[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float top = fmaxf(shift_[r], shift[r]);
+      own[r] = exp2_approx(shift_[r] - top);
+      other[r] = exp2_approx(shift[r] - top);
+      row_sum_[r] = __fadd_rn(__fmul_rn(row_sum_[r], own[r]), __fmul_rn(sum[r], other[r]));
+      shift_[r] = top;
+    }
+    const auto join = [&](float& x, float y, int r) {
+      x = __fadd_rn(__fmul_rn(__fmul_rn(x, unit), own[r]), __fmul_rn(y, other[r]));
+    };
+#pragma unroll
+    for (int i = 0; i < kOut / 4; ++i) {
+      const float4 y = place.other(i);
+      join(out_[4 * i], y.x, 0);
+      join(out_[4 * i + 1], y.y, 0);
+      join(out_[4 * i + 2], y.z, 1);
+      join(out_[4 * i + 3], y.w, 1);
+    }
+    unit_ = 1;
+    return true;
+  }
+
   // Normalises and writes O and LSE.
   __device__ __forceinline__ void store() {
     const AttnParams& p = args_.p;
@@ -536,7 +580,7 @@ class E4m3Consumer {
     }
   }
 
-  const ForwardArgs& args_;
+  const E4m3Args& args_;
   typename Traits::Shared& shared_;
   const int group_, warp_, lane_;
   Tile tile_;

@@ -1,6 +1,7 @@
 // The producer warpgroup of the e4m3 kernels: warp 0 loads, the others transpose V.
 #pragma once
 
+#include "attend/sm90/e4m3_tail.cuh"
 #include "attend/sm90/e4m3_traits.cuh"
 #include "attend/sm90/forward_producer.cuh"
 #include "common/ptx.cuh"

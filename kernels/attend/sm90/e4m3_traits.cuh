@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "attend/sm90/e4m3_args.h"
 #include "attend/sm90/e4m3_factors.cuh"
 #include "attend/sm90/forward_traits.cuh"
 
@@ -27,12 +28,14 @@ struct E4m3Traits {
   // Blocks after which row sums leave the accumulators, and O.
   static constexpr int kSums = Policy::kSums, kKeep = Policy::kKeep;
   static constexpr bool kBlockFactors = Policy::kBlockFactors;
+  static constexpr bool kTail = !kC.dynamic;  // the last round's tiles may come in parts: e4m3_tail.cuh
   // The kernel is launched with 128 a thread: no more than 512 for the four warpgroups together, or setmaxnreg waits
   // for ever.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 
   static constexpr int kNoMore = -1 << 30;
 
+  static_assert(kGroups * 4 == kTailWarps && kOut / 4 + 1 <= kTailWords);
   static_assert(kGroups == 3 && kN % kSlabKeys == 0 && kN <= 256);
   static_assert(kD == 128 && (kDv == 64 || kDv == 128));
 
