@@ -547,7 +547,7 @@ ADAATTN_API adaattn_status_t adaattn_plan_get_head_stats(adaattn_plan_t* plan, a
 ADAATTN_API adaattn_status_t adaattn_plan_get_tile_map(adaattn_plan_t* plan, int64_t batch, int64_t head, uint8_t* map,
                                                        size_t cap, int64_t* query_tiles, int64_t* key_tiles);
 
-/* NULL is accepted. Work that CUDA calls have enqueued may still be under way: it is finished. */
+/* NULL is accepted. CUDA: work under way is finished first; graphs that captured a call must not be replayed again. */
 ADAATTN_API adaattn_status_t adaattn_plan_destroy(adaattn_plan_t* plan);
 
 /* One call: attention over a plan kept inside the context, found by the descriptor. Thread-safe; the workspace
