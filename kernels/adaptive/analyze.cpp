@@ -31,6 +31,12 @@ class Arena {
 
 int32_t tiles_of(int64_t length) { return static_cast<int32_t>((length + decide::kTileK - 1) / decide::kTileK); }
 
+// Of all query tiles, whatever the waves. In floating point: the product of maxima that a descriptor may name need not
+// fit an integer.
+double estimated_tiles(const TableShape& s) {
+  return static_cast<double>(s.batch) * s.heads_q * s.query_tiles * s.key_tiles;
+}
+
 AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
   AnalyzeTables t;
@@ -91,10 +97,6 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
 }
 
 }  // namespace
-
-double estimated_tiles(const TableShape& s) {
-  return static_cast<double>(s.batch) * s.heads_q * s.query_tiles * s.key_tiles;
-}
 
 TallView sample_view(const TableShape& s, const AnalyzeTables& t) {
   MatrixBatch m;

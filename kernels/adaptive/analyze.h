@@ -142,9 +142,6 @@ struct AnalyzeArgs {
   int64_t cache_bytes = int64_t{25} << 20;
 };
 
-// Of all query tiles, whatever the waves. In floating point: the product of maxima that a descriptor may name need not
-// fit an integer.
-double estimated_tiles(const TableShape& shape);
 // wave_tiles: at most this many query tiles of a head at a time; 0: all.
 TableShape table_shape(const Problem& problem, int32_t wave_tiles);
 size_t state_basis_doubles(const TableShape& shape);

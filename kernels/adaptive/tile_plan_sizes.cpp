@@ -11,11 +11,20 @@ namespace {
 using decide::Options;
 
 constexpr int64_t kHeadDim = 128;
-// Masks that exist at a time; longer problems are computed in waves of query tiles.
-constexpr size_t kMaskBytes = size_t{64} << 20;
+// Masks that exist at a time, and likewise shares of what they leave out; longer problems are computed in waves of
+// query tiles.
+constexpr double kMaskBytes = 64.0 * (1 << 20);
 
 // Calls of a named policy: the latency of verifying is several per cent of a call's time at context 8192.
 constexpr int32_t kVerifyEvery = 4;
+
+// In floating point: the product of maxima that a descriptor may name need not fit an integer.
+int32_t tiles_of_wave(const TableShape& s) {
+  const double mask = sizeof(uint64_t) * static_cast<double>(s.mask_words);
+  const double shares = s.compensates ? sizeof(uint16_t) * static_cast<double>(s.key_tiles) : 0;
+  const double tiles = kMaskBytes / (std::max(mask, shares) * s.batch * s.heads_q);
+  return static_cast<int32_t>(std::clamp<double>(tiles, 1, std::max(s.query_tiles, 1)));
+}
 
 size_t whole(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -113,13 +122,10 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   s = table_shape(problem, 0);
   s.needles = o.needle_mass > 0;
   s.by_shares = s.needles || o.keep_peak > 0;
-  s.compensates = o.remainder > 0 && estimated_tiles(s) <= kMaxCodeBytes;
+  s.compensates = o.remainder > 0;
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
   if (o.policy != decide::Policy::kCustom && !o.recompute) sizes.verify.every = kVerifyEvery;
-  const size_t mask_bytes =
-      size_t{8} * static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads_q) * static_cast<size_t>(s.mask_words);
-  s.wave_tiles = std::clamp<int32_t>(static_cast<int32_t>(std::min(kMaskBytes / mask_bytes, size_t{1} << 24)), 1,
-                                     std::max(s.query_tiles, 1));
+  s.wave_tiles = tiles_of_wave(s);
   place(sizes, o);
   if (o.max_workspace_bytes == 0) return sizes;
   while (s.wave_tiles > 1 && sizes.workspace_bytes > o.max_workspace_bytes) {
@@ -133,7 +139,6 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
 }
 
 size_t tile_map_bytes(const TableShape& s) {
-  // In floating point: the product of maxima that a descriptor may name need not fit an integer.
   const double bytes = 8.0 * s.batch * s.heads_q * s.query_tiles * s.mask_words;
   return bytes <= static_cast<double>(kMaxTileMapBytes) ? static_cast<size_t>(bytes) : 0;
 }

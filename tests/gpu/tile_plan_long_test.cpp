@@ -1,4 +1,5 @@
-// Adaptive attention over a million tokens: nothing grows faster than the sequence.
+// Adaptive attention in waves of query tiles: over a million tokens, where nothing grows faster than the sequence, and
+// for many heads.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -122,6 +123,28 @@ TEST_F(TilePlans, AMillionTokensGoInWaves) {
       }
     EXPECT_LE(std::sqrt(error / kLength / spread), 0.4) << "head " << h;
   }
+}
+
+// Shares of what is left out are tables of key tiles by query tiles: however many heads a plan is for, they are there,
+// and a row has its one more key.
+TEST_F(TilePlans, WhatIsLeftOutStandsInRowsOfAPlanForManyHeadsToo) {
+  const Context context(kCuda);
+  AttentionCase c = causal_case(10000);
+  c.batch = 1;
+  AttentionData data = structured(c);
+  const adaattn_adaptive_desc_t quality = adaptive_desc(ADAATTN_POLICY_QUALITY);
+  adaattn_attn_desc_t desc = data.desc;
+  desc.max_seqlen_q = desc.max_seqlen_k = 16384;
+  const AdaptivePlan one(context, desc, quality);
+  desc.max_batch = 1024;
+  const AdaptivePlan many(context, desc, quality);
+  ASSERT_NO_FATAL_FAILURE(execute(one, data));
+  EXPECT_EQ(one.stats().heads_dense, 0u);
+  AttentionData again = with_own_outputs(data);
+  ASSERT_NO_FATAL_FAILURE(execute(many, again));
+  EXPECT_TRUE(same_outputs(data, again));
+  EXPECT_EQ(many.stats().tiles_kept, one.stats().tiles_kept);
+  EXPECT_LT(many.stats().tiles_kept, many.stats().tiles);
 }
 
 }  // namespace
