@@ -10,10 +10,11 @@ inline constexpr uint32_t kDescaleBlocks = 1u << 16;  // factors for blocks of k
 
 // Of a kernel: the tiles that the last round leaves over may come in two parts of their keys.
 inline constexpr uint32_t kTail = 1u << 17;
-// A warp of rows has a bit of a launch's arrivals.
+// A tile's warps, each with rows of its own, and the words of 16 bytes that a lane of them hands over: 64 sums of O,
+// and of two rows the shift and the sum of the weights.
+inline constexpr int kTailWarps = 12, kTailWords = 17;
 inline constexpr int64_t kMostTailTiles = 80;
-// Of what one tile's parts hand over: two times 192 rows of 128 sums, a shift and a sum of weights, the last two for
-// each of the four lanes that share a row.
-inline constexpr int64_t kTailBytes = int64_t{2} * 12 * 17 * 32 * 16;
+// Of what one tile's two parts hand over.
+inline constexpr int64_t kTailBytes = int64_t{2} * kTailWarps * kTailWords * 32 * 16;
 
 }  // namespace adaattn::cuda

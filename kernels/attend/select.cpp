@@ -18,6 +18,7 @@ constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hop
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
 // Between these the Hopper kernel for short sequences wins.
 constexpr int64_t kShortKeys = 512, kLongKeys = 8192;
+static_assert(kMostTailTiles * kTailWarps <= 32 * kMostJoinedTiles, "a warp of rows has a bit of a launch's arrivals");
 
 const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -297,19 +298,17 @@ int64_t partial_capacity(const Problem& problem, const DeviceTraits& device) {
   const int64_t rows_max =
       (problem.layout_q == Layout::kTHD ? problem.max_total_q : problem.max_batch * problem.max_seqlen_q) *
       problem.heads_q;
-  int64_t rows = 0;
-  for (const AttendKernel* kernel : candidates(problem, device))
+  int64_t rows = 0, tail_bytes = 0;
+  for (const AttendKernel* kernel : candidates(problem, device)) {
     if ((kernel->features & kSplit) != 0)
       rows = std::max(rows, int64_t{2} * device.multiprocessors * kernel->ctas_per_sm * kernel->tile_q);
-  rows = std::min(rows, rows_max * std::min(kMaxSplits, problem.max_seqlen_k));
-  int64_t bytes = rows * partial_row_bytes(problem);
-  // Calls of fewer tiles than the maxima make may leave over more of them.
-  for (const AttendKernel* kernel : candidates(problem, device)) {
+    // Calls of fewer tiles than the maxima make may leave over more of them.
     const int64_t tiles = problem.max_batch * problem.heads_q * ceil_div(problem.max_seqlen_q, kernel->tile_q);
     if ((kernel->features & kTail) != 0 && tiles > device.multiprocessors)
-      bytes = std::max(bytes, std::min<int64_t>(device.multiprocessors / 2, kMostTailTiles) * kTailBytes);
+      tail_bytes = std::min<int64_t>(device.multiprocessors / 2, kMostTailTiles) * kTailBytes;
   }
-  return ceil_div(bytes, 256) * 256;
+  rows = std::min(rows, rows_max * std::min(kMaxSplits, problem.max_seqlen_k));
+  return ceil_div(std::max(rows * partial_row_bytes(problem), tail_bytes), 256) * 256;
 }
 
 std::vector<const AttendKernel*> candidates(const Problem& problem, const DeviceTraits& device) {

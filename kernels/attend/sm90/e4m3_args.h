@@ -1,13 +1,10 @@
 // What the e4m3 kernels are launched with.
 #pragma once
 
+#include "attend/e4m3_features.h"
 #include "attend/sm90/forward_args.h"
 
 namespace adaattn::cuda::sm90 {
-
-// A tile's warps, each with rows of its own, and the words of 16 bytes that a lane of them hands over: 64 sums of O,
-// and of two rows the shift and the sum of the weights.
-inline constexpr int kTailWarps = 12, kTailWords = 17;
 
 struct E4m3Args : ForwardArgs {
   int32_t factor_blocks;  // blocks of keys that share a factor of K, and one of V
