@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <iterator>
 #include <string>
 
 #include "attention/fixture.h"
@@ -52,6 +53,23 @@ inline void run_in_8_bits(const Context& context, AttentionData& data) {
   const std::string features = data.desc.descale_block != 0 ? masked + "blocks" : masked.empty() ? "plain" : masked;
   ASSERT_EQ(Plan(context, data.desc).info().kernel, "sm90_e4m3_e4m3_d128_" + features);
   run(context, data);
+}
+
+// Factors of V for blocks of 64 keys, from nothing to 2^40 apart.
+inline constexpr double kFactorsFarApart[] = {1, 0x1p-20, 0, 0x1p20, 3, 0x1p-3, 0, 0x1p5, 0x1p12};
+inline constexpr int64_t kBlocksFarApart = std::size(kFactorsFarApart);
+
+// Those factors, and scores that give the keys of block `heavy` nearly all the weight: one dimension of K is `key` in
+// it and -key elsewhere.
+inline void weigh_one_block(AttentionData& data, int64_t heavy, double key) {
+  data.q.for_each([&](const auto& index, int64_t) { data.q.set(index, index[3] == 0 ? 8 : data.q.get(index)); });
+  data.k.for_each([&](const auto& index, int64_t) {
+    if (index[3] == 0) data.k.set(index, index[1] / 64 == heavy ? key : -key);
+  });
+  data.k_descale.fill(1);
+  data.v_descale.for_each([&](const auto& index, int64_t) {
+    data.v_descale.set(index, 0x1p20 * kFactorsFarApart[index[2] % kBlocksFarApart]);
+  });
 }
 
 // |o - expected| / |expected| over all of o, which for weights in E4M3 is about 2^-4 / sqrt(6).

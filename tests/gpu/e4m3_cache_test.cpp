@@ -3,8 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/fixture.h"
-#include "gpu/device.h"
+#include "gpu/e4m3.h"
 #include "reference/number.h"
 
 namespace adaattn::test {
@@ -106,20 +105,12 @@ TEST_F(E4m3Cache, NotANumberInAKeyIsSeen) {
 // Factors from nothing to 2^40 apart, where the keys of one block have nearly all the weight.
 TEST_F(E4m3Cache, BlocksOfFactorsFarApart) {
   const Context context(kCuda);
-  const double factors[] = {1, 0x1p-20, 0, 0x1p20, 3, 0x1p-3, 0, 0x1p5, 0x1p12};
-  constexpr int64_t kBlocks = std::size(factors);
   for (const int64_t seqlen_q : kQueries)
-    for (int64_t heavy = 0; heavy < kBlocks; ++heavy) {
-      AttentionCase c = cache_case(seqlen_q, 64 * kBlocks, 128);
+    for (int64_t heavy = 0; heavy < kBlocksFarApart; ++heavy) {
+      AttentionCase c = cache_case(seqlen_q, 64 * kBlocksFarApart, 128);
       c.mask = ADAATTN_MASK_NONE;
       AttentionData data(c, kBf16QueriesBlocks, run_seed(), ADAATTN_OUTPUT_LSE);
-      data.q.for_each([&](const auto& index, int64_t) { data.q.set(index, index[3] == 0 ? 8 : data.q.get(index)); });
-      data.k.for_each([&](const auto& index, int64_t) {
-        if (index[3] == 0) data.k.set(index, index[1] / 64 == heavy ? 448 : -448);
-      });
-      data.k_descale.fill(1);
-      data.v_descale.for_each(
-          [&](const auto& index, int64_t) { data.v_descale.set(index, 0x1p20 * factors[index[2] % kBlocks]); });
+      weigh_one_block(data, heavy, 448);
       run(context, data);
       EXPECT_TRUE(agrees(data)) << "heavy block " << heavy << ", queries " << seqlen_q;
     }

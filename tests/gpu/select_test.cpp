@@ -1,4 +1,4 @@
-// Which calls the Hopper kernel for short sequences gets. Needs no device.
+// Which kernel a call gets, and how its tiles are handed out. Needs no device.
 #include "attend/select.h"
 
 #include <gtest/gtest.h>
@@ -7,6 +7,9 @@
 #include <string>
 
 #include "attend/plan.h"
+#include "core/validate.h"
+#include "support/attention_data.h"
+#include "support/cases.h"
 
 namespace adaattn::test {
 namespace {
@@ -128,6 +131,82 @@ TEST(ShortSequences, KernelsAreLoadedWithThePlan) {
   Problem p = causal(16, 16, 1024);
   p.d_qk = p.d_v = 64;
   EXPECT_FALSE(prepared(p, kShort));
+}
+
+TEST(Sections, DivideThePairsEvenly) {
+  EXPECT_EQ(cuda::even_section(128, 25, 1), 16);
+  EXPECT_EQ(cuda::even_section(16, 3, 1), 2);
+  EXPECT_EQ(cuda::even_section(17, 6, 1), 6);  // 6, 6, 5
+  EXPECT_EQ(cuda::even_section(64, 50, 8), 32);
+  EXPECT_EQ(cuda::even_section(64, 3, 8), 2);  // a group does not fit
+  EXPECT_EQ(cuda::even_section(5, 100, 1), 5);
+  EXPECT_EQ(cuda::even_section(1, 0, 1), 1);
+}
+
+// Keys and values in E4M3: what the products of a call are computed in, and by which instance.
+TEST(Selection, FactorsOfBlocksLeaveTheProductsInE4m3) {
+  cuda::DeviceTraits device{90, 132, 50 << 20, 227 << 10};
+  AttentionCase c = {.name = "Cache", .batch = 2, .heads_q = 16, .heads_kv = 8, .seqlen_q = 4096, .seqlen_k = 4096};
+  c.d_qk = 128;
+  Dtypes dtypes = {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16};
+  const auto chosen = [&] {
+    return std::string(
+        cuda::plan_info(problem_from(make_desc(c, dtypes, ADAATTN_OUTPUT_LSE), Use::kAttention), device).kernel);
+  };
+  const auto causal = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_plain");
+  c.mask = causal;
+  EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_masked");
+  for (const int64_t descale_block : {64, 128, 192, 8192}) {
+    dtypes.descale_block = descale_block;
+    c.mask = ADAATTN_MASK_NONE;
+    EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_blocks");
+    c.mask = causal;
+    EXPECT_EQ(chosen(), "sm90_e4m3_e4m3_d128_maskedblocks");
+  }
+  // Wider queries, pages, keys worth splitting and other architectures: the portable kernels widen.
+  const auto portable = [&] { return chosen().substr(0, 12) == "sm80_forward"; };
+  AttentionCase few = c;
+  few.batch = 1;
+  few.heads_q = few.heads_kv = 4;
+  few.seqlen_q = 300;
+  std::swap(c, few);
+  EXPECT_TRUE(portable());
+  std::swap(c, few);
+  dtypes.q = ADAATTN_DTYPE_BF16;
+  EXPECT_TRUE(portable());
+  dtypes.q = ADAATTN_DTYPE_E4M3;
+  device.compute_capability = 89;
+  EXPECT_TRUE(portable());
+  device.compute_capability = 90;
+  c.layout_kv = ADAATTN_LAYOUT_PAGED;
+  c.page_size = 64;
+  EXPECT_TRUE(portable());
+}
+
+TEST(Selection, TilesLeftOverComeInPartsWhereThatSavesHalfARound) {
+  const cuda::DeviceTraits device{90, 132, 50 << 20, 227 << 10};
+  const Dtypes dtypes = {"e4m3", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_BF16};
+  const auto splits = [&](int64_t batch, int64_t seqlen, adaattn_mask_t mask, int64_t bytes) {
+    const AttentionCase c = {.name = "Tail",
+                             .batch = batch,
+                             .heads_q = 16,
+                             .heads_kv = 16,
+                             .seqlen_q = seqlen,
+                             .seqlen_k = seqlen,
+                             .d_qk = 128,
+                             .mask = mask};
+    const Problem problem = problem_from(make_desc(c, dtypes, 0), Use::kAttention);
+    const cuda::Extent extent{batch, seqlen, seqlen, batch * seqlen};
+    EXPECT_GE(cuda::partial_capacity(problem, device), bytes);
+    return cuda::choose(problem, extent, cuda::features_of(problem), device, bytes).splits;
+  };
+  constexpr int64_t kEnough = 13 << 20;
+  EXPECT_EQ(splits(2, 8192, ADAATTN_MASK_NONE, kEnough), 2);   // 1376 tiles, 56 left over
+  EXPECT_EQ(splits(1, 16384, ADAATTN_MASK_NONE, kEnough), 2);  // the same
+  EXPECT_EQ(splits(1, 16384, ADAATTN_MASK_NONE, 1 << 20), 1);
+  EXPECT_EQ(splits(4, 4096, ADAATTN_MASK_NONE, kEnough), 1);  // 88 left over
+  EXPECT_EQ(splits(2, 8192, ADAATTN_MASK_CAUSAL, 0), 1);
 }
 
 }  // namespace
