@@ -41,7 +41,9 @@ int main(int argc, char** argv) {
       if (!out.empty()) report.write(out);
       return 0;
     }
-    std::fprintf(stderr, "there is no suite %s\n", suite.c_str());
+    std::fprintf(stderr, "there is no suite '%s' in this build; there are:", suite.c_str());
+    for (const Suite& s : kSuites) std::fprintf(stderr, " %s", s.name);
+    std::fputc('\n', stderr);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
   }

@@ -21,10 +21,13 @@ TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
   expect_failure("write --prompt x", 2, "--model is required");
   expect_failure(std::string("write ") + kModel, 2, "--prompt");
   expect_failure(std::string("write ") + kModel + "--prompt x --prompt-ids 1", 2, "--prompt");
-  expect_failure(std::string("write ") + kModel + "--prompt x --isa sse9", 2, "sse9");
+  expect_failure(std::string("write ") + kModel + "--prompt x --isa sse9", 2, "sse9'; accepted: amx, auto, avx2");
   expect_failure(std::string("write ") + kModel + "--prompt x --dtype f8", 2, "f8");
   expect_failure(std::string("write ") + kModel + "--prompt x --kv-dtype e5m2", 2, "e5m2");
-  expect_failure(std::string("write ") + kModel + "--prompt x --device tpu", 2, "tpu");
+  expect_failure(std::string("write ") + kModel + "--prompt x --device tpu", 2,
+                 "--device: is 'tpu'; accepted: cpu, cuda");
+  expect_failure(std::string("write ") + kModel + "--prompt x --policy fast", 2, "accepted: balanced, exact");
+  expect_failure(std::string("write ") + kModel + "--prompt x --tolerance 0.1", 2, "--tolerance requires --policy");
   expect_failure(std::string("loss ") + kModel + "--text x --threads -1", 2, "--threads");
 }
 
@@ -38,8 +41,10 @@ TEST(GenerateProgram, FailuresExitWith1AndSayWhy) {
   expect_failure(std::string("write ") + kModel + "--prompt x --temperature 0", 1, "temperature is 0");
   expect_failure(std::string("write ") + kModel + "--prompt-ids 256", 1, "'256' is not a token id");
   expect_failure(std::string("write ") + kModel + "--prompt x --kv-dtype e4m3 --policy speed", 1, "E4M3");
-  expect_failure(std::string("write ") + kModel + "--prompt x --max-tokens 1 --json /nonexistent/a", 1,
-                 "/nonexistent/a: cannot be written");
+  const Outcome unwritable =
+      run(std::string("write ") + kModel + "--prompt x --max-tokens 1 --json /nonexistent/a", "&1");
+  EXPECT_EQ(unwritable.status, 1);
+  EXPECT_EQ(unwritable.output, "generate: /nonexistent/a: cannot be written\n") << "before it writes, not behind it";
 }
 
 TEST(GenerateProgram, AnInstructionSetOfAnotherArchitectureIsRefused) {

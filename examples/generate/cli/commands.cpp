@@ -45,6 +45,10 @@ std::string read_text(const std::string& path) {
   return text;
 }
 
+void expect_writable(const std::string& path) {
+  if (!std::ofstream(path, std::ios::app)) fail("%s: cannot be written", path.c_str());
+}
+
 void write_json(const std::string& path, const Json& report) {
   std::ofstream stream(path);
   // Text that a model wrote need not be valid UTF-8.
@@ -160,6 +164,7 @@ void run_write(const CommonOptions& common, const WriteOptions& options) {
   };
   const WriteResult result = write_tokens(model, prompt, options.max_tokens, options.sampling, print);
   std::fputc('\n', stdout);
+  std::fflush(stdout);
   std::fprintf(stderr, "prompt: %lld tokens, %.0f tokens/s; written: %zu tokens, %.0f tokens/s\n",
                static_cast<long long>(result.prompt_tokens), result.prefill_tokens_per_second(), result.tokens.size(),
                result.decode_tokens_per_second());

@@ -48,6 +48,8 @@ std::string describe_device(const Model& model, const nlohmann::ordered_json& ru
 nlohmann::ordered_json describe_attention(const AttentionReport& report, bool with_heads);
 
 std::string read_text(const std::string& path);
+// Before a long run, not behind it.
+void expect_writable(const std::string& path);
 void write_json(const std::string& path, const nlohmann::ordered_json& report);
 
 }  // namespace generate

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <exception>
 #include <map>
+#include <string>
+#include <utility>
 
 #include "cli/commands.h"
 
@@ -13,6 +15,21 @@ namespace {
 constexpr int kFailed = 1;
 constexpr int kUsage = 2;
 
+// By CLI11's own check a wrong name is answered with the numbers behind the names.
+template <typename T>
+CLI::Validator one_of(std::map<std::string, T> names) {
+  const auto take = [names = std::move(names)](std::string& text) -> std::string {
+    if (const auto found = names.find(text); found != names.end()) {
+      text = std::to_string(static_cast<int>(found->second));
+      return "";
+    }
+    std::string accepted;
+    for (const auto& [name, value] : names) accepted += (accepted.empty() ? "" : ", ") + name;
+    return "is '" + text + "'; accepted: " + accepted;
+  };
+  return CLI::Validator(take, "NAME");
+}
+
 void add_common(CLI::App& command, generate::CommonOptions& common, const char* report_name) {
   using generate::DType;
   static const std::map<std::string, DType> dtypes = {
@@ -21,33 +38,34 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
   static const std::map<std::string, adaattn_device_t> devices = {{"cpu", ADAATTN_DEVICE_CPU},
                                                                   {"cuda", ADAATTN_DEVICE_CUDA}};
   command.add_option("--device", common.engine.device, "Where the model runs: cpu (default), cuda")
-      ->transform(CLI::CheckedTransformer(devices).description("NAME"));
+      ->transform(one_of(devices));
   command.add_option("--threads", common.engine.threads, "CPU threads; 0: all that this process may use")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   command
       .add_option("--isa", common.engine.isa, "Instruction set of attention: auto, baseline, avx2, avx512, amx, neon")
-      ->transform(CLI::CheckedTransformer(generate::isa_names()).description("NAME"));
+      ->transform(one_of(generate::isa_names()));
   command
       .add_option(
           "--dtype", common.engine.dtype,
           "Type of q, k, v and o, on cuda of the weights too: f32 (default on cpu), f16, bf16 (default on cuda)")
-      ->transform(CLI::CheckedTransformer(dtypes).description("NAME"));
+      ->transform(one_of(dtypes));
   static const std::map<std::string, generate::CacheFormat> formats = {{"same", generate::CacheFormat::kAsAttention},
                                                                        {"e4m3", generate::CacheFormat::kE4m3}};
   command
       .add_option("--kv-dtype", common.engine.cache,
                   "Type of the keys and values kept: same (default, as --dtype), e4m3 (8 bits, a factor for each 64 "
                   "tokens of a head)")
-      ->transform(CLI::CheckedTransformer(formats).description("NAME"));
-  command
-      .add_option("--policy", common.engine.attention.policy,
-                  "Error allowed: exact (default), quality, balanced, speed")
-      ->transform(CLI::CheckedTransformer(generate::policy_names()).description("NAME"));
+      ->transform(one_of(formats));
+  auto* policy = command
+                     .add_option("--policy", common.engine.attention.policy,
+                                 "Error allowed: exact (default), quality, balanced, speed")
+                     ->transform(one_of(generate::policy_names()));
   command
       .add_option("--tolerance", common.engine.attention.tolerance,
                   "Error allowed per head, relative to the spread of V; 0: the policy's own")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::NonNegativeNumber)
+      ->needs(policy);
   command.add_option(report_name, common.report, "File for the figures as JSON");
 }
 
@@ -91,6 +109,7 @@ int run(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : kUsage;
   }
+  if (!common.report.empty()) generate::expect_writable(common.report);
   if (*loss_command) generate::run_loss(common, loss);
   if (*write_command) generate::run_write(common, write);
   if (*demo_command && !generate::run_demo(common)) return kFailed;
