@@ -9,6 +9,7 @@ The loader finds libadaattn.so.0, or ADAATTN_LIBRARY names it. Arrays, layouts a
 CUDA `stream` is the stream's handle (of PyTorch: torch.cuda.current_stream().cuda_stream), and calls only enqueue.
 """
 import ctypes
+import math
 import os
 from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
@@ -17,8 +18,16 @@ ISAS = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "amx": 4, "neon": 5}
 LAYOUTS = {"bshd": 1, "bhsd": 2, "thd": 3, "paged": 4}
 MASKS = {"none": 0, "causal": 1, "causal_top_left": 2}
 POLICIES = {"exact": 0, "quality": 1, "balanced": 2, "speed": 3, "custom": 4}
+_SWITCHES = {"default": 0, "on": 1, "off": 2}
+_PRECISIONS = {"default": 0, "i8": 1, "bf16": 2, "f16": 3, "f32": 4}
+ADAPTIVE = {  # fields of adaattn_adaptive_desc_t that are enumerations; switches may be True or False too
+    "probe": {"default": 0, "off": 1, "rank": 2, "full": 3},
+    "rank_mode": {"default": 0, "off": 1, "fixed": 2, "energy": 3},
+    "min_precision": _PRECISIONS, "max_precision": _PRECISIONS, "on_exceed": {"report": 0, "recompute": 1},
+    "far_field": _SWITCHES, "feedback": _SWITCHES, "freeze": _SWITCHES}
 FLAGS = {"alibi_slopes": 1, "sinks": 2, "bias": 4}
 OUTPUTS = {"lse": 1, "entropy": 2}
+_BYTES = {1: 4, 2: 2, 3: 2, 4: 4, 5: 8, 6: 1}  # of an element, by dtype
 _HEADS = {"bshd": 2, "bhsd": 1, "thd": 1, "paged": 2}  # where a layout keeps its heads, and its tokens
 _TOKENS = {"bshd": 1, "bhsd": 2, "thd": 0, "paged": 1}
 
@@ -28,11 +37,11 @@ class _Tensor(ctypes.Structure):
                 ("dtype", c_int32), ("device", c_int32), ("device_id", c_int32), ("reserved", c_int64)]
 
 
-def _struct(name, fields):
-    """A struct of the C API; fields: "type name name .., type name", its first field is struct_size."""
+def _struct(name, fields, sized=True):
+    """A struct of the C API; fields: "type name name .., type name"; sized: its first field is struct_size."""
     types = {"i32": c_int32, "i64": c_int64, "u32": c_uint32, "u64": c_uint64, "f64": c_double, "ptr": c_void_p,
              "tensor": _Tensor, "text128": c_char * 128, "text32": c_char * 32}
-    members = [("struct_size", c_size_t)]
+    members = [("struct_size", c_size_t)] if sized else []
     for group in fields.split(","):
         kind, *names = group.split()
         members += [(member, types[kind]) for member in names]
@@ -61,13 +70,23 @@ _PlanStats = _struct("PlanStats", """
     u64 verified_heads verified_rows, f64 measured_error_sum measured_error_max measured_row_error_max,
     u64 heads_over_tolerance heads_recomputed, f64 seconds_analyze seconds_decide seconds_attend seconds_verify""")
 
-_lib = ctypes.CDLL(os.environ.get("ADAATTN_LIBRARY", "libadaattn.so.0"))
+_HeadStats = _struct("HeadStats", """
+    i64 batch head, f64 entropy kept_tiles dropped_mass predicted_error measured_error feedback, i64 rank_v,
+    f64 rank_energy, i32 precision dense""", sized=False)
+
+try:
+    _lib = ctypes.CDLL(os.environ.get("ADAATTN_LIBRARY", "libadaattn.so.0"))
+except OSError as missing:
+    raise ImportError(f"{missing}; ADAATTN_LIBRARY=/path/to/libadaattn.so.0 says where it is") from missing
 _lib.adaattn_last_error.argtypes, _lib.adaattn_last_error.restype = [c_char_p, c_size_t], c_size_t
 _lib.adaattn_status_name.restype = _lib.adaattn_build_info.restype = c_char_p
 _lib.adaattn_plan_execute.argtypes = [c_void_p, POINTER(_Io), c_void_p, c_size_t, c_void_p]
 _lib.adaattn_attention.argtypes = [c_void_p, POINTER(_AttnDesc), POINTER(_AdaptiveDesc), POINTER(_Io), c_void_p]
 _lib.adaattn_plan_create.argtypes = [c_void_p, POINTER(_AttnDesc), POINTER(_AdaptiveDesc), POINTER(c_void_p)]
 _lib.adaattn_plan_get_stats.argtypes = [c_void_p, c_uint32, POINTER(_PlanStats)]
+_lib.adaattn_plan_get_head_stats.argtypes = [c_void_p, POINTER(_HeadStats), c_size_t, c_size_t, POINTER(c_size_t)]
+_lib.adaattn_plan_get_tile_map.argtypes = [c_void_p, c_int64, c_int64, c_char_p, c_size_t, POINTER(c_int64),
+                                           POINTER(c_int64)]
 _lib.adaattn_tensor_from_dlpack.argtypes = [POINTER(_Tensor), c_void_p]
 for _name in "adaattn_destroy", "adaattn_plan_destroy":
     getattr(_lib, _name).argtypes = [c_void_p]
@@ -101,17 +120,27 @@ def _choice(name, value, choices):
     return choices[value]
 
 
+def _adaptive_value(name, value):
+    if isinstance(value, bool) and ADAPTIVE.get(name) is _SWITCHES:
+        return _SWITCHES["on" if value else "off"]
+    return _choice(name, value, ADAPTIVE[name]) if name in ADAPTIVE and isinstance(value, str) else value
+
+
+def _view(name, array, stream, view):
+    """Makes `view` one of the array; what has to live while it is used."""
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"{name} is of type {type(array).__name__}; accepted: arrays that speak DLPack")
+    on_cpu = array.__dlpack_device__()[0] in (1, 3)  # kDLCPU, kDLCUDAHost
+    # 1 is DLPack's number of the default stream: the producer lets that one wait for its own work.
+    capsule = array.__dlpack__() if on_cpu else array.__dlpack__(stream=stream or 1)
+    _check(_lib.adaattn_tensor_from_dlpack(byref(view), _capsule_pointer(capsule, b"dltensor")))
+    return capsule
+
+
 def _views(arrays, stream):
     """The io of a call, and what has to live while it runs."""
-    io, capsules = _defaults(_Io(), _lib.adaattn_io_init), []
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        on_cpu = array.__dlpack_device__()[0] in (1, 3)  # kDLCPU, kDLCUDAHost
-        # 1 is DLPack's number of the default stream: the producer lets that one wait for its own work.
-        capsules.append(array.__dlpack__() if on_cpu else array.__dlpack__(stream=stream or 1))
-        _check(_lib.adaattn_tensor_from_dlpack(byref(getattr(io, name)), _capsule_pointer(capsules[-1], b"dltensor")))
-    return io, capsules
+    io = _defaults(_Io(), _lib.adaattn_io_init)
+    return io, [_view(name, array, stream, getattr(io, name)) for name, array in arrays.items() if array is not None]
 
 
 def _describe(io, layout="bshd", layout_kv=None, mask="none", window=(-1, -1), scale=0.0, softcap=0.0, policy="exact",
@@ -132,6 +161,8 @@ def _describe(io, layout="bshd", layout_kv=None, mask="none", window=(-1, -1), s
     desc.head_dim_qk, desc.head_dim_v = io.q.shape[io.q.ndim - 1], io.v.shape[io.v.ndim - 1]
     desc.dtype_q, desc.dtype_kv, desc.dtype_o = io.q.dtype, io.k.dtype, io.o.dtype
     desc.mask, desc.math = _choice("mask", mask, MASKS), int(fast_f32)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window is {window!r}; accepted: (left, right), -1 for an open side")
     desc.window_left, desc.window_right = window
     desc.scale, desc.softcap, desc.descale_block = scale, softcap, descale_block
     desc.flags = sum(bit for name, bit in FLAGS.items() if getattr(io, name).ndim)
@@ -142,7 +173,7 @@ def _describe(io, layout="bshd", layout_kv=None, mask="none", window=(-1, -1), s
     for name, value in adaptive.items():
         if name not in known:
             raise TypeError(f"{name} is no option; accepted: attention()'s and fields of adaattn_adaptive_desc_t")
-        setattr(fields, name, value)
+        setattr(fields, name, _adaptive_value(name, value))
     return desc, fields
 
 
@@ -158,8 +189,24 @@ def _fields(struct):
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
-class Context:
+class _Owner:
+    """Of a handle; one that cannot be destroyed yet stays usable."""
+
+    def close(self):
+        _check(self._destroy(self._handle))
+        self._handle = c_void_p()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Context(_Owner):
     """One device. May be used from several threads; close() it, or leave its with block, after its plans."""
+
+    _destroy = _lib.adaattn_destroy
 
     def __init__(self, device="cpu", device_id=0, num_threads=0, isa="auto"):
         self._handle = c_void_p()
@@ -171,7 +218,8 @@ class Context:
     def attention(self, q, k, v, o, *, stream=0, **options):
         """Writes attention to o. options: the other tensors of adaattn_io_t by name; layout, layout_kv, mask, window,
         scale, softcap, fast_f32, descale_block, max_batch, max_seqlen_q, max_seqlen_k; policy and the fields of
-        adaattn_adaptive_desc_t. Where lengths grow from call to call, give their maxima: one plan then serves all."""
+        adaattn_adaptive_desc_t, enumerations by name (probe="off", freeze=True). Where lengths grow from call to call,
+        give their maxima: one plan then serves all."""
         tensors, options = _split(options)
         io, _alive = _views({"q": q, "k": k, "v": v, "o": o, **tensors}, stream)
         desc, adaptive = _describe(io, **options)
@@ -183,27 +231,25 @@ class Context:
         io, _alive = _views({"q": q, "k": k, "v": v, "o": o, **tensors}, 0)
         return Plan(self, *_describe(io, **options))
 
-    def close(self):
-        handle, self._handle = self._handle, c_void_p()
-        _check(_lib.adaattn_destroy(handle))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class Plan:
+class Plan(_Owner):
     """A problem and its kernels; with a policy also one layer's feedback and statistics. One call at a time."""
+
+    _destroy = _lib.adaattn_plan_destroy
 
     def __init__(self, context, desc, adaptive):
         self._context, self._handle = context, c_void_p()
         _check(_lib.adaattn_plan_create(context._handle, byref(desc), byref(adaptive), byref(self._handle)))
 
-    def execute(self, q, k, v, o, *, stream=0, **tensors):
-        io, _alive = _views({"q": q, "k": k, "v": v, "o": o, **tensors}, stream)
-        _check(_lib.adaattn_plan_execute(self._handle, byref(io), None, 0, stream or None))
+    def execute(self, q, k, v, o, *, stream=0, workspace=None, **tensors):
+        """workspace: a contiguous array of info()["workspace_bytes"] bytes or more, of a type that q may have or of
+        integers of 4 or 8 bytes; calls that a CUDA graph captures need one. Without, the library allocates it."""
+        io, alive = _views({"q": q, "k": k, "v": v, "o": o, **tensors}, stream)
+        space, count = _Tensor(), 0
+        if workspace is not None:
+            alive.append(_view("workspace", workspace, stream, space))
+            count = math.prod(space.shape[:space.ndim]) * _BYTES[space.dtype]
+        _check(_lib.adaattn_plan_execute(self._handle, byref(io), space.data, count, stream or None))
 
     def info(self):
         """adaattn_plan_info_t as a dictionary."""
@@ -211,21 +257,29 @@ class Plan:
         _check(_lib.adaattn_plan_get_info(self._handle, byref(info)))
         return _fields(info)
 
-    def stats(self):
-        """adaattn_plan_stats_t as a dictionary, after the enqueued work."""
+    def stats(self, wait=True, reset=False):
+        """adaattn_plan_stats_t as a dictionary; wait: after the enqueued work, else a snapshot."""
         stats = _PlanStats(struct_size=ctypes.sizeof(_PlanStats))
-        _check(_lib.adaattn_plan_get_stats(self._handle, 1, byref(stats)))
+        _check(_lib.adaattn_plan_get_stats(self._handle, int(wait) + 2 * int(reset), byref(stats)))
         return _fields(stats)
 
-    def close(self):
-        handle, self._handle = self._handle, c_void_p()
-        _check(_lib.adaattn_plan_destroy(handle))
+    def head_stats(self):
+        """The newest call's adaattn_head_stats_t as dictionaries, one for each (batch, query head)."""
+        count, size = c_size_t(), ctypes.sizeof(_HeadStats)
+        _check(_lib.adaattn_plan_get_head_stats(self._handle, None, size, 0, byref(count)))
+        heads = (_HeadStats * count.value)()
+        _check(_lib.adaattn_plan_get_head_stats(self._handle, heads, size, len(heads), byref(count)))
+        return [_fields(head) for head in heads]
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    def tile_map(self, batch, head):
+        """What the newest call did with each 128 x 128 tile, a bytes object for each query tile: 0 no visible pair,
+        1 not computed exactly, 2 computed exactly."""
+        rows, columns = c_int64(), c_int64()
+        extents = byref(rows), byref(columns)
+        _check(_lib.adaattn_plan_get_tile_map(self._handle, batch, head, None, 0, *extents))
+        tiles = ctypes.create_string_buffer(max(1, rows.value * columns.value))
+        _check(_lib.adaattn_plan_get_tile_map(self._handle, batch, head, tiles, len(tiles), *extents))
+        return [tiles.raw[i * columns.value:(i + 1) * columns.value] for i in range(rows.value)]
 
 
 def build_info():

@@ -13,7 +13,9 @@ os.environ["ADAATTN_LIBRARY"], SOURCE = sys.argv[1], pathlib.Path(sys.argv[2])
 sys.path.insert(0, str(SOURCE / "bindings/python"))
 import adaattn
 
-RANDOM = numpy.random.default_rng(int(os.environ.get("ADAATTN_TEST_SEED", "1")))
+SEED = int(os.environ.get("ADAATTN_TEST_SEED", "1"))
+print(f"ADAATTN_TEST_SEED={SEED}")
+RANDOM = numpy.random.default_rng(SEED)
 PAGE = 16
 
 
@@ -55,7 +57,8 @@ def structs_are_those_of_the_header():
             fields[name] = tuple(map(int, numbers))
     for name, struct in (("tensor", adaattn._Tensor), ("config", adaattn._Config), ("attn_desc", adaattn._AttnDesc),
                          ("adaptive_desc", adaattn._AdaptiveDesc), ("io", adaattn._Io),
-                         ("plan_info", adaattn._PlanInfo), ("plan_stats", adaattn._PlanStats)):
+                         ("plan_info", adaattn._PlanInfo), ("plan_stats", adaattn._PlanStats),
+                         ("head_stats", adaattn._HeadStats)):
         layout = {field: (getattr(struct, field).offset, getattr(struct, field).size) for field, _ in struct._fields_}
         assert structs[f"adaattn_{name}_t"] == {"": ctypes.sizeof(struct), **layout}, name
 
@@ -103,8 +106,63 @@ def policies(context):
     with context.plan(q, k, v, o, mask="causal", policy="speed", tolerance=0.3) as plan:
         plan.execute(q, k, v, o)
         assert plan.info()["exact"] == 0
-        assert plan.stats()["tiles"] == 2 * 8 * 9 // 2
+        assert plan.stats(reset=True)["tiles"] == 2 * 8 * 9 // 2
+        assert plan.stats(wait=False)["tiles"] == 0
+        heads = plan.head_stats()
+        assert [(h["batch"], h["head"]) for h in heads] == [(0, 0), (0, 1)]
+        for h in heads:
+            tiles = plan.tile_map(0, h["head"])
+            assert [row.find(b"\0") % 9 for row in tiles] == list(range(1, 9)), tiles
+            assert abs(sum(row.count(b"\2") for row in tiles) / 36 - h["kept_tiles"]) < 1e-9
     close(o, v)
+
+
+def enumerations_by_name(context):
+    q, k, v = (normal(1, 1024, 2, 64) for _ in range(3))
+    o, by_number = poisoned(1, 1024, 2, 64), poisoned(1, 1024, 2, 64)
+    names = {"probe": "off", "far_field": False, "rank_mode": "off", "feedback": False, "freeze": True}
+    numbers = {"probe": 1, "far_field": 2, "rank_mode": 1, "feedback": 2, "freeze": 1}
+    common = {"mask": "causal", "policy": "custom", "tile_mass": 0.5, "tolerance": 1.0}
+    context.attention(q, k, v, o, **common, **names)
+    context.attention(q, k, v, by_number, **common, **numbers)
+    assert (o == by_number).all()
+    fields = adaattn._describe(adaattn._views({"q": q, "k": k, "v": v, "o": o}, 0)[0], policy="custom", **names)[1]
+    assert all(getattr(fields, name) == value for name, value in numbers.items())
+
+
+def workspaces(context):
+    q, k, v = normal(1, 300, 4, 64), normal(1, 300, 2, 64), normal(1, 300, 2, 64)
+    o, own = poisoned(1, 300, 4, 64), poisoned(1, 300, 4, 64)
+    with context.plan(q, k, v, o, mask="causal") as plan:
+        size = plan.info()["workspace_bytes"]
+        assert size > 0
+        space = numpy.full((size + 7) // 8, -1, numpy.int64)
+        plan.execute(q, k, v, o)
+        plan.execute(q, k, v, own, workspace=space)
+        assert (o == own).all() and not (space == -1).all()
+        try:
+            plan.execute(q, k, v, own, workspace=space[:size // 8 - 1])
+        except adaattn.Error as error:
+            assert "workspace_bytes is" in str(error), error
+        else:
+            raise AssertionError("a workspace too small was accepted")
+
+
+def a_context_in_use_stays_usable(_):
+    q = k = v = normal(1, 8, 2, 16)
+    o = poisoned(1, 8, 2, 16)
+    context = adaattn.Context(num_threads=1)
+    plan = context.plan(q, k, v, o)
+    try:
+        context.close()
+    except adaattn.Error as error:
+        assert "1 live plans" in str(error), error
+    else:
+        raise AssertionError("a context with a plan was closed")
+    plan.execute(q, k, v, o)
+    context.attention(q, k, v, o)
+    plan.close()
+    context.close()
 
 
 def refusals(context):
@@ -114,6 +172,9 @@ def refusals(context):
                                 (adaattn.Error, "adaptive.tolerance is -1", {"policy": "speed", "tolerance": -1}),
                                 (adaattn.Error, "io.lse.shape[2] is 9; accepted: 8", {"lse": poisoned(1, 2, 9)}),
                                 (ValueError, "mask is 'diagonal'; accepted: none", {"mask": "diagonal"}),
+                                (ValueError, "probe is 'all'; accepted: default", {"policy": "custom", "probe": "all"}),
+                                (ValueError, "window is 5; accepted: (left, right)", {"window": 5}),
+                                (TypeError, "sinks is of type list; accepted: arrays", {"sinks": [0, 0]}),
                                 (TypeError, "colour is no option", {"colour": 1})):
         try:
             context.attention(q, k, v, o, **options)
@@ -126,6 +187,7 @@ def refusals(context):
 
 structs_are_those_of_the_header()
 with adaattn.Context(num_threads=2) as shared:
-    for case in batches_in_either_order, packed_sequences, pages, policies, refusals:
+    for case in batches_in_either_order, packed_sequences, pages, policies, enumerations_by_name, workspaces, \
+            a_context_in_use_stays_usable, refusals:
         case(shared)
         print(case.__name__)

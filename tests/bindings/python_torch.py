@@ -29,7 +29,9 @@ def reference(q, k, v):
 
 
 def main():
-    torch.manual_seed(int(os.environ.get("ADAATTN_TEST_SEED", "1")))
+    seed = int(os.environ.get("ADAATTN_TEST_SEED", "1"))
+    print(f"ADAATTN_TEST_SEED={seed}")
+    torch.manual_seed(seed)
     stream = torch.cuda.Stream()
     with adaattn.Context(device="cuda") as context, torch.cuda.stream(stream):
         for dtype, tolerance in TOLERANCES.items():
