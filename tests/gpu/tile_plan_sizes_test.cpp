@@ -14,12 +14,12 @@ using cuda::TilePlanSizes;
 
 constexpr cuda::DeviceTraits kHopper = {90, 132, int64_t{50} << 20, 227 << 10};
 
-Problem problem_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive) {
+Problem problem_of(int64_t seqlen, const adaattn_adaptive_desc_t& adaptive, int64_t heads_kv = 2) {
   Problem p;
   p.max_batch = 1;
   p.max_seqlen_q = p.max_seqlen_k = seqlen;
-  p.heads_q = 8;
-  p.heads_kv = 2;
+  p.heads_q = 4 * heads_kv;
+  p.heads_kv = heads_kv;
   p.d_qk = p.d_v = 128;
   p.dtype_q = p.dtype_kv = p.dtype_o = Dtype::kBF16;
   p.window_right = 0;
@@ -52,6 +52,19 @@ TEST(TilePlanSizes, GrowWithTheLengthAndNotWithItsSquare) {
       EXPECT_LT(twice, 2 * bytes + kBound);
       EXPECT_LT(twice, 2.0 * 256 * static_cast<double>(seqlen) + kBound);
     }
+}
+
+// docs/adaptive.md, "In an engine on CUDA".
+TEST(TilePlanSizes, AreThoseOfTheGuide) {
+  constexpr double kMiB = 1 << 20;
+  for (const auto& [seqlen, mebibytes] : {std::pair{8192, 14}, {32768, 30}, {131072, 128}, {1048576, 740}}) {
+    size_t largest = 0;
+    for (const adaattn_policy_t policy : {ADAATTN_POLICY_QUALITY, ADAATTN_POLICY_BALANCED, ADAATTN_POLICY_SPEED})
+      largest = std::max(largest,
+                         cuda::tile_plan_sizes(problem_of(seqlen, adaptive_desc(policy), 8), kHopper).workspace_bytes);
+    EXPECT_LE(static_cast<double>(largest) / kMiB, mebibytes) << seqlen;
+    EXPECT_GE(static_cast<double>(largest) / kMiB, 0.75 * mebibytes) << seqlen;
+  }
 }
 
 // Any limit that is not refused is kept to, in waves of query tiles; the text of a refusal has the least that serves.
