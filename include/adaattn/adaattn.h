@@ -433,7 +433,7 @@ ADAATTN_API adaattn_status_t adaattn_check_support(adaattn_context_t* context, c
 /* ---- Attention --------------------------------------------------------------------------------------------- */
 
 /* Makes a plan: validates desc, selects the kernels. Cheap (microseconds) and independent of actual lengths. On CUDA
- * it may allocate device memory: not in a capture. adaptive NULL: an exact plan. */
+ * it may allocate device memory, past the hook: not in a capture. adaptive NULL: an exact plan. */
 ADAATTN_API adaattn_status_t adaattn_plan_create(adaattn_context_t* context, const adaattn_attn_desc_t* desc,
                                                  const adaattn_adaptive_desc_t* adaptive, adaattn_plan_t** plan);
 
@@ -441,8 +441,9 @@ ADAATTN_API adaattn_status_t adaattn_plan_create(adaattn_context_t* context, con
 ADAATTN_API adaattn_status_t adaattn_plan_workspace_size(adaattn_plan_t* plan, size_t* bytes);
 
 /* Computes attention. workspace: device memory of at least workspace_bytes >= adaattn_plan_workspace_size(), any
- * alignment on the CPU and 256 bytes on CUDA; NULL with 0 bytes lets the library allocate it through the context's
- * hook (refused under stream capture). CUDA: only enqueues work on stream, capture-safe with a workspace. */
+ * alignment on the CPU and 256 bytes on CUDA, of which nothing lasts beyond the call: plans whose calls do not overlap
+ * may share one. NULL with 0 bytes lets the library allocate it through the context's hook (refused under stream
+ * capture). CUDA: only enqueues work on stream, capture-safe with a workspace. */
 ADAATTN_API adaattn_status_t adaattn_plan_execute(adaattn_plan_t* plan, const adaattn_io_t* io, void* workspace,
                                                   size_t workspace_bytes, adaattn_stream_t stream);
 
@@ -452,11 +453,11 @@ typedef struct adaattn_plan_info {
   char isa[32];     /* CPU: instruction set, CUDA: architecture of that kernel */
   int32_t tile_q;   /* query rows and keys of its tile */
   int32_t tile_k;
-  int32_t splits;       /* parts that the keys of one query tile are split into at the maxima */
-  int32_t capture_safe; /* 1: execute may be captured in a CUDA graph */
-  int32_t deterministic;
-  int32_t exact;
-  uint64_t workspace_bytes;
+  int32_t splits;           /* parts that the keys of one query tile are split into at the maxima */
+  int32_t capture_safe;     /* 1: execute may be captured in a CUDA graph */
+  int32_t deterministic;    /* 1: bitwise repeatable */
+  int32_t exact;            /* 1: calls are exact ones, with a policy too where its statistics would not see enough */
+  uint64_t workspace_bytes; /* as adaattn_plan_workspace_size() says */
 } adaattn_plan_info_t;
 
 ADAATTN_API adaattn_status_t adaattn_plan_get_info(adaattn_plan_t* plan, adaattn_plan_info_t* info);
