@@ -51,7 +51,7 @@ Matrix gram_from(const Matrix& columns, const std::vector<double>& energies) {
 
 class Grams {
  public:
-  explicit Grams(int64_t dim) : dim_(dim), ld_(cuda::subspace_ld(dim)) {
+  explicit Grams(int64_t dim) : ld_(cuda::subspace_ld(dim)) {
     for (int64_t i = 0; i < dim; ++i) energies.push_back(std::pow(kRatio, 2.0 * static_cast<double>(i)));
     std::mt19937_64 engine(7);
     std::normal_distribution<double> normal;
@@ -80,7 +80,7 @@ class Grams {
   std::vector<double> energies;
 
  private:
-  int64_t dim_, ld_;
+  int64_t ld_;
 };
 
 // Energy of the first matrix that its first `rank` vectors leave, relatively above the least possible.

@@ -212,7 +212,6 @@ class MatrixCall {
 
   // Read of a once, at least.
   double bytes() const { return 4.0 * static_cast<double>(c_.batch * c_.rows * c_.cols); }
-  const adaattn_low_rank_desc_t& desc() const { return desc_; }
 
  private:
   adaattn_context_t* context_;

@@ -276,11 +276,10 @@ TEST(Bounds, RoundingErrorsAreThoseOfTheModel) {
       for (int64_t dim = 0; dim < p.d; ++dim) {
         double covariance = 0;
         for (int64_t c = 0; c < p.d_v; ++c) {
-          double both = 0, mean = 0;
+          double both = 0;
           for (int64_t j = 0; j < p.keys; ++j) {
             const double key = row(p.k, j, p.d)[dim];
             both += w[j] * key * (p.value(j, c) - o[c]);
-            mean += w[j] * key;
           }
           covariance += both * both;
         }

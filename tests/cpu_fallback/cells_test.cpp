@@ -11,6 +11,7 @@
 
 #include "cpu_fallback/adaptive/kernels.h"
 #include "cpu_fallback/isa/registry.h"
+#include "support/random.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -130,9 +131,7 @@ class Cells : public testing::TestWithParam<adaattn_isa_t> {
 
 TEST_P(Cells, MassesAreThoseOfTheSharedCodeBitForBit) {
   const AdaptiveKernels& kernels = *adaptive_kernels_of(GetParam(), false);
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   for (const int64_t d : {1, 40, 128, 512}) {
     for (int64_t blocks = 1; blocks <= kCellsOfTile; ++blocks) {
       const int64_t len = kTiles * decide::kTileK - static_cast<int64_t>(rng() % 127);
@@ -177,9 +176,7 @@ TEST_P(Cells, AMeanThatIsNotFiniteIsReported) {
 
 TEST_P(Cells, DroppedTilesLeaveTheirShareTheirWeightAndTheirMeanOfV) {
   const AdaptiveKernels& kernels = *adaptive_kernels_of(GetParam(), false);
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   constexpr int64_t kWidth = 40, kVStride = 64, kBegin = 2;
   std::normal_distribution<float> normal;
   std::vector<float> v(static_cast<size_t>(kTiles * kCellsOfTile * kVStride));

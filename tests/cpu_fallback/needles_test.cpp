@@ -11,6 +11,7 @@
 
 #include "cpu_fallback/adaptive/kernels.h"
 #include "cpu_fallback/isa/registry.h"
+#include "support/random.h"
 
 namespace adaattn::cpu {
 namespace {
@@ -65,9 +66,7 @@ std::vector<float> random_means(int64_t n, std::mt19937& rng) {
 }
 
 TEST_P(Needles, TilesAreThoseOfTheSharedCode) {
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   for (int64_t i = 0; i < 14; ++i) {
     constexpr int64_t kWidths[] = {1, 40, 64, 65, 100, 128, 512};
     const int64_t d = kWidths[i / 2];

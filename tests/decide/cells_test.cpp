@@ -8,14 +8,13 @@
 
 #include "decide/choose.h"
 #include "decide/level_checks.h"
+#include "support/random.h"
 
 namespace adaattn::decide {
 namespace {
 
 TEST(Cells, ATileWithThePeakIsKeptAtEveryLevel) {
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   for (int trial = 0; trial < 200; ++trial) {
     const int tiles = 3 + static_cast<int>(rng() % 150);
     std::vector<uint32_t> mass(static_cast<size_t>(tiles)), peak(mass.size());
@@ -42,9 +41,7 @@ TEST(Cells, ATileWithThePeakIsKeptAtEveryLevel) {
 // The scores of means of 32 normal rows have a deviation of log2(e) / 32, whatever head_dim. What a share keeps of them
 // follows noise, and no level may count as selective.
 TEST(Cells, OfRandomInputSelectNothing) {
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   std::normal_distribution<float> score(0, 0.045f);
   for (const bool causal : {true, false}) {
     for (const int tiles : {16, 64, 128}) {

@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "support/random.h"
+
 namespace adaattn::decide {
 namespace {
 
@@ -47,9 +49,7 @@ TEST(TileMass, LevelsRiseToOne) {
 }
 
 TEST(TileMass, ThresholdAgreesWithSorting) {
-  const unsigned seed = std::random_device{}();
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937 rng(seed);
+  std::mt19937 rng(static_cast<unsigned>(test::run_seed()));
   for (int trial = 0; trial < 300; ++trial) {
     const std::vector<uint32_t> mass = random_masses(rng, 1 + static_cast<int>(rng() % 200));
     const uint64_t total = std::accumulate(mass.begin(), mass.end(), uint64_t{0});

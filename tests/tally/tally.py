@@ -15,6 +15,7 @@ RAN = re.compile(r"\[==========\] (\d+) tests? from .* ran\.")
 PASSED = re.compile(r"\[  PASSED  \] (\d+) tests?\.")
 SKIPPED = re.compile(r"\[  SKIPPED \] (\d+) tests?, listed below")
 REASON = re.compile(r"^(?:[^\n]*: )?(?:Skipped|SKIPPED):?\s+(.+?)\s*$", re.MULTILINE)
+SEED = re.compile(r"^ADAATTN_TEST_SEED=\d+", re.MULTILINE)
 FAILURES_IN_FULL, OUTPUT_TAIL = 5, 2500
 
 
@@ -72,7 +73,8 @@ def run(reports, tally):
         failed += case_failed
         reasons.update(case_reasons)
         if case_failed:
-            print(f"FAILED {case.get('name')}")
+            seed = SEED.search(failure_text(case))
+            print(f"FAILED {case.get('name')}", *([f"({seed[0]} repeats it)"] if seed else []))
             failures += 1
             if failures <= FAILURES_IN_FULL:
                 print(failure_text(case)[-OUTPUT_TAIL:])

@@ -56,6 +56,10 @@ class Tally(unittest.TestCase):
     def test_failure_outside_the_cases_is_a_failure(self):
         self.assertEqual(self.run_on(entry("fail", '<failure message=""/>', GTEST_GREEN))[:4], (1, 1, 1, 0))
 
+    def test_failures_name_their_seed(self):
+        output = "ADAATTN_TEST_SEED=7 repeats this run\n" + "x" * 2 * tally.OUTPUT_TAIL
+        self.assertIn("(ADAATTN_TEST_SEED=7 repeats it)", self.run_on(entry("fail", '<failure message=""/>', output))[4])
+
     def test_crash_without_a_summary_is_a_failure(self):
         self.assertEqual(self.run_on(entry("fail", '<failure message=""/>', "[ RUN      ] A.B"))[:4], (1, 0, 1, 0))
 
