@@ -1,5 +1,6 @@
 // The adaptive policies on a CUDA device, all stages counted, against the exact plan in the same run: on the operands
-// of the shipped model's layers, and on random normal ones, where nothing is worth saving.
+// of the shipped model's layers, and on random normal ones, where nothing is worth saving. Beside them, what single
+// fields of a custom policy cost and gain.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -27,18 +28,42 @@ constexpr int64_t kBatch = 4;
 // Beyond the length of the model's text it is taken again from its start.
 constexpr int64_t kContexts[] = {8192, 16384, 32768};
 constexpr int64_t kRandomContexts[] = {8192, 32768};
+constexpr int64_t kCustomContext = 16384;
 // Heads found dense are looked at in every eighth call: random operands are timed over whole rounds of that many.
 constexpr int kRound = 8, kRounds = 3;
 constexpr int kTurns = 3, kRandomTurns = 1;
 
 struct NamedPolicy {
   const char* name;
-  adaattn_policy_t policy;
+  AdaptiveDesc desc;
 };
-constexpr NamedPolicy kPolicies[] = {
-    {"quality", ADAATTN_POLICY_QUALITY}, {"balanced", ADAATTN_POLICY_BALANCED}, {"speed", ADAATTN_POLICY_SPEED}};
+AdaptiveDesc named(adaattn_policy_t policy) {
+  AdaptiveDesc desc;
+  desc.policy = policy;
+  return desc;
+}
+// Tiles of a mass alone; needle_share: with a probe for keys of such a share of a row.
+AdaptiveDesc tiles_of(double mass, double needle_share = 0) {
+  AdaptiveDesc desc = named(ADAATTN_POLICY_CUSTOM);
+  desc.tolerance = 1;
+  desc.tile_mass = mass;
+  desc.far_field = ADAATTN_SWITCH_OFF;
+  desc.rank_mode = ADAATTN_RANK_OFF;
+  desc.probe = needle_share > 0 ? ADAATTN_PROBE_FULL : ADAATTN_PROBE_OFF;
+  desc.needle_share = needle_share;
+  return desc;
+}
+const NamedPolicy kPolicies[] = {{"quality", named(ADAATTN_POLICY_QUALITY)},
+                                 {"balanced", named(ADAATTN_POLICY_BALANCED)},
+                                 {"speed", named(ADAATTN_POLICY_SPEED)}};
 // Where nothing is worth saving, all of them find the same.
-constexpr NamedPolicy kRandomPolicies[] = {{"balanced", ADAATTN_POLICY_BALANCED}};
+const NamedPolicy kRandomPolicies[] = {{"balanced", named(ADAATTN_POLICY_BALANCED)}};
+const NamedPolicy kCustomPolicies[] = {{"tiles.90", tiles_of(0.90)},
+                                       {"tiles.90+probe.05", tiles_of(0.90, 0.05)},
+                                       {"tiles.90+probe.02", tiles_of(0.90, 0.02)},
+                                       {"tiles.85", tiles_of(0.85)},
+                                       {"tiles.85+probe.05", tiles_of(0.85, 0.05)},
+                                       {"tiles.85+probe.02", tiles_of(0.85, 0.02)}};
 
 // Device memory that frees itself, whoever allocated it.
 using Memory = std::shared_ptr<void>;
@@ -101,13 +126,11 @@ Calls random_layer(int64_t seqlen) {
 // A plan for each layer, of one policy.
 class Runner {
  public:
-  Runner(Context& context, const Calls& calls, adaattn_policy_t policy) : calls_(calls) {
+  Runner(Context& context, const Calls& calls, const AdaptiveDesc& adaptive) : calls_(calls) {
     const Shape& s = calls.shape;
     const adaattn_attn_desc_t desc = desc_of(s, ADAATTN_DTYPE_BF16);
-    AdaptiveDesc adaptive;
-    adaptive.policy = policy;
     for (size_t i = 0; i < calls.layers.size(); ++i) {
-      plans_.push_back(context.make_plan(desc, policy == ADAATTN_POLICY_EXACT ? nullptr : &adaptive).value());
+      plans_.push_back(context.make_plan(desc, adaptive.policy == ADAATTN_POLICY_EXACT ? nullptr : &adaptive).value());
       o_.push_back(std::make_unique<CudaBuffer>(elements(s, s.heads_q) * 2));
     }
     workspace_ = std::make_unique<CudaBuffer>(plans_[0].workspace_size().value());
@@ -161,6 +184,7 @@ class Runner {
     const auto heads = static_cast<double>(sum.heads);
     std::map<std::string, double> d;
     d["tiles_kept"] = static_cast<double>(sum.tiles_kept) / static_cast<double>(sum.tiles);
+    d["tiles_probed_in"] = static_cast<double>(sum.tiles_probed_in) / static_cast<double>(sum.tiles);
     d["dense_heads"] = static_cast<double>(sum.heads_dense) / heads;
     d["mean_rank_v"] = sum.rank_v_sum / heads;
     d["predicted_error"] = sum.predicted_error_sum / heads;
@@ -209,9 +233,9 @@ void compare(Report& report, const Calls& calls, std::span<const NamedPolicy> po
   Config config;
   config.device = ADAATTN_DEVICE_CUDA;
   Context context = Context::create(config).value();
-  Runner exact(context, calls, ADAATTN_POLICY_EXACT);
+  Runner exact(context, calls, named(ADAATTN_POLICY_EXACT));
   std::vector<std::unique_ptr<Runner>> runners;
-  for (const NamedPolicy& p : policies) runners.push_back(std::make_unique<Runner>(context, calls, p.policy));
+  for (const NamedPolicy& p : policies) runners.push_back(std::make_unique<Runner>(context, calls, p.desc));
   // In turns: the card's clock follows its power, and that follows what ran before.
   for (int turn = 0; turn < (calls.mean ? kRandomTurns : kTurns); ++turn) {
     exact.time();
@@ -254,16 +278,19 @@ void run_cuda_policies(Report& report) {
     std::string name;
     int64_t seqlen;
     bool model;
+    std::span<const NamedPolicy> policies;
   };
   // Ours are rounds of all layers, in which the card meets its power limit: so are the peers'.
   const int64_t layers = generate::read_config(ADAATTN_BENCH_MODEL).layers;
   std::vector<Case> cases;
   nlohmann::json request = nlohmann::json::array();
-  const auto add = [&](bool model, int64_t seqlen) {
+  const auto add = [&](const std::string& kind, bool model, int64_t seqlen, std::span<const NamedPolicy> policies,
+                       bool with_peers = true) {
     const Shape shape = {kBatch, 6, 2, seqlen, seqlen, 128, ADAATTN_MASK_CAUSAL};
-    const std::string name = (model ? "model/" : "random/") + shape_name(shape, "bf16");
+    const std::string name = kind + "/" + shape_name(shape, "bf16");
     if (!report.wants(name)) return;
-    cases.push_back({name, seqlen, model});
+    cases.push_back({name, seqlen, model, policies});
+    if (!with_peers) return;
     request.push_back({{"name", name},
                        {"dtype", "bf16"},
                        {"batch", shape.batch},
@@ -276,14 +303,12 @@ void run_cuda_policies(Report& report) {
                        {"cold", false},
                        {"calls", model ? layers : 1}});
   };
-  for (const int64_t seqlen : kContexts) add(true, seqlen);
-  for (const int64_t seqlen : kRandomContexts) add(false, seqlen);
+  for (const int64_t seqlen : kContexts) add("model", true, seqlen, kPolicies);
+  add("custom", true, kCustomContext, kCustomPolicies, false);
+  for (const int64_t seqlen : kRandomContexts) add("random", false, seqlen, kRandomPolicies);
   const nlohmann::json peers = run_peers(ADAATTN_BENCH_PEERS, request);
   for (const Case& c : cases) {
-    if (c.model)
-      compare(report, capture_layers(c.seqlen), kPolicies, c.name, peers);
-    else
-      compare(report, random_layer(c.seqlen), kRandomPolicies, c.name, peers);
+    compare(report, c.model ? capture_layers(c.seqlen) : random_layer(c.seqlen), c.policies, c.name, peers);
   }
 }
 

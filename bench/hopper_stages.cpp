@@ -126,7 +126,7 @@ class Stages {
     targets.ctas = static_cast<uint32_t*>(ctas_->data());
     targets.outlook = static_cast<unsigned long long*>(outlook_->data());
     const float* far = args_.options.far_field ? static_cast<float*>(far_share_->data()) : nullptr;
-    check(cuda::launch_tally(args_, 0, far, targets, {}, nullptr, true, s));
+    check(cuda::launch_tally(args_, 0, {far}, targets, {}, nullptr, true, s));
   }
   void all(cudaStream_t s) {
     sample(s);

@@ -266,6 +266,7 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   const TableShape& s = sizes_.shape;
   char* const space = static_cast<char*>(workspace);
   float* const far_share = o.far_field ? reinterpret_cast<float*>(space + sizes_.far_share) : nullptr;
+  int32_t* const found = o.probe != decide::Probe::kOff ? reinterpret_cast<int32_t*>(space + sizes_.found) : nullptr;
   const int64_t units = int64_t{s.batch} * s.heads_kv;
   // While no call was captured, the device's count of calls is the host's.
   const bool verifies =
@@ -280,6 +281,9 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   walk.p = args.p;
   walk.far_field = o.far_field;
   walk.far_share = far_share;
+  walk.found = found;
+  walk.mask = args.tables.mask;
+  walk.log2_needle = std::log2(o.needle_share);
   walk.multiprocessors = device_.multiprocessors;
   bool recomputes = false;
   const auto launch_class = [&](int rank_class, int32_t first_tile) {
@@ -296,11 +300,12 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
       if (c == 0 || decide::rank_of_class(c) <= s.max_rank) launch_class(c, first);
     const bool ends = first + s.wave_tiles >= query_tiles;
     if (ends && parts != nullptr) check(launch_exact_rows(args, sizes_.verify, parts, stream), "verify");
-    check(launch_tally(args, first, far_share, targets_, sizes_.verify, parts, ends, stream), "statistics");
+    check(launch_tally(args, first, {far_share, found}, targets_, sizes_.verify, parts, ends, stream), "statistics");
   }
   if (parts == nullptr || !o.recompute) return;
   walk.far_field = false;
   walk.far_share = nullptr;
+  walk.found = nullptr;
   recomputes = true;
   for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
     write_exact_schedule(args, first, stream);

@@ -32,8 +32,10 @@ void place(TilePlanSizes& sizes, const Options& o) {
   const TableShape& s = sizes.shape;
   const int64_t items = int64_t{s.batch} * s.heads_q * s.wave_tiles;
   sizes.far_share = whole(analyze_bytes(s));
-  sizes.verify_parts =
+  sizes.found =
       sizes.far_share + (o.far_field ? whole(static_cast<size_t>(items) * sm90::kWalkShares * sizeof(float)) : 0);
+  sizes.verify_parts =
+      sizes.found + (o.probe != decide::Probe::kOff ? whole(static_cast<size_t>(items) * sizeof(int32_t)) : 0);
   sizes.workspace_bytes = sizes.verify_parts + whole(verify_bytes(s, sizes.verify));
 }
 
@@ -78,11 +80,11 @@ decide::Shares shares_of(const Problem& problem) {
   return decide::shares_at(rule_of(problem.adaptive.policy), problem.max_seqlen_k, kCalibrated);
 }
 
-// There is no probe here, and neither the far field nor a projected V gains as much time as it costs.
+// Here neither a probe nor the far field nor a projected V gains as much time as it costs.
 Options device_options(const Problem& given) {
   Options o = given.adaptive;
-  o.probe = decide::Probe::kOff;
   if (o.policy == decide::Policy::kCustom) return o;
+  o.probe = decide::Probe::kOff;
   o.min_level = 0;  // shares of cells keep what matters
   o.far_field = false;
   o.rank_mode = decide::RankMode::kOff;
@@ -91,9 +93,9 @@ Options device_options(const Problem& given) {
 }
 
 void check_tile_options(const Options& o) {
-  if (o.policy == decide::Policy::kCustom && o.probe != decide::Probe::kOff)
-    refuse("adaptive.probe is %d; accepted on CUDA, which has no probe: %d (OFF)",
-           static_cast<int>(o.probe) + ADAATTN_PROBE_OFF, ADAATTN_PROBE_OFF);
+  if (o.policy == decide::Policy::kCustom && o.probe == decide::Probe::kRank)
+    refuse("adaptive.probe is %d (RANK); accepted on CUDA: %d (OFF), %d (FULL)", ADAATTN_PROBE_RANK, ADAATTN_PROBE_OFF,
+           ADAATTN_PROBE_FULL);
 }
 
 void check_tile_problem(const Problem& p, const DeviceTraits& device) {

@@ -26,7 +26,7 @@ decide::Options device_options(const Problem& problem);
 struct TilePlanSizes {
   TableShape shape;
   VerifyShape verify;
-  size_t far_share = 0, verify_parts = 0, workspace_bytes = 0;
+  size_t far_share = 0, found = 0, verify_parts = 0, workspace_bytes = 0;
 };
 // Refuses where max_workspace_bytes is too small. problem: with device_options().
 TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device);

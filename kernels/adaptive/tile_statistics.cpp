@@ -31,6 +31,7 @@ AdaptiveCounters counters_of(const TileTotals& t) {
   a.heads_low_rank = t.heads_low_rank;
   a.tiles = t.tiles;
   a.tiles_kept = t.kept;
+  a.tiles_probed_in = t.found;
   a.flops_done = t.flops;
   a.rank_v_sum = t.rank_v_sum;
   a.entropy_sum = t.entropy_sum;

@@ -103,7 +103,7 @@ __device__ __forceinline__ void take_counts(const AnalyzeArgs& args, int head, i
 
 // A wave of one query head; the first thread has the result, with what was measured before.
 __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int first_tile, int head,
-                                                const float* far_share, const TallyTargets& targets) {
+                                                const WalkLeaves& leaves, const TallyTargets& targets) {
   const TableShape& s = args.shape;
   const int b = head / s.heads_q;
   const Sequence seq = sequence_of(args.p, b);
@@ -111,13 +111,13 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
   HeadTally tally{};
   if (threadIdx.x == 0) {
     tally = targets.heads[head];
-    if (first_tile == 0) start_tally(args, head, seq, far_share != nullptr, &tally);
+    if (first_tile == 0) start_tally(args, head, seq, leaves.far_share != nullptr, &tally);
   }
-  if (s.wave_tiles == s.query_tiles && far_share == nullptr) {
+  if (s.wave_tiles == s.query_tiles && !leaves.any()) {
     if (threadIdx.x == 0) take_counts(args, head, len_q, &tally);
     return tally;
   }
-  unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0;
+  unsigned long long tiles = 0, kept = 0, rows = 0, rows_kept = 0, rows_far = 0, found = 0, rows_swept = 0;
   double far = 0;
   for (int t = first_tile + static_cast<int>(threadIdx.x); t < min(first_tile + s.wave_tiles, s.query_tiles);
        t += static_cast<int>(blockDim.x)) {
@@ -125,24 +125,32 @@ __device__ __forceinline__ HeadTally tally_head(const AnalyzeArgs& args, int fir
     if (in_tile <= 0) break;
     const decide::TileRow range = args.tables.tile_range[int64_t{head} * s.query_tiles + t];
     const int64_t item = int64_t{head} * s.wave_tiles + t - first_tile;
-    const int seen = range.end - range.begin, exact = args.tables.kept[item];
+    const int seen = range.end - range.begin;
+    int exact = args.tables.kept[item];
+    if (leaves.found != nullptr && exact < seen) {
+      rows_swept += static_cast<unsigned long long>(in_tile) * (seen - exact);
+      found += leaves.found[item];
+      exact += leaves.found[item];
+    }
     tiles += seen;
     kept += exact;
     rows += in_tile;
     rows_kept += static_cast<unsigned long long>(in_tile) * exact;
-    if (far_share == nullptr || exact == seen) continue;
+    if (leaves.far_share == nullptr || exact == seen) continue;
     rows_far += static_cast<unsigned long long>(in_tile) * (seen - exact);
-    for (int w = 0; w < sm90::kWalkShares; ++w) far += far_share[item * sm90::kWalkShares + w];
+    for (int w = 0; w < sm90::kWalkShares; ++w) far += leaves.far_share[item * sm90::kWalkShares + w];
   }
-  unsigned long long counts[] = {tiles, kept, rows, rows_kept, rows_far};
+  unsigned long long counts[] = {tiles, kept, rows, rows_kept, rows_far, found, rows_swept};
   double shares[] = {far};
   block_sum(counts);
-  if (far_share != nullptr) block_sum(shares);
+  if (leaves.far_share != nullptr) block_sum(shares);
   tally.tiles += counts[0];
   tally.kept += counts[1];
   tally.rows += counts[2];
   tally.rows_kept += counts[3];
   tally.rows_far += counts[4];
+  tally.found += counts[5];
+  tally.rows_swept += counts[6];
   tally.dropped_share += shares[0];
   return tally;
 }
@@ -156,6 +164,7 @@ __device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, cons
   sum->heads_low_rank += x.rank_class != 0;
   sum->tiles += x.tiles;
   sum->kept += x.kept;
+  sum->found += x.found;
   sum->rank_v_sum += rank;
   sum->entropy_sum += x.entropy;
   sum->entropy_min = fmin(sum->entropy_min, static_cast<double>(x.entropy));
@@ -180,6 +189,7 @@ __device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, cons
   constexpr double kGroups = decide::kTileK / kFarKeys;
   sum->flops += 2.0 * (static_cast<double>(x.rows_kept) * decide::kTileK * (s.d_qk + rank) +
                        static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
+                       static_cast<double>(x.rows_swept) * decide::kTileK * s.d_qk +
                        (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
 }
 
@@ -194,7 +204,7 @@ __device__ __forceinline__ TileTotals no_heads() {
 // its arithmetic. sync(): of these threads.
 template <int kThreads, typename Sync>
 __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, int threads, const Sync& sync) {
-  constexpr int kSums = 15, kQuantities = kSums + 4;
+  constexpr int kCounts = 10, kSums = kCounts + 6, kQuantities = kSums + 4;
   __shared__ double part[kQuantities][kThreads], whole[kQuantities];
   const auto count = [](unsigned long long x) { return static_cast<double>(x); };  // exact up to 2^53
   const double own[kQuantities] = {count(sum.heads),
@@ -202,6 +212,7 @@ __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, in
                                    count(sum.heads_low_rank),
                                    count(sum.tiles),
                                    count(sum.kept),
+                                   count(sum.found),
                                    count(sum.verified_heads),
                                    count(sum.verified_rows),
                                    count(sum.over_tolerance),
@@ -226,19 +237,19 @@ __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, in
     whole[thread] = total;
   }
   sync();
-  unsigned long long* const counts[] = {&sum.heads,         &sum.heads_dense,    &sum.heads_low_rank,
-                                        &sum.tiles,         &sum.kept,           &sum.verified_heads,
-                                        &sum.verified_rows, &sum.over_tolerance, &sum.recomputed};
+  unsigned long long* const counts[kCounts] = {
+      &sum.heads, &sum.heads_dense,    &sum.heads_low_rank, &sum.tiles,          &sum.kept,
+      &sum.found, &sum.verified_heads, &sum.verified_rows,  &sum.over_tolerance, &sum.recomputed};
   double* const sums[] = {&sum.flops,         &sum.rank_v_sum,  &sum.entropy_sum,
                           &sum.predicted_sum, &sum.dropped_sum, &sum.measured_sum};
 #pragma unroll
-  for (int i = 0; i < 9; ++i) *counts[i] = static_cast<unsigned long long>(whole[i]);
+  for (int i = 0; i < kCounts; ++i) *counts[i] = static_cast<unsigned long long>(whole[i]);
 #pragma unroll
-  for (int i = 0; i < 6; ++i) *sums[i] = whole[9 + i];
-  sum.entropy_min = -whole[15];
-  sum.entropy_max = whole[16];
-  sum.measured_max = whole[17];
-  sum.measured_row_max = whole[18];
+  for (int i = 0; i < 6; ++i) *sums[i] = whole[kCounts + i];
+  sum.entropy_min = -whole[kSums];
+  sum.entropy_max = whole[kSums + 1];
+  sum.measured_max = whole[kSums + 2];
+  sum.measured_row_max = whole[kSums + 3];
   return sum;
 }
 
@@ -257,6 +268,7 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->heads_low_rank += x.heads_low_rank;
   to->tiles += x.tiles;
   to->kept += x.kept;
+  to->found += x.found;
   to->verified_heads += x.verified_heads;
   to->verified_rows += x.verified_rows;
   to->over_tolerance += x.over_tolerance;
@@ -291,16 +303,16 @@ __device__ __forceinline__ void tell(const AnalyzeArgs& args, int ahead, const T
 // One CTA per (sequence, query head). ends: this is the call's last wave; its heads are judged, and the last CTA adds
 // them to the totals. Where nothing is verified all of that happens beside the walk's end.
 __global__ __launch_bounds__(kThreads) void tally_kernel(const __grid_constant__ AnalyzeArgs args, int first_tile,
-                                                         const float* far_share, TallyTargets targets,
+                                                         const WalkLeaves leaves, TallyTargets targets,
                                                          VerifyShape verify, const VerifyPart* parts, bool ends) {
   __shared__ bool last;
   const int head = static_cast<int>(blockIdx.x);
   const bool verified = ends && parts != nullptr && *args.state.calls % verify.every == 0;
   const bool first = head == 0 && threadIdx.x == 0;
-  // The schedule is there since before the grids that walk it let this one start.
-  if (far_share != nullptr) wait_for_previous_grid();
+  // The schedule is there since before the grids that walk it let this one start, but a probe adds to it.
+  if (leaves.any()) wait_for_previous_grid();
   if (targets.map != nullptr) copy_map(args, first_tile, head, targets);
-  HeadTally tally = tally_head(args, first_tile, head, far_share, targets);
+  HeadTally tally = tally_head(args, first_tile, head, leaves, targets);
   if (verified || !ends) {
     wait_for_previous_grid();
     if (args.state.clock != nullptr && first) end_attend(args, first_tile, verified, targets.totals);
@@ -408,16 +420,16 @@ void prepare_tally() {
   check(cudaFuncGetAttributes(&attributes, recompute_end_kernel), "statistics");
 }
 
-cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
+cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const WalkLeaves& leaves,
                          const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
                          cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(args.p.batch * args.shape.heads_q);
-  if (ends && parts == nullptr && far_share == nullptr && args.shape.wave_tiles == args.shape.query_tiles)
+  if (ends && parts == nullptr && !leaves.any() && args.shape.wave_tiles == args.shape.query_tiles)
     return launch_grid_overlapped(count_kernel, dim3(1 + (targets.map != nullptr ? heads : 0)), kFewThreads, 0, stream,
                                   true, args, targets);
   const int threads = ends && parts != nullptr ? kThreads : kFewThreads;
-  return launch_grid_overlapped(tally_kernel, dim3(heads), threads, 0, stream, true, args, first_tile, far_share,
-                                targets, verify, parts, ends);
+  return launch_grid_overlapped(tally_kernel, dim3(heads), threads, 0, stream, true, args, first_tile, leaves, targets,
+                                verify, parts, ends);
 }
 
 cudaError_t launch_recompute_end(const AnalyzeArgs& args, const TallyTargets& targets, cudaStream_t stream) {

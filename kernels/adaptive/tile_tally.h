@@ -12,7 +12,9 @@ namespace adaattn::cuda {
 // Of the newest call, one for each (sequence, query head).
 struct HeadTally {
   uint64_t tiles, kept;                // with a visible key; computed exactly
+  uint64_t found;                      // of the kept ones, by the probe
   uint64_t rows, rows_kept, rows_far;  // query rows; times tiles kept; times tiles that entered as centroids
+  uint64_t rows_swept;                 // times tiles that the probe looked at
   double dropped_share;                // sum over rows of what is not computed exactly
   int64_t len_q, len_k;
   float entropy, predicted_error, rank_energy;
@@ -26,7 +28,7 @@ struct HeadTally {
 
 // Sums over the heads of all calls.
 struct TileTotals {
-  unsigned long long heads, heads_dense, heads_low_rank, tiles, kept;
+  unsigned long long heads, heads_dense, heads_low_rank, tiles, kept, found;
   unsigned long long verified_heads, verified_rows, over_tolerance, recomputed;
   unsigned long long stage_ns[kStages];
   double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, dropped_sum;
@@ -50,10 +52,17 @@ inline constexpr int kOutlookBits = 8;
 // Loads the kernels below on the current device: what is loaded at its first launch may have to wait for the device.
 void prepare_tally();
 
-// Adds one wave to the heads' tallies, the first wave anew. far_share: of walk.h, null where there is no far field.
+// What the walk leaves of each item of a wave: WalkCall's, null where there is no far field, or no probe.
+struct WalkLeaves {
+  const float* far_share = nullptr;
+  const int32_t* found = nullptr;
+  ADAATTN_HD bool any() const { return far_share != nullptr || found != nullptr; }
+};
+
+// Adds one wave to the heads' tallies, the first wave anew.
 // ends: the call's last wave. Its heads are judged by what launch_exact_rows left in `parts`, if that is not null, and
 // added to the totals.
-cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const float* far_share,
+cudaError_t launch_tally(const AnalyzeArgs& args, int32_t first_tile, const WalkLeaves& leaves,
                          const TallyTargets& targets, const VerifyShape& verify, const VerifyPart* parts, bool ends,
                          cudaStream_t stream);
 

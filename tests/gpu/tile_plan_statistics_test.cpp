@@ -57,11 +57,16 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
   packed.lens_q = {1500, 900};
   packed.lens_k = {1500, 1290};
   for (const AttentionCase& c : {causal_case(2048), packed})
-    for (const bool far_field : {false, true}) {
-      SCOPED_TRACE(testing::Message() << describe(c) << " far field " << far_field);
+    for (const auto& [far_field, probe] : {std::pair{false, ADAATTN_PROBE_OFF},
+                                           {true, ADAATTN_PROBE_OFF},
+                                           {false, ADAATTN_PROBE_FULL},
+                                           {true, ADAATTN_PROBE_FULL}}) {
+      SCOPED_TRACE(testing::Message() << describe(c) << " far field " << far_field << " probe " << probe);
       AttentionData data = structured(c);
       adaattn_adaptive_desc_t adaptive = custom_desc(0.9);
       adaptive.far_field = far_field ? ADAATTN_SWITCH_ON : ADAATTN_SWITCH_OFF;
+      adaptive.probe = probe;
+      adaptive.needle_share = probe == ADAATTN_PROBE_OFF ? 0 : 0.05;
       adaptive.rank_mode = ADAATTN_RANK_OFF;  // it may choose by what a rank costs on a device
       adaptive.verify_rows = 4096;            // every row
       const AdaptivePlan theirs(host, data.desc, adaptive), ours(context, data.desc, adaptive);
@@ -83,7 +88,10 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
         EXPECT_NEAR(got[i].dropped_mass, want[i].dropped_mass, 0.1 * want[i].dropped_mass + 0.002);
         EXPECT_NEAR(got[i].predicted_error, want[i].predicted_error, 0.1 * want[i].predicted_error + 0.002);
         EXPECT_NEAR(got[i].measured_error, want[i].measured_error, 0.1 * want[i].measured_error + 0.004);
-        EXPECT_NEAR(got[i].feedback, want[i].feedback, 0.2 * want[i].feedback);
+        // Of errors that are little more than rounding a multiplier says nothing.
+        if (want[i].measured_error > 0.01) {
+          EXPECT_NEAR(got[i].feedback, want[i].feedback, 0.2 * want[i].feedback);
+        }
       }
       const adaattn_plan_stats_t a = ours.stats(), b = theirs.stats();
       EXPECT_EQ(a.calls, b.calls);
@@ -97,7 +105,10 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
       EXPECT_EQ(a.heads_f32 + a.heads_f16 + a.heads_i8, b.heads_f32 + b.heads_f16 + b.heads_i8);
       EXPECT_EQ(a.tiles, b.tiles);
       EXPECT_NEAR(static_cast<double>(a.tiles_kept) / static_cast<double>(b.tiles_kept), 1, 0.01);
-      EXPECT_EQ(a.tiles_probed_in, b.tiles_probed_in);
+      // There a tile that is taken in raises the threshold of those after it.
+      EXPECT_GE(static_cast<double>(a.tiles_probed_in), 0.98 * static_cast<double>(b.tiles_probed_in));
+      EXPECT_LE(static_cast<double>(a.tiles_probed_in), 1.2 * static_cast<double>(b.tiles_probed_in));
+      EXPECT_EQ(a.tiles_probed_in > 0, probe != ADAATTN_PROBE_OFF);
       // A centroid stands for 128 keys here and for 32 on the CPU.
       EXPECT_NEAR(a.flops_done / b.flops_done, 1, far_field ? 0.06 : 0.01);
       EXPECT_EQ(a.rank_v_sum, b.rank_v_sum);
@@ -105,10 +116,10 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
       EXPECT_NEAR(a.entropy_min, b.entropy_min, 0.01);
       EXPECT_NEAR(a.entropy_max, b.entropy_max, 0.01);
       EXPECT_NEAR(a.predicted_error_sum, b.predicted_error_sum, 0.05 * b.predicted_error_sum);
-      EXPECT_NEAR(a.dropped_mass_sum, b.dropped_mass_sum, 0.05 * b.dropped_mass_sum);
+      EXPECT_NEAR(a.dropped_mass_sum, b.dropped_mass_sum, 0.05 * b.dropped_mass_sum + 0.001);
       EXPECT_EQ(a.verified_heads, b.verified_heads);
       EXPECT_EQ(a.verified_rows, b.verified_rows);
-      EXPECT_NEAR(a.measured_error_sum, b.measured_error_sum, 0.1 * b.measured_error_sum);
+      EXPECT_NEAR(a.measured_error_sum, b.measured_error_sum, 0.1 * b.measured_error_sum + 0.01);
       EXPECT_NEAR(a.measured_error_max, b.measured_error_max, 0.1 * b.measured_error_max + 0.004);
       EXPECT_NEAR(a.measured_row_error_max, b.measured_row_error_max, 0.2 * b.measured_row_error_max);
       EXPECT_EQ(a.heads_over_tolerance, b.heads_over_tolerance);

@@ -68,6 +68,7 @@ void WalkProblem::lay_out() {
   make(group_v_low, units * t.key_groups() * t.max_rank);
   make(mask, items * t.mask_words);
   make(kept, items);
+  make(found, items);
   make(range, s.batch * s.heads_q * t.query_tiles);
   make(work, decide::kRankClasses * items);
   make(work_count, decide::kRankClasses);
@@ -81,7 +82,7 @@ void WalkProblem::fill() {
   const auto normal = [&](Mirror<Bf16>& x, double scale) {
     for (Bf16& element : x.host) element = __float2bfloat16(static_cast<float>(scale * random_.normal()));
   };
-  normal(*q, 1);
+  normal(*q, s.needle > 0 && s.needle < 1 ? 1.5 : 1);  // so that some keys stand out
   normal(*k, 1);
   normal(*v, 1);
   normal(*v_low, 1);
@@ -97,6 +98,7 @@ void WalkProblem::fill() {
   for (Bf16& x : o->host) x = __float2bfloat16(std::nanf(""));
   std::fill(lse->host.begin(), lse->host.end(), std::nanf(""));
   std::fill(far_share->host.begin(), far_share->host.end(), s.far_field ? std::nanf("") : 0.f);
+  std::fill(found->host.begin(), found->host.end(), -1);
 
   params.q.data = q->data();
   params.k.data = k->data();
@@ -213,6 +215,7 @@ void WalkProblem::upload() {
     x->upload();
   lse->upload();
   far_share->upload();
+  found->upload();
   starts_q->upload();
   starts_k->upload();
   counters->upload();
@@ -233,6 +236,38 @@ void WalkProblem::upload() {
   tables.group_k = group_k->data();
   tables.group_v = group_v->data();
   tables.group_v_low = group_v_low->data();
+}
+
+std::vector<WalkProblem::Swept> WalkProblem::sweep(int64_t b, int64_t h, int64_t tile) const {
+  const cuda::TableShape& t = tables.shape;
+  const Sequence seq = sequence_of(host_params, b);
+  const int64_t head_kv = h / t.group, words = item(b, h, tile) * t.mask_words;
+  const decide::TileRow row = range->host[(b * s.heads_q + h) * t.query_tiles + tile];
+  const double c = static_cast<double>(params.scale) * kLog2e;
+  std::vector<Swept> swept;
+  for (int32_t key_tile = row.begin; key_tile < row.end; ++key_tile)
+    if ((kept_mask[words + key_tile / 64] >> key_tile % 64 & 1) == 0) swept.push_back({key_tile, 0, 0});
+  if (swept.empty()) return swept;
+  std::vector<double> top(static_cast<size_t>(row.end));
+  for (int64_t i = tile * kTile; i < std::min((tile + 1) * kTile, seq.len_q); ++i) {
+    const KeyRange keys = visible_keys(host_params, seq, i);
+    double kept_sum = 0, all_sum = 0;
+    std::fill(top.begin(), top.end(), 0.0);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      double score = 0;
+      for (int64_t d = 0; d < kD; ++d) score += at(*q, q_row(b, h, i) * kD + d) * at(*k, k_row(b, head_kv, j) * kD + d);
+      const double weight = std::exp2(c * score);  // of scores that are no longer than a few
+      const int64_t key_tile = j / kTile, word = words + key_tile / 64;
+      if (kept_mask[word] >> key_tile % 64 & 1) kept_sum += weight;
+      if (mask->host[word] >> key_tile % 64 & 1) all_sum += weight;
+      top[key_tile] = std::max(top[key_tile], weight);
+    }
+    for (Swept& x : swept) {
+      x.of_kept = std::max(x.of_kept, top[x.tile] / kept_sum);
+      x.of_all = std::max(x.of_all, top[x.tile] / all_sum);
+    }
+  }
+  return swept;
 }
 
 WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {

@@ -43,6 +43,7 @@ struct WalkShape {
   double kept = 0.5;                              // chance of a tile that may be skipped
   bool far_field = false;
   bool remainder = false;       // of class 0
+  double needle = 0;            // share of a row from which on a key's tile is taken in by the probe; 0: no probe
   int32_t multiprocessors = 3;  // so few that a CTA walks several query tiles
   int max_rank = 96;
   std::vector<int> classes = {0};          // of the KV heads, in turn
@@ -72,6 +73,12 @@ class WalkProblem {
     call.far_field = s.far_field;
     call.far_share = far_share->data();
     call.counters = counters->data();
+    if (s.needle > 0) {
+      if (!kept_mask.empty()) mask->host = kept_mask;
+      call.found = found->data();
+      call.mask = mask->upload();
+      call.log2_needle = static_cast<float>(std::log2(s.needle));
+    }
     call.multiprocessors = std::min(s.multiprocessors, properties.multiProcessorCount);
     for (int c = 0; c < decide::kRankClasses; ++c) {
       call.rank_class = c;
@@ -82,6 +89,10 @@ class WalkProblem {
     lse->download();
     far_share->download();
     counters->download();
+    found->download();
+    if (s.needle <= 0) return;
+    kept_mask = mask->host;
+    mask->download();
   }
 
   struct Row {
@@ -89,6 +100,13 @@ class WalkProblem {
     double lse = 0, far = 0;
   };
   Row oracle(int64_t b, int64_t h, int64_t i) const;
+  // The tiles of a query tile that were not kept: the most that a key of theirs has in a row, of what the row's kept
+  // keys have together, and of what all have that the probe may have left it, these and those it found.
+  struct Swept {
+    int32_t tile;
+    double of_kept, of_all;
+  };
+  std::vector<Swept> sweep(int64_t b, int64_t h, int64_t tile) const;
 
   int64_t items_of_head() const { return tables.shape.wave_tiles; }
   int64_t len_q(int64_t b) const { return sequence_of(host_params, b).len_q; }
@@ -113,7 +131,8 @@ class WalkProblem {
   std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low, mean_k;
   std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder;
   std::unique_ptr<Mirror<uint64_t>> mask;
-  std::unique_ptr<Mirror<int32_t>> kept, starts_q, starts_k;
+  std::vector<uint64_t> kept_mask;  // before the probe added to it
+  std::unique_ptr<Mirror<int32_t>> kept, found, starts_q, starts_k;
   std::unique_ptr<Mirror<uint32_t>> work, work_count, counters;
   std::unique_ptr<Mirror<decide::TileRow>> range;
 

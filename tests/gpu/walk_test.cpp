@@ -3,6 +3,7 @@
 #include <ostream>
 #include <sstream>
 #include <string>
+#include <tuple>
 
 #include "attend/plan.h"
 #include "gpu/walk_problem.h"
@@ -60,6 +61,31 @@ void expect_oracle(WalkProblem& x) {
   EXPECT_EQ(x.counters->host, (std::vector<uint32_t>{0, 0}));
 }
 
+void expect_found(const WalkProblem& x) {
+  constexpr double kSlack = 1e-3;  // of a share: rounding of scores and sums
+  const cuda::TableShape& t = x.tables.shape;
+  for (int64_t b = 0; b < x.s.batch; ++b)
+    for (int64_t h = 0; h < x.s.heads_q; ++h)
+      for (int64_t tile = x.s.first_tile; tile < x.s.first_tile + x.items_of_head(); ++tile) {
+        if (tile * decide::kTileQ >= x.len_q(b)) continue;
+        SCOPED_TRACE(testing::Message() << "b " << b << " h " << h << " query tile " << tile);
+        const std::vector<WalkProblem::Swept> swept = x.sweep(b, h, tile);
+        const int64_t item = x.item(b, h, tile);
+        int32_t found = 0;
+        for (const WalkProblem::Swept& key : swept) {
+          const int64_t word = item * t.mask_words + key.tile / 64;
+          const bool computed = x.mask->host[word] >> key.tile % 64 & 1;
+          found += computed;
+          if (computed) {
+            ASSERT_GE(key.of_kept, x.s.needle * (1 - kSlack)) << key.tile;
+          } else {
+            ASSERT_LT(key.of_all, x.s.needle * (1 + kSlack)) << key.tile;
+          }
+        }
+        ASSERT_EQ(x.found->host[item], found);
+      }
+}
+
 TEST_P(MaskWalk, AgreesWithTheOracleThatWalksTheSameTiles) {
   for (const int rank_class : {0, 1, 2, 3}) {
     for (const bool far_field : {false, true}) {
@@ -80,6 +106,23 @@ TEST_P(MaskWalk, RowsHaveOneMoreKeyForWhatTheirTileLeavesOut) {
   WalkProblem x(s, run_seed());
   x.run();
   expect_oracle(x);
+}
+
+// Of the tiles that are not kept those are computed too in which a key has the share of a needle, and no others: at
+// least all whose key holds it of all that the row is given, at most those whose key holds it of the kept keys alone.
+TEST_P(MaskWalk, TilesWithAKeyThatHoldsTheShareAreTakenIn) {
+  for (const auto& [rank_class, far_field, needle] :
+       {std::tuple{0, false, 0.05}, {0, true, 0.02}, {1, true, 0.05}, {2, false, 0.02}, {3, true, 0.02}}) {
+    WalkShape s = GetParam();
+    if (rank_class != 0) s.classes = {rank_class};
+    s.far_field = far_field;
+    s.needle = needle;
+    SCOPED_TRACE(testing::Message() << "class " << rank_class << (far_field ? ", far field" : ""));
+    WalkProblem x(s, run_seed());
+    x.run();
+    ASSERT_NO_FATAL_FAILURE(expect_oracle(x));
+    ASSERT_NO_FATAL_FAILURE(expect_found(x));
+  }
 }
 
 std::vector<WalkShape> walk_shapes() {
@@ -216,15 +259,40 @@ TEST_F(MaskWalks, AllTilesKeptIsTheExactKernelBitForBit) {
   }
 }
 
+TEST_F(MaskWalks, AProbeThatFindsNothingLeavesTheBits) {
+  for (const int rank_class : {0, 2}) {
+    WalkShape s = {.name = "FindsNothing",
+                   .batch = 2,
+                   .heads_q = 12,
+                   .heads_kv = 4,
+                   .seqlen_q = 1200,
+                   .seqlen_k = 1333,
+                   .window_right = 0,
+                   .kept = 0.3,
+                   .multiprocessors = 60,
+                   .classes = {rank_class}};
+    WalkProblem without(s, run_seed());
+    without.run();
+    s.needle = 8;  // more than any key can hold
+    WalkProblem with(s, run_seed());
+    with.run();
+    EXPECT_EQ(without.lse->host, with.lse->host);
+    EXPECT_EQ(differing(without.o->host, with.o->host), "");
+    EXPECT_EQ(with.mask->host, without.mask->host);
+  }
+}
+
 TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
   struct Kind {
     int rank_class;
     bool far_field, remainder;
+    double needle;
   };
-  for (const Kind& kind : {Kind{0, true, false}, Kind{1, true, false}, Kind{3, true, false}, Kind{0, false, false},
-                           Kind{0, false, true}}) {
+  for (const Kind& kind :
+       {Kind{0, true, false, 0}, Kind{1, true, false, 0}, Kind{3, true, false, 0}, Kind{0, false, false, 0},
+        Kind{0, false, true, 0}, Kind{0, false, false, 0.02}, Kind{0, true, false, 0.02}, Kind{2, true, false, 0.02}}) {
     SCOPED_TRACE(testing::Message() << "class " << kind.rank_class << (kind.far_field ? ", far field" : "")
-                                    << (kind.remainder ? ", remainder" : ""));
+                                    << (kind.remainder ? ", remainder" : "") << (kind.needle > 0 ? ", probe" : ""));
     WalkProblem x({.name = "Repeat",
                    .batch = 2,
                    .heads_q = 12,
@@ -235,16 +303,21 @@ TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
                    .kept = 0.3,
                    .far_field = kind.far_field,
                    .remainder = kind.remainder,
+                   .needle = kind.needle,
                    .multiprocessors = 60,
                    .classes = {kind.rank_class}},
                   run_seed());
     x.run();
     const std::vector<float> first = x.lse->host;
     const std::vector<Bf16> first_o = x.o->host;
+    const std::vector<int32_t> first_found = x.found->host;
+    EXPECT_EQ(std::count_if(first_found.begin(), first_found.end(), [](int32_t n) { return n > 0; }) > 0,
+              kind.needle > 0);
     for (int round = 0; round < 30; ++round) {
       x.run();
       ASSERT_EQ(first, x.lse->host) << round;
       ASSERT_EQ(differing(first_o, x.o->host), "") << round;
+      ASSERT_EQ(first_found, x.found->host) << round;
     }
   }
 }

@@ -15,9 +15,9 @@ struct WalkInstance {
   const void* kernel;
 };
 
-template <int kRank, LeftOut kLeftOut>
+template <int kRank, LeftOut kLeftOut, bool kProbe = false>
 constexpr WalkInstance instance() {
-  using Policy = WalkPolicy<kRank, kLeftOut>;
+  using Policy = WalkPolicy<kRank, kLeftOut, kProbe>;
   using Traits = WalkTraits<__nv_bfloat16, Policy>;
   return {Traits::kC, static_cast<int>(sizeof(typename Traits::Shared)),
           reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, Policy>)};
@@ -27,10 +27,14 @@ constexpr WalkInstance instance() {
 const WalkInstance kInstances[decide::kRankClasses] = {
     instance<kWalkDim, LeftOut::kCentroids>(), instance<96, LeftOut::kCentroids>(), instance<64, LeftOut::kCentroids>(),
     instance<32, LeftOut::kCentroids>()};
+const WalkInstance kProbing[decide::kRankClasses] = {
+    instance<kWalkDim, LeftOut::kCentroids, true>(), instance<96, LeftOut::kCentroids, true>(),
+    instance<64, LeftOut::kCentroids, true>(), instance<32, LeftOut::kCentroids, true>()};
 const WalkInstance kPlain = instance<kWalkDim, LeftOut::kNothing>();
 const WalkInstance kWithRemainder = instance<kWalkDim, LeftOut::kRemainder>();
 
 const WalkInstance& instance_of(const WalkCall& call) {
+  if (call.found != nullptr) return kProbing[call.rank_class];
   if (call.rank_class != 0 || call.far_field) return kInstances[call.rank_class];
   return call.tables.remainder != nullptr ? kWithRemainder : kPlain;
 }
@@ -47,6 +51,7 @@ void prepare_walk() {
     check(cudaFuncSetAttribute(x.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, x.shared_bytes), "walk");
   };
   for (const WalkInstance& x : kInstances) prepare(x);
+  for (const WalkInstance& x : kProbing) prepare(x);
   prepare(kPlain);
   prepare(kWithRemainder);
 }
@@ -66,6 +71,9 @@ cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
   args.work_count = call.tables.work_count + call.rank_class;
   args.far_field = call.far_field;
   args.far_share = call.far_share;
+  args.log2_needle = call.log2_needle;
+  args.mask = call.mask;
+  args.found = call.found;
   args.forward.counters = call.counters;
 
   // Columns beyond the class's rank are there, and never loaded: a box ends before them.

@@ -19,6 +19,10 @@ struct WalkArgs {
   const uint32_t* work_count;
   bool far_field;
   float* far_share;  // [items][kWalkShares], null: not wanted
+  // Of instances that probe.
+  float log2_needle;
+  uint64_t* mask;  // that of the tables
+  int32_t* found;  // [items]
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -1,5 +1,6 @@
 // A consumer warpgroup of the mask-walking kernels: the key tiles of a query tile that are not kept, as centroids, then
-// the others from the last to the first, and for V in a basis the product with it at the end.
+// the others from the last to the first, and for V in a basis the product with it at the end. With a probe the others
+// first, then those that it finds, and then what is left as centroids: thresholds are of exact keys alone.
 #pragma once
 
 #include "attend/sm90/consumer_core.cuh"
@@ -34,6 +35,7 @@ class WalkConsumer : ConsumerCore<Traits> {
     while (begin_taken()) {
       begin_tile();
       exact_blocks();
+      if constexpr (Traits::kProbe) probe_others();
       // What does not need O runs under the last product.
       Core::issue_last();
       if constexpr (Traits::kFar) {
@@ -86,7 +88,7 @@ class WalkConsumer : ConsumerCore<Traits> {
 
   // Up to the weights of the last visible tile, which is always kept.
   __device__ __forceinline__ void begin_tile() {
-    const bool far = Traits::kFar && walk_.far_field && kept_ < end_ - begin_;
+    const bool far = Traits::kFar && !Traits::kProbe && walk_.far_field && kept_ < end_ - begin_;
     const int valid = range_.len_k - (end_ - 1) * kN;
     mbarrier_wait(&shared_.q_full[group_], q_count_++ & 1);
     Core::first_scores(k_count_);
@@ -94,7 +96,7 @@ class WalkConsumer : ConsumerCore<Traits> {
     if constexpr (Traits::kRemainder) issue_mean_scores(mean_scores, shared_.q[group_], shared_.mean_k[group_]);
     Core::set_limits(range_.off, range_.len_k);
     if (far) {
-      if constexpr (Traits::kFar) {
+      if constexpr (Traits::kFar && !Traits::kProbe) {
         first_centroids();
         keep_far_rows(true);
         step<MaskSides::kBoth>(end_ - 1, kept_ - 1);
@@ -107,10 +109,10 @@ class WalkConsumer : ConsumerCore<Traits> {
         pin(mean_scores);
         keep_mean_scores(mean_scores);
       }
-      Core::release_scores(k_count_++, kept_ == 1);
+      Core::release_scores(k_count_++, is_last(kept_ - 1));
       Core::template begin_softmax<true, MaskSides::kBoth>(end_ - 1);
       Core::begin_out(valid);
-      if constexpr (Traits::kFar) keep_far_rows(false);
+      if constexpr (Traits::kFar && !Traits::kProbe) keep_far_rows(false);
     }
     // The compiler takes what differs between the branches for what differs between lanes.
     k_count_ = uniform(k_count_);
@@ -125,14 +127,70 @@ class WalkConsumer : ConsumerCore<Traits> {
     for (int stop = after_right;; stop = 0) {
       for (; rest >= stop; --rest, --tile) step<MaskSides::kBoth>(tile, rest);
       if (stop == 0) break;
-      for (; rest >= left; --rest) Core::quick_step(0, k_count_++, rest == 0);
+      for (; rest >= left; --rest) Core::quick_step(0, k_count_++, is_last(rest));
       tile = full_begin_ - 1;
     }
   }
 
   template <MaskSides kMask>
   __device__ __forceinline__ void step(int n, int rest) {
-    Core::template step<kMask>(n, k_count_++, rest == 0);
+    Core::template step<kMask>(n, k_count_++, is_last(rest));
+  }
+  // Whether nothing reads Q after a kept tile that has so many behind it.
+  __device__ __forceinline__ bool is_last(int rest) const {
+    return rest == 0 && !(Traits::kProbe && kept_ < end_ - begin_);
+  }
+
+  // The tiles that are not kept, which every row sees whole. P of the last kept one waits in registers.
+  __device__ __forceinline__ void probe_others() {
+    int rest = end_ - begin_ - kept_;
+    const bool any = rest > 0;
+    bool left = false;
+    for (; rest > 0; rest -= kSweepTiles) {
+      const int swept = min(rest, kSweepTiles);
+      int found = sweep(swept);
+      left = left || found < swept;
+      for (; found > 0; --found) Core::quick_step(0, k_count_++, false);
+    }
+    keep_far_rows(true);
+    if (walk_.far_field && left) {
+      square_queries();
+      while (next_centroids().last == 0) {
+      }
+    }
+    if (any) release(&shared_.q_empty[group_]);
+  }
+
+  // Scores of so many tiles, without weights. Returns in how many of them a key holds a needle's share of a row: what
+  // the row has been given so far is less than what it will have, so no such key stays under the threshold.
+  __device__ __forceinline__ int sweep(int count) {
+    float least[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float weight = __log2f(quad_sum(row_sum_[r])) + walk_.log2_needle;
+      least[r] = Core::row_of(r) < range_.len_q ? fmaf(weight, 1 / args_.scale_log2, row_max_[r]) : INFINITY;
+    }
+    auto& found = shared_.found[sweep_count_ & 1];
+    for (int i = 0; i < count; ++i) {
+      Core::first_scores(k_count_);
+      wgmma_wait<0>();
+      pin(scores_);
+      release(&shared_.k_empty[k_count_++ % Traits::kKStages]);
+      float top[4] = {scores_[0], scores_[2], scores_[1], scores_[3]};
+#pragma unroll
+      for (int j = 1; j < Core::kColumns; ++j) {
+        top[0] = fmaxf(top[0], scores_[4 * j]);
+        top[1] = fmaxf(top[1], scores_[4 * j + 2]);
+        top[2] = fmaxf(top[2], scores_[4 * j + 1]);
+        top[3] = fmaxf(top[3], scores_[4 * j + 3]);
+      }
+      const bool hit = fmaxf(top[0], top[2]) >= least[0] || fmaxf(top[1], top[3]) >= least[1];
+      if (__any_sync(~0u, hit) && lane_ == 0) atomicOr(&found, 1ull << i);
+    }
+    // Of the lane that wrote.
+    if (lane_ == 0) mbarrier_arrive(&shared_.found_full);
+    mbarrier_wait(&shared_.found_full, sweep_count_++ & 1);
+    return uniform(lane_ == 0 ? __popcll(found) : 0);
   }
 
   // q^2 in the layout of q, element by element, for the product with the groups' variances.
@@ -211,7 +269,8 @@ class WalkConsumer : ConsumerCore<Traits> {
   __device__ __forceinline__ float2& far_row(int r) const {
     return shared_.far_rows[group_][16 * warp_ + lane_ / 4 + 8 * r];
   }
-  // What the far field holds of the rows, for share_of_far(); of each quad lane 0 keeps it.
+  // What the far field holds of the rows, for share_of_far(), or with a probe what the keys hold; of each quad lane 0
+  // keeps it.
   __device__ __forceinline__ void keep_far_rows(bool any) const {
     if (walk_.far_share == nullptr) return;
 #pragma unroll
@@ -226,7 +285,7 @@ class WalkConsumer : ConsumerCore<Traits> {
     for (int r = 0; r < 2; ++r) {
       const float2 far = lane_ % 4 == 0 ? far_row(r) : make_float2(0.f, 0.f);
       const float weight = far.y * exp2_approx((far.x - row_max_[r]) * args_.scale_log2), all = quad_sum(row_sum_[r]);
-      if (far.y > 0 && Core::row_of(r) < range_.len_q) share += weight / all;
+      if (far.y > 0 && Core::row_of(r) < range_.len_q) share += Traits::kProbe ? 1 - weight / all : weight / all;
     }
 #pragma unroll
     for (int step = 4; step <= 16; step *= 2) share += __shfl_xor_sync(~0u, share, step);
@@ -370,7 +429,7 @@ class WalkConsumer : ConsumerCore<Traits> {
   int4 taken_, taken_range_;  // a WalkTile's first words, in lane 0
   int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
   float left_out_[2];  // weights, in units of the row's
-  uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0;
+  uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0, sweep_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

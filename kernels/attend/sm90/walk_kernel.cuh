@@ -29,6 +29,10 @@ __global__ void __launch_bounds__(ForwardTraits<T, Policy>::kThreads, 1)
       ptx::mbarrier_init(&shared.remainder_full, 1);
       ptx::mbarrier_init(&shared.remainder_empty, kWarpgroup * Traits::kGroups);
     }
+    if constexpr (Traits::kProbe) {
+      ptx::mbarrier_init(&shared.found_full, kWarpgroup / 32 * Traits::kGroups);
+      shared.found[0] = shared.found[1] = 0;
+    }
     ptx::mbarrier_init(&shared.basis_full, 1);
     ptx::mbarrier_init(&shared.basis_empty, kWarpgroup / 32 * Traits::kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);

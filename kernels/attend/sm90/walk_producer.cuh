@@ -106,6 +106,9 @@ class WalkList {
     }
     if (Traits::kFar && walk_.far_share != nullptr && lane_ < kWalkShares)
       walk_.far_share[int64_t{walk.item} * kWalkShares + lane_] = 0;
+    if constexpr (Traits::kProbe) {
+      if (lane_ == 0) walk_.found[walk.item] = 0;
+    }
   }
 
   // Its rows are read but once, and there is room for them only when the tile before is done with its own: the way from
@@ -146,7 +149,8 @@ class WalkProducer : Producer<Traits> {
   }
 
  private:
-  // The far field first. Order of arrival as in the forward kernels: K of a block ahead of V of the block before it.
+  // The far field first, or behind a probe last. Order of arrival as in the forward kernels: K of a block ahead of V of
+  // the block before it.
   __device__ __forceinline__ void load_tile(const WalkTile& walk, const uint64_t* first_words) {
     const int head_kv = walk.head / args_.group_size, batch = walk.batch;
     const TileRange range = read_sequence(args_, batch);
@@ -154,9 +158,13 @@ class WalkProducer : Producer<Traits> {
     const int head_k = head_kv * args_.k_head_step, batch_k = batch * args_.k_batch_step;
     const int head_v = head_kv * args_.v_head_step, batch_v = batch * args_.v_batch_step;
     const int v_start = Traits::kLowRank ? 0 : range.k_start;  // V in the basis is not packed
-    int before = -1;                                           // block whose V is yet to be loaded
+    constexpr int kQueries = -1, kNothing = -2;
+    int before = kQueries;  // block whose V is yet to be loaded
     bool far_before = false;
     const auto load_other = [&] {
+      if constexpr (Traits::kProbe) {
+        if (before == kNothing) return;
+      }
       if (before < 0) {
         load_queries(walk, range.q_start + walk.m_block * Traits::kM, args_.p.cu_seqlens_q != nullptr ? 0 : batch,
                      int64_t{batch} * tables_.shape.heads_kv + head_kv);
@@ -166,8 +174,8 @@ class WalkProducer : Producer<Traits> {
         Loads::load_v(args_.v_map, v_start + before * Traits::kN, head_v, batch_v);
       }
     };
-    if constexpr (Traits::kFar) {
-      if (walk_.far_field && walk.kept < walk.end - walk.begin) {
+    [[maybe_unused]] const auto load_centroids = [&] {
+      if constexpr (Traits::kFar) {
         int block = walk.full_begin / kFarTiles;
         FarBlock far, next;
         find_skipped(walk, mask, block, far);
@@ -183,10 +191,14 @@ class WalkProducer : Producer<Traits> {
           if (far.last) break;
         }
       }
+    };
+    if constexpr (Traits::kFar && !Traits::kProbe) {
+      if (walk_.far_field && walk.kept < walk.end - walk.begin) load_centroids();
     }
+    const bool sweeps = Traits::kProbe && walk.kept < walk.end - walk.begin;
     int left = walk.kept;
     const auto load_exact = [&](int tile) {
-      if (--left == 0) mbarrier_arrive(&shared_.draw);
+      if (--left == 0 && !sweeps) mbarrier_arrive(&shared_.draw);
       Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
       load_other();
       before = tile;
@@ -215,7 +227,55 @@ class WalkProducer : Producer<Traits> {
       }
     }
     load_other();
+    if constexpr (Traits::kProbe) {
+      before = kNothing;
+      int rest = walk.end - walk.begin - walk.kept, found_tiles = 0;
+      int word = (walk.full_end - 1) / 64;
+      uint64_t bits = skipped_bits(walk, first_words, mask, word);
+      while (rest > 0) {
+        const int count = min(rest, kSweepTiles);
+        rest -= count;
+        for (int i = 0; i < count; ++i) {
+          while (bits == 0) bits = skipped_bits(walk, first_words, mask, --word);
+          const int n = 63 - __clzll(static_cast<long long>(bits));
+          bits ^= uint64_t{1} << n;
+          const int tile = word * 64 + n;
+          shared_.swept[i] = tile;
+          if (rest == 0 && i + 1 == count) mbarrier_arrive(&shared_.draw);
+          Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
+        }
+        const int slot = sweep_count_ & 1;
+        mbarrier_wait(&shared_.found_full, slot);
+        const uint64_t found = shared_.found[slot];
+        // Every warp is done with the sweep before, whose tiles are computed.
+        shared_.found[slot ^ 1] = 0;
+        ++sweep_count_;
+        for (uint64_t f = found; f != 0; f &= f - 1) {
+          const int tile = shared_.swept[__ffsll(static_cast<long long>(f)) - 1];
+          Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
+          load_other();
+          before = tile;
+          far_before = false;
+          atomicOr(reinterpret_cast<unsigned long long*>(&walk_.mask[mask - tables_.mask + tile / 64]),
+                   1ull << tile % 64);
+        }
+        load_other();
+        before = kNothing;
+        found_tiles += __popcll(found);
+      }
+      walk_.found[walk.item] = found_tiles;
+      if (walk_.far_field && found_tiles < walk.end - walk.begin - walk.kept) {
+        load_centroids();
+        load_other();
+      }
+    }
     if constexpr (Traits::kLowRank) load_basis(head_kv, batch);
+  }
+
+  // Of a word of the mask, the tiles that are not kept.
+  __device__ __forceinline__ uint64_t skipped_bits(const WalkTile& walk, const uint64_t* first_words,
+                                                   const uint64_t* mask, int word) const {
+    return whole_tiles(walk, ~(word < kListWords ? first_words[word] : mask[word]), word);
   }
 
   // The skipped tiles of the first block of centroids from `block` on that has any; false: none is left.
@@ -224,16 +284,21 @@ class WalkProducer : Producer<Traits> {
     for (; block * kFarTiles < walk.full_end; ++block) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int word = 2 * block + i, first = 64 * word;
-        uint64_t bits = first < walk.full_end ? ~mask[word] : 0;
-        const int skip = walk.full_begin - first, room = walk.full_end - first;
-        if (skip > 0) bits = skip < 64 ? bits & ~uint64_t{0} << skip : 0;
-        if (room < 64) bits = room > 0 ? bits & ~(~uint64_t{0} << room) : 0;
-        far.skipped[i] = bits;
+        const int word = 2 * block + i;
+        // The probe sets bits.
+        const uint64_t bits = 64 * word >= walk.full_end ? 0 : Traits::kProbe ? ~__ldcg(mask + word) : ~mask[word];
+        far.skipped[i] = whole_tiles(walk, bits, word);
       }
       if ((far.skipped[0] | far.skipped[1]) != 0) return true;
     }
     return false;
+  }
+  // Of bits of a word, those of tiles that every row sees whole.
+  __device__ __forceinline__ uint64_t whole_tiles(const WalkTile& walk, uint64_t bits, int word) const {
+    const int skip = walk.full_begin - 64 * word, room = walk.full_end - 64 * word;
+    if (skip > 0) bits = skip < 64 ? bits & ~uint64_t{0} << skip : 0;
+    if (room < 64) bits = room > 0 ? bits & ~(~uint64_t{0} << room) : 0;
+    return bits;
   }
 
   // Q, and for the remainder K's mean beside the queries of each group, which is let go of with them.
@@ -275,7 +340,7 @@ class WalkProducer : Producer<Traits> {
 
   const WalkArgs& walk_;
   const AdaptiveTables& tables_;
-  uint32_t basis_count_ = 0, remainder_count_ = 0;
+  uint32_t basis_count_ = 0, remainder_count_ = 0, sweep_count_ = 0;
 };
 
 }  // namespace adaattn::cuda::sm90

@@ -17,11 +17,15 @@ constexpr int kListWords = 16;  // of a query tile's mask, in shared memory; tho
 // WalkArgs::far_field says so.
 enum class LeftOut { kNothing, kRemainder, kCentroids };
 
+// Key tiles that are swept before those found among them are computed.
+constexpr int kSweepTiles = 64;
+
 // kRank: columns of V, kWalkDim or fewer of V in its basis. The square of Q for the centroids takes the room of a third
-// buffer of K.
-template <int kRank, LeftOut kTheLeftOut>
+// buffer of K. kTheProbe: tiles that are not kept are searched for single heavy keys.
+template <int kRank, LeftOut kTheLeftOut, bool kTheProbe = false>
 struct WalkPolicy {
   static constexpr LeftOut kLeftOut = kTheLeftOut;
+  static constexpr bool kProbe = kTheProbe;
   static constexpr ForwardConfig kConfig = {.d_qk = kWalkDim,
                                             .d_v = kRank,
                                             .tile_n = 128,
@@ -54,6 +58,7 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   static constexpr bool kLowRank = Base::kDv < kWalkDim;
   static constexpr bool kRemainder = Policy::kLeftOut == LeftOut::kRemainder;
   static constexpr bool kFar = Policy::kLeftOut == LeftOut::kCentroids;
+  static constexpr bool kProbe = Policy::kProbe;
   static constexpr bool kStagedOut = Base::kStagedOut && !kLowRank;
   static constexpr int kMeanBytes = 2 * kWalkDim * 2;
   static constexpr int kBasisBytes = kWalkDim * Base::kDv * 2;
@@ -75,17 +80,25 @@ struct WalkTraits : ForwardTraits<T, Policy> {
     float mean_scores[Base::kGroups][kGroupRows];  // of the rows with K's mean
     alignas(8) uint64_t remainder_full, remainder_empty;
   };
+  struct Probe {
+    // Bits of the tiles found in the sweep in work, and zeros for the next; found_full: every warp has swept.
+    unsigned long long found[2];
+    alignas(8) uint64_t found_full;
+    int swept[kSweepTiles];  // key tiles of the sweep, the producer's own
+  };
   // Bases of one type each: an empty one may stand once only.
   struct NoBasis {};
   struct NoSquaredQ {};
   struct NoFar {};
   struct NoRemainder {};
+  struct NoProbe {};
 
   struct Shared : Base::Shared,
                   std::conditional_t<kLowRank, Basis, NoBasis>,
                   std::conditional_t<kFar, SquaredQ, NoSquaredQ>,
                   std::conditional_t<kFar, Far, NoFar>,
-                  std::conditional_t<kRemainder, Remainder, NoRemainder> {
+                  std::conditional_t<kRemainder, Remainder, NoRemainder>,
+                  std::conditional_t<kProbe, Probe, NoProbe> {
     int item[Base::kGroups][kWarpgroup / 32];  // of the work list, which each warp has in work
     WalkTile walk[2];
     uint64_t mask[2][kListWords];  // first words of the tiles in walk
@@ -94,6 +107,7 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   };
   static_assert(Base::kN == decide::kTileK && Base::kM == decide::kTileQ && Base::kVStages == kStages);
   static_assert(!kFar || Base::kKStages == kStages, "a block of centroids takes two buffers of K");
+  static_assert(!kProbe || kFar, "what is left after a probe may enter as centroids");
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
 

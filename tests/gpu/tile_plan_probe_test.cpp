@@ -1,0 +1,265 @@
+// The probe of adaptive plans on a CUDA device: keys that matter by themselves, in tiles that decide would drop.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "gpu/tile_plans.h"
+#include "support/random.h"
+
+namespace adaattn::test {
+namespace {
+
+class Probes : public TilePlans {};
+
+adaattn_adaptive_desc_t probing(double needle_share, bool far_field = false) {
+  adaattn_adaptive_desc_t adaptive = custom_desc(0.7);
+  adaptive.probe = ADAATTN_PROBE_FULL;
+  adaptive.needle_share = needle_share;
+  adaptive.far_field = far_field ? ADAATTN_SWITCH_ON : ADAATTN_SWITCH_OFF;
+  return adaptive;
+}
+
+// Single queries point at single keys, at random places, of any sequence and head; what the keys get of their rows goes
+// from nothing to all.
+void plant_needles(AttentionData& data, uint64_t seed, int count) {
+  Random random(seed);
+  const int64_t group = data.desc.heads_q / data.desc.heads_kv;
+  for (int n = 0; n < count; ++n) {
+    const int64_t b = random.between(0, data.batch() - 1), h = random.between(0, data.desc.heads_q - 1);
+    if (data.len_q(b) == 0 || data.len_k(b) == 0) continue;
+    const int64_t i = random.between(0, data.len_q(b) - 1), j = random.between(0, data.len_k(b) - 1);
+    const double strength = random.uniform();
+    for (int64_t c = 0; c < 128; ++c) {
+      const double x = random.normal();
+      data.k.set(data.key_index(b, j, h / group, c), 2 * x);
+      data.q.set(data.query_index(b, i, h, c), strength * x);
+    }
+  }
+}
+
+// The largest share that a key of each tile has in a row of the query tile, by float64 scores; -1: none is visible.
+std::vector<double> largest_shares(const AttentionData& data, int64_t b, int64_t h, int64_t key_tiles) {
+  const int64_t group = data.desc.heads_q / data.desc.heads_kv, len_q = data.len_q(b), len_k = data.len_k(b);
+  const auto load = [](const Tensor& x, const auto& index, int64_t rows) {
+    std::vector<float> out(static_cast<size_t>(rows * 128));
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < 128; ++c) out[static_cast<size_t>(i * 128 + c)] = static_cast<float>(x.get(index(i, c)));
+    return out;
+  };
+  const std::vector<float> q = load(
+      data.q, [&](int64_t i, int64_t c) { return data.query_index(b, i, h, c); }, len_q);
+  const std::vector<float> k = load(
+      data.k, [&](int64_t j, int64_t c) { return data.key_index(b, j, h / group, c); }, len_k);
+  std::vector<double> largest(static_cast<size_t>((len_q + 127) / 128 * key_tiles), -1), score;
+  for (int64_t i = 0; i < len_q; ++i) {
+    const adaattn_attn_desc_t& d = data.desc;
+    const int64_t at = i + (d.mask == ADAATTN_MASK_CAUSAL ? len_k - len_q : 0);
+    const int64_t begin = d.window_left >= 0 ? std::max<int64_t>(0, at - d.window_left) : 0;
+    const int64_t end = d.mask == ADAATTN_MASK_CAUSAL ? std::min(len_k, at + 1) : len_k;
+    if (begin >= end) continue;
+    score.assign(static_cast<size_t>(end - begin), 0);
+    double top = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      double& s = score[static_cast<size_t>(j - begin)];
+      for (int64_t c = 0; c < 128; ++c)
+        s += static_cast<double>(q[static_cast<size_t>(i * 128 + c)]) * k[static_cast<size_t>(j * 128 + c)];
+      s /= std::sqrt(128.0);
+      top = std::max(top, s);
+    }
+    for (const double s : score) sum += std::exp(s - top);
+    for (int64_t j = begin; j < end; ++j) {
+      double& most = largest[static_cast<size_t>(i / 128 * key_tiles + j / 128)];
+      most = std::max(most, std::exp(score[static_cast<size_t>(j - begin)] - top) / sum);
+    }
+  }
+  return largest;
+}
+
+// What the header promises: no key that holds needle_share of a row or more is dropped, short of rounding.
+TEST_F(Probes, NoKeyThatHoldsTheShareIsDropped) {
+  const Context context(kCuda);
+  AttentionCase window = causal_case(1500), packed = causal_case(1300), full = causal_case(1100),
+                used = causal_case(1200), chunk = causal_case(1700);
+  window.name = "Window";
+  window.window_left = 900;
+  packed.name = "Packed";
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.lens_q = {1300, 411};
+  packed.lens_k = {1300, 1001};
+  full.name = "Full";
+  full.mask = ADAATTN_MASK_NONE;
+  full.heads_q = 6;
+  used.name = "UsedKeys";
+  used.used_k = {1200, 777};
+  chunk.name = "LastQueries";
+  chunk.seqlen_q = 500;
+  for (const AttentionCase& c : {causal_case(1400), window, packed, full, used, chunk})
+    for (const bool far_field : {false, true}) {
+      const double needle_share = far_field ? 0.1 : 0.05;
+      SCOPED_TRACE(testing::Message() << c.name << ", share " << needle_share << ", far field " << far_field);
+      AttentionData data = structured(c);
+      plant_needles(data, run_seed() + 3, 60);
+      const AdaptivePlan plan(context, data.desc, probing(needle_share, far_field));
+      ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+      EXPECT_GT(check_maps(plan, data), 0);
+      const adaattn_plan_stats_t stats = plan.stats();
+      EXPECT_GT(stats.tiles_probed_in, 0u);
+      EXPECT_LT(stats.tiles_probed_in, stats.tiles_kept);
+      int64_t heavy = 0;
+      for (int64_t b = 0; b < data.batch(); ++b)
+        for (int64_t h = 0; h < data.desc.heads_q; ++h) {
+          const AdaptivePlan::TileMap map = plan.tile_map(b, h);
+          const std::vector<double> largest = largest_shares(data, b, h, map.key_tiles);
+          ASSERT_EQ(largest.size(), map.tiles.size());
+          for (size_t t = 0; t < largest.size(); ++t) {
+            heavy += largest[t] >= needle_share;
+            if (largest[t] >= needle_share * 1.001) {
+              EXPECT_EQ(map.tiles[t], 2) << "b " << b << " head " << h << " tile " << t << " share " << largest[t];
+            }
+          }
+        }
+      EXPECT_GT(heavy, 0);
+    }
+}
+
+// More than any key can hold of what is computed anyway.
+TEST_F(Probes, AProbeThatFindsNothingLeavesTheResult) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(2048));
+  adaattn_adaptive_desc_t adaptive = probing(1);
+  adaptive.tile_mass = 0.9;
+  adaptive.rank_mode = ADAATTN_RANK_OFF;
+  const AdaptivePlan with(context, data.desc, adaptive);
+  adaptive.probe = ADAATTN_PROBE_OFF;
+  const AdaptivePlan without(context, data.desc, adaptive);
+  AttentionData again = with_own_outputs(data);
+  for (int call = 0; call < 2; ++call) {
+    ASSERT_NO_FATAL_FAILURE(execute(with, data));
+    ASSERT_NO_FATAL_FAILURE(execute(without, again));
+    EXPECT_TRUE(same_outputs(data, again));
+  }
+  EXPECT_EQ(with.stats().tiles_probed_in, 0u);
+  EXPECT_EQ(with.stats().heads_dense, 0u);
+  EXPECT_EQ(with.stats().tiles_kept, without.stats().tiles_kept);
+  EXPECT_LT(with.stats().tiles_kept, with.stats().tiles);
+}
+
+// Eager, replayed on other numbers, frozen and in waves, with and without a far field and a projected V.
+TEST_F(Probes, ReplaysAndWavesGiveWhatCallsGive) {
+  const Context context(kCuda);
+  for (const bool far_field : {false, true})
+    for (const bool rank : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "far " << far_field << " rank " << rank);
+      const auto input = [](uint64_t round) {
+        AttentionData data = structured(causal_case(1500), {.value_mean = 1.0}, 10 + round);
+        plant_needles(data, run_seed() + round, 40);
+        return data;
+      };
+      AttentionData data = input(0);
+      adaattn_adaptive_desc_t adaptive = probing(0.05, far_field);
+      adaptive.rank_mode = rank ? ADAATTN_RANK_ENERGY : ADAATTN_RANK_OFF;
+      const AdaptivePlan captured(context, data.desc, adaptive), eager(context, data.desc, adaptive);
+      adaptive.max_workspace_bytes = workspace_size(eager) - 1;
+      const AdaptivePlan waves(context, data.desc, adaptive);
+      ReplayedCall replay(captured, data);
+      for (uint64_t round = 0; round < 3; ++round) {
+        AttentionData fresh = input(round);
+        copy_inputs(fresh, data);
+        replay.run();
+        ASSERT_NO_FATAL_FAILURE(execute(eager, fresh));
+        EXPECT_TRUE(same_outputs(data, fresh)) << round;
+        AttentionData again = with_own_outputs(fresh);
+        ASSERT_NO_FATAL_FAILURE(execute(waves, again));
+        EXPECT_TRUE(same_outputs(fresh, again)) << round;
+        for (int64_t h = 0; h < 4; ++h) {
+          const AdaptivePlan::TileMap map = eager.tile_map(1, h);
+          EXPECT_EQ(map.tiles, captured.tile_map(1, h).tiles);
+          EXPECT_EQ(map.tiles, waves.tile_map(1, h).tiles);
+        }
+      }
+      const adaattn_plan_stats_t stats = eager.stats();
+      EXPECT_GT(stats.tiles_probed_in, 0u);
+      EXPECT_EQ(stats.heads_low_rank > 0, rank);
+      EXPECT_EQ(captured.stats().tiles_probed_in, stats.tiles_probed_in);
+      EXPECT_EQ(waves.stats().tiles_probed_in, stats.tiles_probed_in);
+      EXPECT_EQ(captured.stats().tiles_kept, stats.tiles_kept);
+      EXPECT_EQ(waves.stats().tiles_kept, stats.tiles_kept);
+      EXPECT_DOUBLE_EQ(waves.stats().flops_done, stats.flops_done);
+    }
+}
+
+TEST_F(Probes, FrozenPlansRepeatThemselves) {
+  const Context context(kCuda);
+  AttentionData data = structured(causal_case(1500));
+  plant_needles(data, run_seed() + 3, 40);
+  adaattn_adaptive_desc_t adaptive = probing(0.05);
+  adaptive.freeze = ADAATTN_SWITCH_ON;
+  const AdaptivePlan plan(context, data.desc, adaptive);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  const uint64_t found = plan.stats().tiles_probed_in;
+  EXPECT_GT(found, 0u);
+  AttentionData other = structured(causal_case(1500), {}, 7), again = with_own_outputs(data);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, other));
+  plan.stats(ADAATTN_STATS_WAIT | ADAATTN_STATS_RESET);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, again));
+  EXPECT_TRUE(same_outputs(data, again));
+  EXPECT_EQ(plan.stats().tiles_probed_in, found);
+}
+
+// What block statistics cannot see (HeadsThatMissANeedle...), without computing anything twice.
+TEST_F(Probes, AnIsolatedNeedleIsFound) {
+  const Context host, context(kCuda);
+  const AttentionCase c = causal_case(1500);
+  AttentionData data = structured(c);
+  Random random(run_seed() + 7);
+  for (int64_t x = 0; x < 128; ++x) {
+    const double sign = random.normal() < 0 ? -1 : 1;
+    const auto at = data.key_index(0, 450, 0, x);
+    data.k.set(at, 3 * sign);
+    data.v.set(at, 3 * sign);
+    for (int64_t i = 0; i < c.seqlen_q; ++i)
+      for (int64_t h = 0; h < 2; ++h) {
+        const auto query = data.query_index(0, i, h, x);
+        data.q.set(query, data.q.get(query) + sign);
+      }
+  }
+  const Tensor exact = exact_output(host, data);
+  adaattn_adaptive_desc_t adaptive = probing(0.05);
+  adaptive.tolerance = 0.5;
+  adaptive.rank_mode = ADAATTN_RANK_OFF;
+  const AdaptivePlan plan(context, data.desc, adaptive);
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  EXPECT_EQ(plan.stats().heads_over_tolerance, 0u);
+  EXPECT_EQ(plan.stats().heads_dense, 0u);
+  for (const adaattn_head_stats_t& head : plan.heads())
+    EXPECT_LE(head_error(data, exact, head.batch, head.head), 0.5) << "b " << head.batch << " head " << head.head;
+}
+
+// For the sanitizers.
+TEST_F(TilePlans, ASmallCallThatProbes) {
+  const Context context(kCuda);
+  AttentionCase c = causal_case(700);
+  c.heads_q = 2;
+  c.heads_kv = 1;
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
+  c.lens_q = {700, 300};
+  c.lens_k = {700, 520};
+  AttentionData data = structured(c, {.value_mean = 1.0});
+  plant_needles(data, run_seed() + 3, 10);
+  for (const bool far_field : {false, true}) {
+    adaattn_adaptive_desc_t adaptive = probing(0.05, far_field);
+    adaptive.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
+    adaptive.tolerance = far_field ? 0.5 : 0.02;
+    const AdaptivePlan plan(context, data.desc, adaptive);
+    AttentionData again = with_own_outputs(data);
+    ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+    adaptive.max_workspace_bytes = workspace_size(plan) - 1;
+    const AdaptivePlan waves(context, data.desc, adaptive);
+    ASSERT_NO_FATAL_FAILURE(execute(waves, again));
+    EXPECT_TRUE(same_outputs(data, again));
+    EXPECT_EQ(plan.stats().tiles_probed_in, waves.stats().tiles_probed_in);
+  }
+}
+
+}  // namespace
+}  // namespace adaattn::test
