@@ -28,6 +28,7 @@ TEST(GenerateProgram, UsageErrorsExitWith2AndSayWhy) {
                  "--device: is 'tpu'; accepted: cpu, cuda");
   expect_failure(std::string("write ") + kModel + "--prompt x --policy fast", 2, "accepted: balanced, exact");
   expect_failure(std::string("write ") + kModel + "--prompt x --tolerance 0.1", 2, "--tolerance requires --policy");
+  expect_failure(std::string("demo ") + kModel + "--policy speed", 2, "--policy");  // it compares them all
   expect_failure(std::string("loss ") + kModel + "--text x --threads -1", 2, "--threads");
 }
 

@@ -50,6 +50,11 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
           "--dtype", common.engine.dtype,
           "Type of q, k, v and o, on cuda of the weights too: f32 (default on cpu), f16, bf16 (default on cuda)")
       ->transform(one_of(dtypes));
+  command.add_option(report_name, common.report, "File for the figures as JSON");
+}
+
+// What the demo chooses by itself.
+void add_attention(CLI::App& command, generate::CommonOptions& common) {
   static const std::map<std::string, generate::CacheFormat> formats = {{"same", generate::CacheFormat::kAsAttention},
                                                                        {"e4m3", generate::CacheFormat::kE4m3}};
   command
@@ -66,7 +71,6 @@ void add_common(CLI::App& command, generate::CommonOptions& common, const char* 
                   "Error allowed per head, relative to the spread of V; 0: the policy's own")
       ->check(CLI::NonNegativeNumber)
       ->needs(policy);
-  command.add_option(report_name, common.report, "File for the figures as JSON");
 }
 
 int run(int argc, char** argv) {
@@ -77,6 +81,7 @@ int run(int argc, char** argv) {
   generate::LossOptions loss;
   CLI::App* loss_command = app.add_subcommand("loss", "Mean loss of a text over consecutive windows");
   add_common(*loss_command, common, "--report,--json");
+  add_attention(*loss_command, common);
   auto* loss_source = loss_command->add_option_group("source")->require_option(1);
   loss_source->add_option("--text", loss.text, "Text file (models with 256 byte tokens)");
   loss_source->add_option("--ids", loss.ids, "File of token ids, separated by commas or white space");
@@ -88,6 +93,7 @@ int run(int argc, char** argv) {
   generate::WriteOptions write;
   CLI::App* write_command = app.add_subcommand("write", "Continues a prompt; the text goes to stdout");
   add_common(*write_command, common, "--report,--json");
+  add_attention(*write_command, common);
   auto* prompt = write_command->add_option_group("prompt")->require_option(1);
   prompt->add_option("--prompt", write.prompt, "Text to continue (models with 256 byte tokens)");
   prompt->add_option("--prompt-file", write.prompt_file, "File with the text to continue");
