@@ -42,6 +42,7 @@ struct AdaptiveCounters {
 
 struct PlanCounters {
   uint64_t calls = 0, query_rows = 0, score_pairs = 0;
+  uint64_t visible_tiles = 0;  // 128 x 128 with a visible pair, times query heads, where a device counted them
   Violation violation;
   AdaptiveCounters adaptive;
 };

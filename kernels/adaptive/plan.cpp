@@ -108,11 +108,10 @@ class Int8Plan final : public AttentionPlan {
   PlanCounters counters(bool wait, bool reset) override {
     const DeviceScope scope(device_id_);
     if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
-    const PlanRecord snapshot = records_->read(record_, reset);
     PlanCounters out = counters_;
-    add_record(out, snapshot);
+    add_record(out, records_->read(record_, reset));
     AdaptiveCounters& a = out.adaptive;
-    a.tiles += snapshot.tiles;
+    a.tiles += out.visible_tiles;
     a.tiles_kept = a.tiles;
     a.flops_done = 2.0 * static_cast<double>(problem_.d_qk + problem_.d_v) * static_cast<double>(out.score_pairs);
     if (reset) counters_ = {};
@@ -156,13 +155,8 @@ class Int8Plan final : public AttentionPlan {
     a.rank_v_sum += static_cast<double>(heads * p.d_v);
     a.predicted_error_sum += static_cast<double>(heads) * kInt8RoundError;
     if (!lengths_known) return;  // the device counts the rest
-    const Sequence s = sequence_of(p, 0);
-    int64_t tiles = 0;
-    for (int64_t q = 0; q < s.len_q; q += decide::kTileQ)
-      tiles += visible_tiles(p, s, q, decide::kTileQ, decide::kTileK);
-    a.tiles += static_cast<uint64_t>(tiles * heads);
-    counters_.query_rows += static_cast<uint64_t>(s.len_q * heads);
-    counters_.score_pairs += static_cast<uint64_t>(visible_pairs(p, s) * heads);
+    add_lengths(counters_, p);
+    a.tiles += tiles_of_call(p);
   }
 
   Problem problem_;

@@ -19,16 +19,15 @@ namespace {
 // Device memory that lasts as long as a plan, zero at first, and a stream to look at it that waits for no other.
 class PlanMemory {
  public:
-  PlanMemory() = default;  // takes count, and give nothing
-  explicit PlanMemory(size_t bytes) {
+  PlanMemory() = default;                             // takes count, and give nothing
+  explicit PlanMemory(size_t bytes) : PlanMemory() {  // so that what throws below is cleared up
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "the adaptive plan's stream");
     check(cudaMalloc(&data_, bytes), "the adaptive plan's memory");
     clear(data_, bytes);
   }
   ~PlanMemory() {
-    if (data_ == nullptr) return;
-    cudaFree(data_);  // waits for the work that may still use it
-    cudaStreamDestroy(stream_);
+    if (data_ != nullptr) cudaFree(data_);  // waits for the work that may still use it
+    if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
   PlanMemory(const PlanMemory&) = delete;
   PlanMemory& operator=(const PlanMemory&) = delete;
@@ -318,6 +317,10 @@ PlanCounters TilePlan::counters(bool wait, bool reset) {
   if (memory_ == nullptr) {
     PlanCounters out = exact_plan_->counters(wait, reset);
     out.adaptive = exact_counters_;
+    out.adaptive.tiles += out.visible_tiles;
+    out.adaptive.tiles_kept = out.adaptive.tiles;
+    out.adaptive.flops_done =
+        2.0 * static_cast<double>(problem_.d_qk + problem_.d_v) * static_cast<double>(out.score_pairs);
     if (reset) exact_counters_ = {};
     return out;
   }

@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "attend/plan.h"
+
 namespace adaattn::cuda {
 namespace {
 
@@ -15,7 +17,6 @@ HeadRecord exact_record(const Problem& problem, size_t index) {
   HeadRecord record;
   record.batch = static_cast<int64_t>(index) / problem.heads_q;
   record.head = static_cast<int64_t>(index) % problem.heads_q;
-  record.entropy = 1;
   record.measured_error = std::numeric_limits<double>::quiet_NaN();
   record.rank_v = problem.d_v;
   record.precision = input_precision(problem.dtype_q);
@@ -92,8 +93,7 @@ void add_exact_call(const AttnParams& params, Dtype dtype, AdaptiveCounters* sum
   sum->heads_dense += heads;
   (dtype == Dtype::kF32 ? sum->heads_f32 : dtype == Dtype::kF16 ? sum->heads_f16 : sum->heads_bf16) += heads;
   sum->rank_v_sum += static_cast<double>(heads) * static_cast<double>(params.d_v);
-  sum->entropy_max = 1;
-  sum->entropy_sum += static_cast<double>(heads);
+  if (!lengths_on_device(params)) sum->tiles += tiles_of_call(params);
 }
 
 std::vector<HeadRecord> exact_records(const Problem& problem, int64_t batch) {

@@ -7,6 +7,7 @@
 
 #include "common/pairs.h"
 #include "core/error.h"
+#include "decide/tile_mass.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -32,10 +33,6 @@ bool aligned(const AttnParams& p) {
          (p.o.data == nullptr || (p.o.dtype != p.q.dtype && p.k.dtype != Dtype::kE4M3) ||
           on_16_bytes(p.o, p.batch, queries, p.heads_q)) &&
          (p.k.dtype != Dtype::kE4M3 || p.d_qk % 4 == 0);
-}
-
-bool lengths_on_device(const AttnParams& p) {
-  return p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr || p.seqused_k != nullptr || p.block_table != nullptr;
 }
 
 class Plan final : public AttentionPlan {
@@ -73,24 +70,18 @@ class Plan final : public AttentionPlan {
       if (args.record != nullptr && !launch.kernel->reports) check(launch_report(args, stream), "report");
       if (launch.splits > 1 && !launch.joined) check(launch_combine(args, stream), "combine");
       if (touches_record(args, *launch.kernel)) record_.mark(stream);
-      if (!lengths_on_device(params)) {
-        rows_ += static_cast<uint64_t>(params.batch * params.seqlen_q * params.heads_q);
-        pairs_ += static_cast<uint64_t>(params.batch * params.heads_q * visible_pairs(params, sequence_of(params, 0)));
-      }
+      if (!lengths_on_device(params)) add_lengths(counters_, params);
     }
-    ++calls_;
+    ++counters_.calls;
   }
 
   PlanCounters counters(bool wait, bool reset) override {
     const DeviceScope scope(device_id_);
     // A captured call may be replayed on any stream, so only the device knows when the plan's work is done.
     if (wait) check(cudaDeviceSynchronize(), "waiting for the plan's work");
-    PlanCounters out;
-    out.calls = calls_;
-    out.query_rows = rows_;
-    out.score_pairs = pairs_;
+    PlanCounters out = counters_;
     add_record(out, records_->read(record_, reset));
-    if (reset) calls_ = rows_ = pairs_ = 0;
+    if (reset) counters_ = {};
     return out;
   }
 
@@ -101,14 +92,30 @@ class Plan final : public AttentionPlan {
   PlanInfo info_;
   std::shared_ptr<RecordPool> records_;
   RecordSlot record_;
-  uint64_t calls_ = 0, launches_ = 0, rows_ = 0, pairs_ = 0;
+  PlanCounters counters_;  // what the host knows
+  uint64_t launches_ = 0;
 };
 
 }  // namespace
 
+void add_lengths(PlanCounters& counters, const AttnParams& p) {
+  const Sequence s = sequence_of(p, 0);
+  const auto heads = static_cast<uint64_t>(p.batch * p.heads_q);
+  counters.query_rows += static_cast<uint64_t>(s.len_q) * heads;
+  counters.score_pairs += static_cast<uint64_t>(visible_pairs(p, s)) * heads;
+}
+
+uint64_t tiles_of_call(const AttnParams& p) {
+  const Sequence s = sequence_of(p, 0);
+  int64_t tiles = 0;
+  for (int64_t q = 0; q < s.len_q; q += decide::kTileQ) tiles += visible_tiles(p, s, q, decide::kTileQ, decide::kTileK);
+  return static_cast<uint64_t>(tiles * p.batch * p.heads_q);
+}
+
 void add_record(PlanCounters& counters, const PlanRecord& record) {
   counters.query_rows += record.query_rows;
   counters.score_pairs += record.score_pairs;
+  counters.visible_tiles += record.tiles;
   counters.violation.field = static_cast<Field>(record.violation >> 32);
   counters.violation.value = static_cast<int32_t>(record.violation & 0xffffffffu);
   counters.violation.index = static_cast<int64_t>(record.violation_index);

@@ -23,6 +23,10 @@ uint32_t call_features(const AttnParams& params);
 // Whether a launch of these arguments uses the plan's record: for what it reports, or to hand out its tiles.
 bool touches_record(const AttendArgs& args, const AttendKernel& kernel);
 
+// Rows and pairs of a call in which every sequence is as long as the call says; its tiles, counted one query tile after
+// another.
+void add_lengths(PlanCounters& counters, const AttnParams& params);
+uint64_t tiles_of_call(const AttnParams& params);
 // What the device counted, added to what the host did.
 void add_record(PlanCounters& counters, const PlanRecord& record);
 
@@ -35,5 +39,7 @@ PlanInfo plan_info(const Problem& problem, const DeviceTraits& device);
 inline bool lengths_on_host(const AttnParams& p) {
   return p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr && p.seqused_k == nullptr;
 }
+// An exact call whose rows, pairs and tiles its kernels count, for they read a page table or lengths.
+inline bool lengths_on_device(const AttnParams& p) { return !lengths_on_host(p) || p.block_table != nullptr; }
 
 }  // namespace adaattn::cuda

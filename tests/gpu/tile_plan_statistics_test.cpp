@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 
 #include "decide/feedback.h"
 #include "gpu/tile_plans.h"
@@ -127,6 +128,51 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
       for (const double seconds : {a.seconds_analyze, a.seconds_decide, a.seconds_attend, a.seconds_verify})
         EXPECT_GT(seconds, 0);
     }
+}
+
+// What block statistics cannot see: lengths that the host knows and lengths that the device does, a few rows, several
+// calls.
+TEST_F(TilePlans, StatisticsOfExactPlansAreThoseOfTheCpu) {
+  const Context host, context(kCuda);
+  AttentionCase softcap = causal_case(700), used = causal_case(450), decode = causal_case(900);
+  softcap.name = "Softcap";
+  softcap.softcap = 20;
+  used.name = "Used";
+  used.used_k = {450, 301};
+  decode.name = "Decode";
+  decode.seqlen_q = 3;
+  for (const AttentionCase& c : {causal_case(300), softcap, used, decode}) {
+    SCOPED_TRACE(describe(c));
+    AttentionData data(c, kBf16All, run_seed(), ADAATTN_OUTPUT_LSE);
+    AttentionData on_cpu = with_own_outputs(data);
+    const adaattn_adaptive_desc_t adaptive = adaptive_desc(ADAATTN_POLICY_BALANCED);
+    const AdaptivePlan theirs(host, data.desc, adaptive), ours(context, data.desc, adaptive);
+    EXPECT_TRUE(ours.info().exact);
+    for (int call = 1; call <= 2; ++call) {
+      ASSERT_TRUE(succeeded(theirs.execute(on_cpu)));
+      ASSERT_NO_FATAL_FAILURE(execute(ours, data));
+      adaattn_plan_stats_t a = ours.stats(), b = theirs.stats();
+      EXPECT_EQ(a.heads_dense, 8u * static_cast<uint64_t>(call));
+      EXPECT_GT(a.tiles, 0u);
+      EXPECT_EQ(a.tiles, b.tiles);
+      EXPECT_EQ(a.tiles_kept, b.tiles_kept);
+      EXPECT_NEAR(a.flops_done, b.flops_done, 1e-12 * b.flops_done);
+      a.flops_done = b.flops_done;  // summed in another order
+      EXPECT_EQ(std::memcmp(&a, &b, sizeof a), 0) << "another field";
+    }
+    const std::vector<adaattn_head_stats_t> want = theirs.heads(), got = ours.heads();
+    ASSERT_EQ(want.size(), 8u);
+    ASSERT_EQ(got.size(), 8u);
+    for (size_t i = 0; i < got.size(); ++i) {
+      SCOPED_TRACE(i);
+      EXPECT_TRUE(std::isnan(got[i].measured_error));
+      adaattn_head_stats_t a = got[i], b = want[i];
+      a.measured_error = b.measured_error = 0;
+      EXPECT_EQ(std::memcmp(&a, &b, sizeof a), 0);
+    }
+    EXPECT_EQ(ours.stats(ADAATTN_STATS_WAIT | ADAATTN_STATS_RESET).calls, 2u);
+    EXPECT_EQ(ours.stats().tiles + ours.stats().heads + ours.stats().query_rows, 0u);
+  }
 }
 
 TEST_F(TilePlans, FeedbackFollowsWhatIsMeasured) {
