@@ -49,11 +49,12 @@ struct StageClock {
 };
 
 // What lasts from call to call, in device memory that the caller keeps; zero bytes are a valid start but for the
-// multipliers. Calls that share it may overlap.
+// multipliers. Calls that share it come one after the other.
 struct AdaptiveState {
   double* basis = nullptr;         // state_basis_doubles()
   int32_t* warm = nullptr;         // [units]
   int32_t* dense_calls = nullptr;  // [units]: calls for which it is computed exactly, whatever it holds; or null
+  int32_t* dense_left = nullptr;   // [units]: dense_calls as the call before left them; null where they are
   decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
   decide::HeadChoice* frozen = nullptr;      // [batch, heads_q]: what the chosen units keep; null: every call chooses
   int32_t* chosen = nullptr;                 // [units], where frozen: whether an earlier call has chosen
@@ -138,6 +139,7 @@ struct AnalyzeArgs {
   float log2_needle = 0;          // log2 of the share of a needle from which on its tile is kept
   uint32_t keep_peak = 0;         // share of a cell from which on its tile is kept at every mass level: decide/cells.h
   int32_t multiprocessors = 132;  // of the device
+  int32_t dense_units = 0;        // the call is the exact kernel's, and has no lists, if dense_left has all of so many
   // Heads stand in the work lists in sections whose 16-bit K and V take at most this: half of a Hopper's L2 cache.
   int64_t cache_bytes = int64_t{25} << 20;
 };

@@ -32,11 +32,22 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
   return static_cast<int>(max(int64_t{0}, min(tiles, static_cast<int64_t>(args.shape.wave_tiles))));
 }
 
+// By all threads of a CTA: whether the exact kernel computes this call. Nothing in the call changes what it is read
+// from before the grids that compute it are done.
+__device__ __forceinline__ bool left_to_exact(const AnalyzeArgs& args) {
+  if (args.dense_units == 0) return false;
+  bool dense = true;
+  for (int u = static_cast<int>(threadIdx.x); u < args.dense_units; u += static_cast<int>(blockDim.x))
+    dense = __ldcg(args.state.dense_left + u) > 0 && dense;
+  return __syncthreads_and(dense) != 0;
+}
+
 // One CTA appends a section's items to the lists: a counting sort by the tiles they keep. rehearses: of a few items
-// that are none, whatever their numbers, and leaves nothing: so that the code is there when it is needed.
+// that are none, whatever their numbers, and leaves nothing: so that the code is there when it is needed. empty: the
+// lists are to have no items.
 template <int kThreads>
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section,
-                                              bool rehearses) {
+                                              bool rehearses, bool empty) {
   using decide::kRankClasses;
   constexpr int kEach = 2;               // items of a thread whose reads are on their way together
   constexpr int kRemembered = 8192;      // items whose place is read but once
@@ -109,7 +120,7 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
     }
   }
   __syncthreads();
-  if (last == heads && thread < kRankClasses && !rehearses) args.tables.work_count[thread] = before[thread];
+  if (last == heads && thread < kRankClasses && !rehearses) args.tables.work_count[thread] = empty ? 0 : before[thread];
 #pragma unroll 1
   for (int i = thread; i < items; i += kThreads) {
     const uint16_t place = i < kRemembered ? places[i] : place_of_item(i);
@@ -152,11 +163,12 @@ __device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_t
                                             bool rehearses) {
   const int section = static_cast<int>(blockIdx.x);
   if (section >= sections) return false;
+  const bool empty = left_to_exact(args);
 #pragma unroll 1
   for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
     if (pass == 1) wait_for_previous_grid();
     // A rehearsal stays with the first items: what it reads is no longer than those of one wave.
-    order_section<kThreads>(args, pass == 0 ? 0 : first_tile, units, section, pass == 0);
+    order_section<kThreads>(args, pass == 0 ? 0 : first_tile, units, section, pass == 0, empty);
   }
   begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
   return true;

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <optional>
 #include <utility>
 
 #include "adaptive/refuse.h"
 #include "adaptive/tile_plan_sizes.h"
 #include "adaptive/tile_statistics.h"
 #include "attend/plan.h"
+#include "attend/sm90/dense_round.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
 #include "runtime.h"
@@ -91,6 +93,7 @@ class TilePlan final : public AttentionPlan {
     if (sizes_.shape.needles) log2_needle_ = static_cast<float>(std::log2(shares_of(problem_).needle));
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
+    sm90::prepare_dense_round();
     prepare_analyze();
     prepare_verify();
     prepare_tally();
@@ -120,17 +123,22 @@ class TilePlan final : public AttentionPlan {
     Launch launch;
     AttendArgs common = make_args(params, problem_, launch, nullptr);
     const AnalyzeArgs args = analyze_args(common.p, workspace);
-    if (const uint64_t ahead = exact_ahead(params, stream); ahead > 0) {
-      const bool looks = ahead == 1;
+    const std::optional<AttendArgs> round = dense_round(params);
+    const Prospect prospect = look_ahead(params, round.has_value(), stream);
+    if (prospect.exact_calls > 0) {
+      const bool looks = prospect.exact_calls == 1;
       if (looks) {
         analyze(args, stream);
         decide_heads(args, stream);
       }
       check(launch_exact_begin(args, stream), "statistics");
-      exact_plan_->execute(params, workspace, bytes, stream);
+      if (round)
+        check(sm90::launch_dense_round(*round, {}, stream), "the exact kernel");
+      else
+        exact_plan_->execute(params, workspace, bytes, stream);
       check(launch_exact_end(args, targets_, looks, stream), "statistics");
     } else {
-      run(args, workspace, stream);
+      run(args, workspace, prospect.not_exact ? std::nullopt : round, stream);
     }
     ++runs_;
     if (lengths_on_host(params)) {
@@ -150,8 +158,18 @@ class TilePlan final : public AttentionPlan {
  private:
   void take_memory();
   AnalyzeArgs analyze_args(const AttnParams& p, void* workspace) const;
-  void run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream);
-  uint64_t exact_ahead(const AttnParams& p, cudaStream_t stream);
+  void run(AnalyzeArgs args, void* workspace, const std::optional<AttendArgs>& round, cudaStream_t stream);
+  std::optional<AttendArgs> dense_round(const AttnParams& p);
+  // What the host knows of the call at hand: for how many calls, this one among them, all units are computed exactly;
+  // that they are not.
+  struct Prospect {
+    uint64_t exact_calls = 0;
+    bool not_exact = false;
+  };
+  Prospect look_ahead(const AttnParams& p, bool has_round, cudaStream_t stream);
+  uint32_t* next_counters() {
+    return record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
+  }
   template <typename T>
   std::vector<T> read(const T* device, size_t count) const {
     std::vector<T> host(count);
@@ -194,6 +212,7 @@ void TilePlan::take_memory() {
     state_.basis = memory.take<double>(basis);
     state_.warm = memory.take<int32_t>(units);
     state_.dense_calls = memory.take<int32_t>(units);
+    state_.dense_left = memory.take<int32_t>(units);
     state_.feedback = memory.take<decide::HeadFeedback>(heads);
     state_.calls = memory.take<unsigned long long>(1);
     state_.clock = memory.take<StageClock>(1);
@@ -216,7 +235,7 @@ void TilePlan::take_memory() {
   const decide::Options& o = problem_.adaptive;
   if (!o.feedback || o.verify_rows == 0) state_.feedback = nullptr;
   if (o.freeze)
-    state_.dense_calls = nullptr;
+    state_.dense_calls = state_.dense_left = nullptr;
   else
     state_.frozen = nullptr;
   outlook_ = std::make_unique<Outlook>();
@@ -239,10 +258,24 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   return args;
 }
 
-// For how many calls, this one among them, every unit is computed exactly: then the exact kernel gives the same bits as
-// walking full masks. The device said so when some earlier call ended; what it says later about the calls until then is
-// the same, so that results do not depend on when the host reads it. 0: it has not said so.
-uint64_t TilePlan::exact_ahead(const AttnParams& p, cudaStream_t stream) {
+// What computes the calls that find every unit among those computed exactly. By the extents alone: a kernel of other
+// blocks than the walk's, for which the device decides in each call, or else whichever the host takes of the walk with
+// full masks and the exact plan's kernel, which gives the same bits.
+std::optional<AttendArgs> TilePlan::dense_round(const AttnParams& p) {
+  if (problem_.adaptive.freeze) return std::nullopt;
+  const Extent extent{p.batch, p.seqlen_q, p.seqlen_k, p.total_q};
+  const Launch launch = choose(problem_, extent, features_of(problem_) | call_features(p), device_, 0);
+  if (!sm90::has_dense_round(*launch.kernel)) return std::nullopt;
+  AttendArgs args = make_args(p, problem_, launch, nullptr);
+  args.scheduler = next_counters();
+  args.multiprocessors = device_.multiprocessors;
+  return args;
+}
+
+// The device said how many calls are exact when some earlier call ended; what it says later about the calls until then
+// is the same, and so is what it does itself: results do not depend on when the host reads it, only whether kernels are
+// launched that would leave at once.
+TilePlan::Prospect TilePlan::look_ahead(const AttnParams& p, bool has_round, cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), "stream");
   // Replays of a captured call advance the device's count of calls behind the host's back.
@@ -253,14 +286,16 @@ uint64_t TilePlan::exact_ahead(const AttnParams& p, cudaStream_t stream) {
     same_q_ = p.seqlen_q;
     same_k_ = lengths_on_host(p) ? p.seqlen_k : -1;
   }
-  if (captured_ || problem_.adaptive.freeze || exact_plan_->info().splits != 1) return 0;
+  if (captured_ || problem_.adaptive.freeze || (!has_round && exact_plan_->info().splits != 1)) return {};
   const uint64_t word = outlook_->read(), calls = word >> kOutlookBits, ahead = word & ((1u << kOutlookBits) - 1);
   // The look behind it came after the extents changed.
   const bool known = runs_ >= calls && calls + ahead > same_since_ + kDenseCalls;
-  return known && calls + ahead > runs_ ? calls + ahead - runs_ : 0;
+  return {.exact_calls = known && calls + ahead > runs_ ? calls + ahead - runs_ : 0,
+          .not_exact = calls == runs_ && ahead == 0 && calls > same_since_};
 }
 
-void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream) {
+// round: what computes the call if the device finds all units among those computed exactly; then the walk has no lists.
+void TilePlan::run(AnalyzeArgs args, void* workspace, const std::optional<AttendArgs>& round, cudaStream_t stream) {
   const decide::Options& o = problem_.adaptive;
   const TableShape& s = sizes_.shape;
   char* const space = static_cast<char*>(workspace);
@@ -273,6 +308,7 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
   auto* const parts = verifies ? reinterpret_cast<VerifyPart*>(space + sizes_.verify_parts) : nullptr;
   // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
   if (o.freeze) check(cudaMemsetAsync(state_.warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
+  if (round) args.dense_units = static_cast<int32_t>(args.p.batch) * s.heads_kv;
   analyze(args, stream);
   decide_heads(args, stream);
 
@@ -289,12 +325,14 @@ void TilePlan::run(const AnalyzeArgs& args, void* workspace, cudaStream_t stream
     walk.tables = tables_of(args, first_tile);
     if (recomputes) walk.tables.remainder = nullptr;
     walk.rank_class = rank_class;
-    walk.counters = record_.device->scheduler + 2 * (launches_++ % (std::size(record_.device->scheduler) / 2));
+    walk.counters = next_counters();
     check(sm90::launch_walk(walk, stream), "walk");
   };
   const int32_t query_tiles = static_cast<int32_t>((args.p.seqlen_q + decide::kTileQ - 1) / decide::kTileQ);
   for (int32_t first = 0; first < query_tiles; first += s.wave_tiles) {
     write_schedule(args, first, stream);
+    if (first == 0 && round)
+      check(sm90::launch_dense_round(*round, {state_.dense_left, args.dense_units}, stream), "the exact kernel");
     for (int c = 0; c < decide::kRankClasses; ++c)
       if (c == 0 || decide::rank_of_class(c) <= s.max_rank) launch_class(c, first);
     const bool ends = first + s.wave_tiles >= query_tiles;

@@ -71,8 +71,6 @@ bool always_exact(const Problem& p) {
 Problem exact_problem(const Problem& problem) {
   Problem exact = problem;
   exact.adaptive = {};
-  // By it the selector keeps to kernels with the walk's bits.
-  if (!always_exact(problem)) exact.adaptive.policy = problem.adaptive.policy;
   return exact;
 }
 

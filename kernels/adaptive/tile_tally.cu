@@ -285,11 +285,16 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->measured_row_max = fmax(to->measured_row_max, x.measured_row_max);
 }
 
-// For how many more calls all units will be computed exactly, by one warp.
+// For how many more calls all units will be computed exactly, by one warp, which leaves the units' own numbers to the
+// next call.
 __device__ __forceinline__ int exact_ahead(const AnalyzeArgs& args) {
-  int ahead = kDenseCalls;
-  for (int u = static_cast<int>(threadIdx.x) % 32; u < static_cast<int>(args.p.batch) * args.shape.heads_kv; u += 32)
-    ahead = args.state.dense_calls == nullptr ? 0 : min(ahead, args.state.dense_calls[u]);
+  int ahead = args.state.dense_calls == nullptr ? 0 : kDenseCalls;
+  const int units = ahead > 0 ? static_cast<int>(args.p.batch) * args.shape.heads_kv : 0;
+  for (int u = static_cast<int>(threadIdx.x) % 32; u < units; u += 32) {
+    const int32_t calls = args.state.dense_calls[u];
+    args.state.dense_left[u] = calls;
+    ahead = min(ahead, calls);
+  }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) ahead = min(ahead, __shfl_xor_sync(0xffffffffu, ahead, step));
   return ahead;
@@ -386,7 +391,8 @@ __global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ A
   sum.measured_sum = sum.measured_max = sum.measured_row_max = 0;
   add(sum, &totals);
   const int units = static_cast<int>(args.p.batch) * args.shape.heads_kv;
-  for (int u = static_cast<int>(threadIdx.x); u < units && !looked; u += 32) --args.state.dense_calls[u];
+  for (int u = static_cast<int>(threadIdx.x); u < units && !looked; u += 32)
+    args.state.dense_left[u] = --args.state.dense_calls[u];
   const StageClock* const clock = args.state.clock;
   if (clock != nullptr && looked) {
     totals.stage_ns[kAnalyzeStage] += clock->start[kDecideStage] - clock->start[kAnalyzeStage];
@@ -407,7 +413,10 @@ __global__ __launch_bounds__(32) void exact_end_kernel(const __grid_constant__ A
     ++*args.state.calls;
 }
 
-__global__ void exact_begin_kernel(const __grid_constant__ AdaptiveState state) { begin_stage(state, kAttendStage); }
+__global__ void exact_begin_kernel(const __grid_constant__ AdaptiveState state) {
+  launch_dependents();
+  begin_stage(state, kAttendStage);
+}
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "attend/e4m3_features.h"
-#include "attend/short_features.h"
+#include "attend/tall_features.h"
 #include "core/error.h"
 
 namespace adaattn::cuda {
@@ -16,8 +16,7 @@ constexpr int64_t kWidenedDecodeRows = 64;        // widening keys takes a prefi
 constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
 constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
-// Between these the Hopper kernel for short sequences wins.
-constexpr int64_t kShortKeys = 512, kLongKeys = 8192;
+constexpr int64_t kTallKeys = 512;                // fewer are not worth tiles of 192 rows
 static_assert(kMostTailTiles * kTailWarps <= 32 * kMostJoinedTiles, "a warp of rows has a bit of a launch's arrivals");
 
 const char* name_of(Dtype dtype) {
@@ -73,14 +72,11 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
   return found;
 }
 
-// The Hopper kernel for short sequences that could stand for `usual`. It was measured with causal masks alone, and an
-// adaptive plan's exact calls need a kernel with the blocks of its walk, for the same bits.
-const AttendKernel* short_kernel(const AttendKernel* usual, const Problem& problem, uint32_t features,
-                                 const DeviceTraits& device) {
-  if (usual == nullptr || usual->arch != 90 || problem.window_right != 0 || problem.window_left >= 0 ||
-      problem.adaptive.policy != decide::Policy::kExact)
-    return nullptr;
-  const AttendKernel* kernel = best(Phase::kForward, problem, features | kShort, device);
+// The Hopper kernel of tall tiles that could stand for `usual`. It was measured with causal masks alone.
+const AttendKernel* tall_kernel(const AttendKernel* usual, const Problem& problem, uint32_t features,
+                                const DeviceTraits& device) {
+  if (usual == nullptr || usual->arch != 90 || problem.window_right != 0 || problem.window_left >= 0) return nullptr;
+  const AttendKernel* kernel = best(Phase::kForward, problem, features | kTall, device);
   const bool same = kernel != nullptr && kernel->d_qk == usual->d_qk && kernel->d_v == usual->d_v;
   return same ? kernel : nullptr;
 }
@@ -89,6 +85,14 @@ int64_t tiles_of(const Problem& problem, const Extent& extent, const AttendKerne
   const int64_t tiles = problem.layout_q == Layout::kTHD ? ceil_div(extent.total_q, kernel.tile_q)
                                                          : extent.batch * ceil_div(extent.seqlen_q, kernel.tile_q);
   return tiles * problem.heads_q;
+}
+
+// Whether the tall kernel takes less time (sm90/NOTES.md). With many more keys than queries most blocks have no mask,
+// and those of the other kernel are larger; where tiles are few the longest of them takes as long as the call, and the
+// other kernel's are shorter.
+bool tall_wins(const Problem& problem, const Extent& extent, const AttendKernel& tall, const DeviceTraits& device) {
+  return extent.seqlen_k >= kTallKeys && extent.seqlen_k <= 2 * extent.seqlen_q &&
+         2 * tiles_of(problem, extent, tall) >= 3 * int64_t{device.multiprocessors};
 }
 
 const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uint32_t features,
@@ -120,13 +124,8 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
     if (kernel != nullptr && kernel->arch == 90) return kernel;
   }
   const AttendKernel* usual = best(Phase::kForward, problem, features | (few(apart) ? kSplit : kPlain), device);
-  if (extent.seqlen_k < kShortKeys || extent.seqlen_k >= kLongKeys) return usual;
-  // With many more keys than queries most blocks have no mask, and those of the other kernel are larger.
-  if (extent.seqlen_k > 2 * extent.seqlen_q) return usual;
-  const AttendKernel* kernel = short_kernel(usual, problem, features, device);
-  if (kernel == nullptr) return usual;
-  // Its tiles are larger: with fewer than two for each multiprocessor they end too unevenly.
-  return tiles_of(problem, extent, *kernel) >= 2 * device.multiprocessors ? kernel : usual;
+  const AttendKernel* tall = tall_kernel(usual, problem, features, device);
+  return tall != nullptr && tall_wins(problem, extent, *tall, device) ? tall : usual;
 }
 
 // Smallest number of parts whose last wave is at least 85 % as full as the best choice's.
@@ -318,7 +317,7 @@ std::vector<const AttendKernel*> candidates(const Problem& problem, const Device
       for (const uint32_t more : {uint32_t{kPlain}, uint32_t{kVarlen}, uint32_t{kSplit}}) {
         const Extent extent{problem.max_batch, seqlen_q, 0, problem.max_total_q};
         const AttendKernel* kernel = kernel_for(problem, extent, features_of(problem) | unaligned | more, device);
-        for (const AttendKernel* row : {kernel, short_kernel(kernel, problem, features_of(problem) | more, device)})
+        for (const AttendKernel* row : {kernel, tall_kernel(kernel, problem, features_of(problem) | more, device)})
           if (row != nullptr && std::find(found.begin(), found.end(), row) == found.end()) found.push_back(row);
       }
   return found;

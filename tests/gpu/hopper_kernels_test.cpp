@@ -1,7 +1,7 @@
 // Hopper forward kernels at the edges of their tiles, with split keys and grouped heads, against the oracle.
 #include <algorithm>
 
-#include "attend/short_features.h"
+#include "attend/tall_features.h"
 #include "gpu/kernel_rows.h"
 
 namespace adaattn::test {
@@ -196,9 +196,9 @@ TEST_P(PlainHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) { run_edges
 
 // Tiles are counted from a sequence's end: every number of warpgroups in its first tile, rows of its last warpgroup and
 // keys of its last block; sections that divide the heads and that do not.
-class ShortHopperKernels : public EveryKernel {};
+class TallHopperKernels : public EveryKernel {};
 
-TEST_P(ShortHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
+TEST_P(TallHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
   int section = 0;
   for (AttentionCase c : masked_edge_cases()) {
     c.d_qk = c.d_v = 128;
@@ -207,7 +207,7 @@ TEST_P(ShortHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
   }
 }
 
-TEST_P(ShortHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
+TEST_P(TallHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
   int section = 0;
   for (const int64_t seqlen_q : {1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 384, 385, 577})
     for (const int64_t more_keys : {0, 1, 63, -64, -65, 200}) {
@@ -225,7 +225,7 @@ TEST_P(ShortHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
     }
 }
 
-TEST_P(ShortHopperKernels, AgreeWithTheOracleOnPackedSequencesOfAnyLength) {
+TEST_P(TallHopperKernels, AgreeWithTheOracleOnPackedSequencesOfAnyLength) {
   AttentionCase c = edge_case();
   c.d_qk = c.d_v = 128;
   c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
@@ -247,7 +247,7 @@ TEST_P(ShortHopperKernels, AgreeWithTheOracleOnPackedSequencesOfAnyLength) {
 }
 
 // Groups, sequences whose keys are not all used, and scores near each other or far apart.
-TEST_P(ShortHopperKernels, AgreeWithTheOracleOnGroupsAndFarApartScores) {
+TEST_P(TallHopperKernels, AgreeWithTheOracleOnGroupsAndFarApartScores) {
   AttentionCase c = {.name = "Groups", .batch = 3, .heads_q = 16, .heads_kv = 2, .seqlen_q = 1000, .seqlen_k = 1000};
   c.d_qk = c.d_v = 128;
   c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
@@ -264,7 +264,7 @@ TEST_P(ShortHopperKernels, AgreeWithTheOracleOnGroupsAndFarApartScores) {
 }
 
 // Tiles of one block among long ones, in every order.
-TEST_P(ShortHopperKernels, LaunchesGiveTheSameBitsInAnyOrderOfTiles) {
+TEST_P(TallHopperKernels, LaunchesGiveTheSameBitsInAnyOrderOfTiles) {
   AttentionCase c = {.name = "Again", .batch = 3, .heads_q = 8, .heads_kv = 4, .seqlen_q = 450, .seqlen_k = 450};
   c.d_qk = c.d_v = 128;
   c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
@@ -282,11 +282,11 @@ std::vector<const AttendKernel*> hopper_rows(uint32_t of, uint32_t features) {
   return list;
 }
 
-constexpr uint32_t kSplitOrMasked = cuda::kSplit | cuda::kMasked | cuda::kShort;
+constexpr uint32_t kSplitOrMasked = cuda::kSplit | cuda::kMasked | cuda::kTall;
 INSTANTIATE_TEST_SUITE_P(Table, SplitKernels, testing::ValuesIn(hopper_rows(cuda::kSplit, cuda::kSplit)), kernel_name);
 INSTANTIATE_TEST_SUITE_P(Table, MaskedHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, cuda::kMasked)),
                          kernel_name);
-INSTANTIATE_TEST_SUITE_P(Table, ShortHopperKernels, testing::ValuesIn(hopper_rows(cuda::kShort, cuda::kShort)),
+INSTANTIATE_TEST_SUITE_P(Table, TallHopperKernels, testing::ValuesIn(hopper_rows(cuda::kTall, cuda::kTall)),
                          kernel_name);
 INSTANTIATE_TEST_SUITE_P(Table, PlainHopperKernels, testing::ValuesIn(hopper_rows(kSplitOrMasked, 0)), kernel_name);
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "attend/select.h"
-#include "attend/short_features.h"
+#include "attend/tall_features.h"
 #include "backend.h"
 #include "core/validate.h"
 #include "gpu/kernel_rows.h"
@@ -24,7 +24,7 @@ AttentionCase case_for(const AttendKernel& kernel, bool ragged, bool causal) {
   if (has("_softcap")) c.softcap = 20;
   if (kernel.phase == Phase::kDecode) c.seqlen_q = 3;
   if (has("_split")) c.seqlen_q = 37, c.seqlen_k = 2100;
-  if (has("_short")) c.seqlen_q = 400, c.seqlen_k = 600;
+  if (has("_tall")) c.seqlen_q = 400, c.seqlen_k = 600;
   if (has("_extras") && kernel.dtype != Dtype::kF32) {
     c.flags = ADAATTN_FLAG_ALIBI;
     c.softcap = 20;
@@ -53,7 +53,7 @@ TEST_P(EveryKernel, AgreesWithTheOracle) {
     if (!causal && kernel.arch == 90 && (kernel.features & cuda::kMasked) != 0 &&
         (kernel.features & cuda::kSplit) == 0 && has_plain_instance(kernel))
       continue;
-    const int multiprocessors = (kernel.features & cuda::kShort) != 0 ? 8 : 0;  // of many tiles
+    const int multiprocessors = (kernel.features & cuda::kTall) != 0 ? 8 : 0;  // of many tiles
     run_row(kernel, case_for(kernel, false, causal), multiprocessors);
     if ((kernel.features & cuda::kRagged) != 0 && !testing::Test::HasFatalFailure())
       run_row(kernel, case_for(kernel, true, causal), multiprocessors);

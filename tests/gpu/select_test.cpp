@@ -36,54 +36,54 @@ std::string chosen(const Problem& p, uint32_t more = 0, const cuda::DeviceTraits
   return cuda::choose(p, extent_of(p), cuda::features_of(p) | more, device, 0).kernel->name;
 }
 
-constexpr const char kShort[] = "sm90_forward_bf16_d128_short", kMasked[] = "sm90_forward_bf16_d128_masked";
+constexpr const char kTall[] = "sm90_forward_bf16_d128_tall", kMasked[] = "sm90_forward_bf16_d128_masked";
 
-TEST(ShortSequences, GetTheirKernelFrom512KeysToBelow8k) {
+TEST(TallTiles, GetTheirKernelFrom512KeysOn) {
   EXPECT_EQ(chosen(causal(32, 16, 511)), kMasked);
-  EXPECT_EQ(chosen(causal(32, 16, 512)), kShort);
-  EXPECT_EQ(chosen(causal(16, 16, 1024)), kShort);
-  EXPECT_EQ(chosen(causal(8, 16, 2048)), kShort);
-  EXPECT_EQ(chosen(causal(2, 16, 8191)), kShort);
-  EXPECT_EQ(chosen(causal(2, 16, 8192)), kMasked);
+  EXPECT_EQ(chosen(causal(32, 16, 512)), kTall);
+  EXPECT_EQ(chosen(causal(16, 16, 1024)), kTall);
+  EXPECT_EQ(chosen(causal(8, 16, 2048)), kTall);
+  EXPECT_EQ(chosen(causal(2, 16, 8192)), kTall);
+  EXPECT_EQ(chosen(causal(1, 1, 131072)), kTall);
 }
 
-TEST(ShortSequences, NeedTwoTilesForEachMultiprocessor) {
-  EXPECT_EQ(chosen(causal(1, 44, 1024)), kShort);  // 6 tiles a head
-  EXPECT_EQ(chosen(causal(1, 43, 1024)), kMasked);
+TEST(TallTiles, AreThreeForEachTwoMultiprocessorsOfCausalCalls) {
+  EXPECT_EQ(chosen(causal(1, 33, 1024)), kTall);  // 6 tiles a head
+  EXPECT_EQ(chosen(causal(1, 32, 1024)), kMasked);
   cuda::DeviceTraits more = kHopper;
-  more.multiprocessors = 144;
-  EXPECT_EQ(chosen(causal(1, 44, 1024), 0, more), kMasked);
+  more.multiprocessors = 133;
+  EXPECT_EQ(chosen(causal(1, 33, 1024), 0, more), kMasked);
 }
 
-TEST(ShortSequences, HaveAtMostTwoKeysForEachQuery) {
+TEST(TallTiles, HaveAtMostTwoKeysForEachQuery) {
   Problem p = causal(16, 16, 1024);
   p.max_seqlen_k = 2048;
-  EXPECT_EQ(chosen(p), kShort);
+  EXPECT_EQ(chosen(p), kTall);
   p.max_seqlen_k = 2049;
   EXPECT_EQ(chosen(p), kMasked);
   p.max_seqlen_k = 600;
-  EXPECT_EQ(chosen(p), kShort);
+  EXPECT_EQ(chosen(p), kTall);
 }
 
-TEST(ShortSequences, MayBePackedGroupedInF16OrOfFewerColumns) {
+TEST(TallTiles, MayBePackedGroupedInF16OrOfFewerColumns) {
   Problem p = causal(16, 16, 1024);
   p.layout_q = p.layout_kv = Layout::kTHD;
-  EXPECT_EQ(chosen(p), kShort);
-  p.max_total_q = 16 * 192;  // few tiles of sequences that could be long
+  EXPECT_EQ(chosen(p), kTall);
+  p.max_total_q = 12 * 192;  // few tiles of sequences that could be long
   EXPECT_EQ(chosen(p), kMasked);
   p = causal(16, 16, 1024);
   p.heads_kv = 2;
-  EXPECT_EQ(chosen(p), kShort);
+  EXPECT_EQ(chosen(p), kTall);
   p.sink = true;
   p.off_top_left = true;
-  EXPECT_EQ(chosen(p), kShort);
+  EXPECT_EQ(chosen(p), kTall);
   p.d_qk = 112;
-  EXPECT_EQ(chosen(p), kShort);
+  EXPECT_EQ(chosen(p), kTall);
   p.dtype_q = p.dtype_kv = p.dtype_o = Dtype::kF16;
-  EXPECT_EQ(chosen(p), "sm90_forward_f16_d128_short");
+  EXPECT_EQ(chosen(p), "sm90_forward_f16_d128_tall");
 }
 
-TEST(ShortSequences, AreLeftToOthersWhereItWasNotSeenToWin) {
+TEST(TallTiles, AreLeftToOthersWhereItWasNotSeenToWin) {
   const Problem base = causal(16, 16, 1024);
   Problem p = base;
   p.window_right = -1;
@@ -111,26 +111,19 @@ TEST(ShortSequences, AreLeftToOthersWhereItWasNotSeenToWin) {
   EXPECT_EQ(chosen(base, 0, ampere).substr(0, 5), "sm80_");
 }
 
-// An adaptive plan's exact calls have the bits of walking all tiles.
-TEST(ShortSequences, OfAdaptivePlansKeepTheWalksBlocks) {
-  Problem p = causal(16, 16, 1024);
-  p.adaptive.policy = decide::Policy::kQuality;
-  EXPECT_EQ(chosen(p), kMasked);
-}
-
 // Nothing is loaded on first use, which might be a capture.
-TEST(ShortSequences, KernelsAreLoadedWithThePlan) {
+TEST(TallTiles, KernelsAreLoadedWithThePlan) {
   const auto prepared = [](const Problem& p, const char* name) {
     const std::vector<const cuda::AttendKernel*> list = cuda::candidates(p, kHopper);
     return std::any_of(list.begin(), list.end(), [&](const auto* kernel) { return name == std::string(kernel->name); });
   };
   for (const int64_t seqlen : {300, 1024, 100000}) {
-    EXPECT_TRUE(prepared(causal(16, 16, seqlen), kShort));
+    EXPECT_TRUE(prepared(causal(16, 16, seqlen), kTall));
     EXPECT_TRUE(prepared(causal(16, 16, seqlen), kMasked));
   }
   Problem p = causal(16, 16, 1024);
   p.d_qk = p.d_v = 64;
-  EXPECT_FALSE(prepared(p, kShort));
+  EXPECT_FALSE(prepared(p, kTall));
 }
 
 TEST(Sections, DivideThePairsEvenly) {

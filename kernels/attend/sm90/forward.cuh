@@ -1,9 +1,9 @@
 // Registry rows of the Hopper forward kernels: how each instance is built. NOTES.md has the measurements behind it.
 #pragma once
 
-#include "attend/short_features.h"
 #include "attend/sm90/forward_kernel.cuh"
 #include "attend/sm90/forward_row.cuh"
+#include "attend/tall_features.h"
 
 namespace adaattn::cuda::sm90 {
 
@@ -14,10 +14,9 @@ constexpr ForwardConfig forward_config() {
   c.softcap = (kFeatures & kSoftcap) != 0;
   c.dynamic = c.masked;
   c.split = kFeatures == kSplit;
-  if (kFeatures == kShort) {
-    // Three chains of small blocks hide each other's ends: below 8k keys a tile's first and last block weigh more than
-    // what its steps lose to narrow products.
-    static_assert(kFeatures != kShort || (kDqk == 128 && kDv == 128));
+  if (kFeatures == kTall) {
+    // Three chains of small blocks hide each other, which gains more than narrow products lose.
+    static_assert(kFeatures != kTall || (kDqk == 128 && kDv == 128));
     c.tile_n = 64;
     c.groups = 3;
     c.ordered = false;
@@ -66,7 +65,7 @@ struct Forward {
   static AttendKernel row(const char* name) {
     return forward_row<T, Forward, &forward_kernel<T, Forward>>(
         name, kVarlen | kSink | kRagged | (kConfig.masked ? kMasked : 0) | (kConfig.softcap ? kSoftcap : 0) |
-                  (kConfig.split ? kSplit | kPacked : 0) | (kFeatures & kShort) | (kConfig.from_end ? kFromEnd : 0));
+                  (kConfig.split ? kSplit | kPacked : 0) | (kFeatures & kTall) | (kConfig.from_end ? kFromEnd : 0));
   }
 };
 

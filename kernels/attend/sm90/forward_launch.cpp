@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "attend/sm90/overlapped_launch.h"
 #include "attend/sm90/paged_boxes.h"
 #include "attend/sm90/tensor_map.h"
 #include "core/error.h"
@@ -80,10 +81,9 @@ void set_late(const ForwardConfig& c, const AttendArgs& call, ForwardArgs& args)
   if (args.late_tiles == 0) args.late_heads = 0;
 }
 
-}  // namespace
-
-cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
-                         cudaStream_t stream) {
+// overlapped: the grid may start before the one before it has ended.
+cudaError_t launch_grid_of_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward,
+                                 void* args, bool overlapped, cudaStream_t stream) {
   const ForwardConfig& c = instance.config;
   const AttnParams& p = call.p;
   const int tile_m = 64 * c.groups;
@@ -98,11 +98,27 @@ cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call
   }
   forward.num_tiles = static_cast<int32_t>(tiles);
   forward.section_heads = static_cast<int32_t>(std::min<int64_t>(rows, call.section));
-  const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, tiles));
+  const int64_t grid = std::min<int64_t>(call.multiprocessors, tiles);
   forward.counters = tiles > grid ? call.scheduler : nullptr;  // otherwise every CTA has its one tile
   void* arguments[] = {args};
-  return cudaLaunchKernel(instance.kernel, dim3(grid), dim3(128 * (c.groups + 1)), arguments, instance.shared_bytes,
-                          stream);
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlapped ? 1 : 0;
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(128 * (c.groups + 1)));
+  config.dynamicSmemBytes = static_cast<size_t>(instance.shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelExC(&config, instance.kernel, arguments);
+}
+
+}  // namespace
+
+cudaError_t launch_tiles(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward, void* args,
+                         cudaStream_t stream) {
+  return launch_grid_of_tiles(instance, call, forward, args, false, stream);
 }
 
 cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& call, cudaStream_t stream) {
@@ -110,6 +126,13 @@ cudaError_t launch_forward(const ForwardInstance& instance, const AttendArgs& ca
   if (instance.config.split) set_parts(instance.config, call, args);
   if (instance.config.from_end) set_late(instance.config, call, args);
   return launch_tiles(instance, call, args, &args, stream);
+}
+
+cudaError_t launch_forward_overlapped(const ForwardInstance& instance, const AttendArgs& call, ForwardArgs& forward,
+                                      void* args, cudaStream_t stream) {
+  forward = common_args(instance.config, call.p);
+  if (instance.config.from_end) set_late(instance.config, call, forward);
+  return launch_grid_of_tiles(instance, call, forward, args, true, stream);
 }
 
 }  // namespace adaattn::cuda::sm90
