@@ -239,7 +239,7 @@ TEST_F(TilePlans, DenseHeadsAreLookedAtAgainInTheEighthCall) {
   EXPECT_FALSE(same_outputs(changed, exact_changed));
 }
 
-// Replays never take the short cut that calls take for dense heads: the results are the same.
+// Replays launch what calls leave out where the host knows that it would do nothing: the results are the same.
 TEST_F(TilePlans, ReplaysLookAtDenseHeadsWhenCallsDo) {
   const Context context(kCuda);
   const AttentionCase c = causal_case(2048);
