@@ -10,6 +10,15 @@ require() {
   exit 77
 }
 
+# apt brings NumPy to the system's own Python, which need not be the first on the PATH.
+python_with_numpy() {
+  local python
+  for python in python3 /usr/bin/python3; do
+    "$python" -c 'import numpy' 2>/dev/null && echo "$python" && return
+  done
+  echo python3
+}
+
 case $language in
   Rust)
     require rustc
@@ -30,7 +39,7 @@ case $language in
     ;;
   PythonModule)
     require python3
-    python3 "$source_dir/tests/bindings/python_module.py" "$library" "$source_dir"
+    "$(python_with_numpy)" "$source_dir/tests/bindings/python_module.py" "$library" "$source_dir"
     ;;
   PythonModuleOnCuda)
     require python3
