@@ -53,12 +53,24 @@ AdaptiveDesc tiles_of(double mass, double needle_share = 0) {
   desc.needle_share = needle_share;
   return desc;
 }
+AdaptiveDesc with_rank(AdaptiveDesc desc) {
+  desc.rank_mode = ADAATTN_RANK_DEFAULT;
+  return desc;
+}
+AdaptiveDesc in_bytes(AdaptiveDesc desc) {
+  desc.min_precision = desc.max_precision = ADAATTN_PRECISION_I8;
+  return desc;
+}
 const NamedPolicy kPolicies[] = {{"quality", named(ADAATTN_POLICY_QUALITY)},
                                  {"balanced", named(ADAATTN_POLICY_BALANCED)},
                                  {"speed", named(ADAATTN_POLICY_SPEED)}};
 // Where nothing is worth saving, all of them find the same.
 const NamedPolicy kRandomPolicies[] = {{"balanced", named(ADAATTN_POLICY_BALANCED)}};
-const NamedPolicy kCustomPolicies[] = {{"tiles.90", tiles_of(0.90)},
+const NamedPolicy kCustomPolicies[] = {{"tiles.95", tiles_of(0.95)},
+                                       {"tiles.95+i8", in_bytes(tiles_of(0.95))},
+                                       {"tiles.90", tiles_of(0.90)},
+                                       {"tiles.90+i8", in_bytes(tiles_of(0.90))},
+                                       {"tiles.90+rank", with_rank(tiles_of(0.90))},
                                        {"tiles.90+probe.05", tiles_of(0.90, 0.05)},
                                        {"tiles.90+probe.02", tiles_of(0.90, 0.02)},
                                        {"tiles.85", tiles_of(0.85)},

@@ -87,7 +87,7 @@ void attend_query_tile(const AdaptiveCall& call, Unit& unit, const AttendItem& i
     args.tile_end = levels.row.end;
     args.probe = o.probe != decide::Probe::kOff && choice.level != decide::kDenseLevel;
     args.log2_needle = std::log2(o.needle_share);
-    args.bytes = unit.heads[member].bytes;
+    args.bytes = choice.bytes;
     args.far_field = o.far_field;
     if (s.masked && s.dropped_floats > 0 && choice.level == o.min_level) {
       args.dropped = unit.dropped + (member * s.query_tiles + tile) * s.dropped_floats;

@@ -67,13 +67,9 @@ bool weigh_tiles(const AdaptiveCall& call, const Unit& unit, int64_t member, int
 CellArgs cell_args(const AdaptiveCall& call, const Unit& unit, int64_t member, int64_t tile, const TileMasses& x);
 
 // ---- decide
-// What a frozen plan keeps of a head.
-struct FrozenHead {
-  decide::HeadChoice choice;
-  bool bytes = false;
-};
 // feedback: multipliers of the unit's heads; frozen: their earlier choices, null to choose anew.
-void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback, const FrozenHead* frozen);
+void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
+                 const decide::HeadChoice* frozen);
 // Bits of the tiles that a level keeps, from their masses.
 void mask_of_level(const decide::TileLevels& levels, int level, const TileMasses& x, uint32_t keep_peak, int64_t words,
                    uint64_t* mask);

@@ -66,7 +66,8 @@ RoundedSquares rounded_squares(const UnitShape& s, const Unit& unit, int64_t mem
 
 }  // namespace
 
-void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback, const FrozenHead* frozen) {
+void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedback* feedback,
+                 const decide::HeadChoice* frozen) {
   const UnitShape& s = call.shape;
   const decide::Options& o = call.problem.adaptive;
   const int64_t tiles_q = (unit.seq.len_q + decide::kTileQ - 1) / decide::kTileQ;
@@ -125,28 +126,24 @@ void decide_unit(const AdaptiveCall& call, Unit& unit, const decide::HeadFeedbac
     const int64_t count = std::min<int64_t>(64, s.group - first);
     for (int64_t g = 0; g < count; ++g) levels[g] = unit.heads[first + g].levels;
     if (frozen != nullptr) {
-      for (int64_t g = 0; g < count; ++g) choices[g] = frozen[first + g].choice;
+      for (int64_t g = 0; g < count; ++g) choices[g] = frozen[first + g];
     } else {
       decide::choose_group(options, costs, unit.errors, levels, feedback + first, static_cast<int>(count),
                            unit.keys.tiles, choices);
     }
     for (int64_t g = 0; g < count; ++g) {
       HeadState& head = unit.heads[first + g];
-      if (frozen != nullptr) {
-        head.bytes = frozen[first + g].bytes;
-      } else if (s.bytes && usable) {
+      if (frozen == nullptr && s.bytes && usable) {
         const RoundedSquares x = rounded_squares(s, unit, first + g);
         bytes.round_error = std::sqrt(decide::byte_variance(call.params.scale, x.q, x.q_step, x.k, x.k_step));
-        head.bytes =
-            decide::take_bytes(options, costs, unit.errors, levels[g], bytes, feedback[first + g], &choices[g]);
+        decide::take_bytes(options, costs, unit.errors, levels[g], bytes, feedback[first + g], &choices[g]);
       }
       head.choice = choices[g];
       head.refused = decide::is_refused(options, unit.errors, levels[g], choices[g], feedback[first + g]);
       if (!usable || too_narrow || (choices[g].rank_class != 0 && choices[g].rank_class != unit.rank_class))
         head.choice = {};
-      head.bytes = head.bytes && !head.choice.dense;
       head.round_error =
-          head.bytes ? decide::quadrature(unit.errors.round_error, bytes.round_error) : unit.errors.round_error;
+          head.choice.bytes ? decide::quadrature(unit.errors.round_error, bytes.round_error) : unit.errors.round_error;
     }
   }
 }

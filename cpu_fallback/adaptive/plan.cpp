@@ -84,8 +84,8 @@ Layout lay_out(const Problem& problem, adaattn_isa_t isa, int64_t lanes) {
 // State of one (sequence, KV head) that lasts from call to call.
 struct UnitMemory {
   WarmBasis value_basis, probe_basis;
-  int32_t dense_calls = 0;         // calls for which the unit is computed exactly without a look
-  std::vector<FrozenHead> frozen;  // as the first call that brought the unit decided
+  int32_t dense_calls = 0;                 // calls for which the unit is computed exactly without a look
+  std::vector<decide::HeadChoice> frozen;  // as the first call that brought the unit decided
   bool chosen = false;
   std::vector<double> entropy;  // of the query heads, when the unit was last looked at
 };
@@ -286,7 +286,7 @@ void AdaptivePlan::run_wave(const AdaptiveCall& call, int64_t count, char* lanes
     decide_unit(call, unit, feedback_of(unit), memory.chosen ? memory.frozen.data() : nullptr);
     if (!problem_.adaptive.freeze || memory.chosen) continue;
     memory.chosen = true;
-    for (size_t g = 0; g < memory.frozen.size(); ++g) memory.frozen[g] = {unit.heads[g].choice, unit.heads[g].bytes};
+    for (size_t g = 0; g < memory.frozen.size(); ++g) memory.frozen[g] = unit.heads[g].choice;
   }
   sum.seconds_decide += seconds_since(time);
   attend(call, count, lanes);

@@ -108,7 +108,7 @@ void Statistics::add_head(const AdaptiveCall& call, const Unit& unit, int64_t me
   record.rank_v = rank;
   record.rank_energy = rank_class == 0 ? 1 : unit.rank_energy;
   record.precision =
-      head.bytes ? ADAATTN_PRECISION_I8 : static_cast<adaattn_precision_t>(static_cast<int32_t>(s.precision));
+      head.choice.bytes ? ADAATTN_PRECISION_I8 : static_cast<adaattn_precision_t>(static_cast<int32_t>(s.precision));
   record.dense = false;
   record.feedback = feedback;
   AdaptiveCounters& sum = counters_.adaptive;

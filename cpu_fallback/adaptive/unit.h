@@ -43,7 +43,6 @@ struct HeadState {
   int64_t tiles = 0;  // with any visible pair
   double measured_error = 0, measured_row_max = 0;
   bool recomputed = false;
-  bool bytes = false;     // scores of its kept tiles are products of bytes
   bool refused = false;   // its prediction left no tile to skip
   float round_error = 0;  // part of the predicted error that is rounding
 };

@@ -9,6 +9,7 @@
 #include "core/problem.h"
 #include "decide/cells.h"
 #include "decide/policy.h"
+#include "decide/precision.h"
 #include "decide/tile_levels.h"
 
 namespace adaattn::cuda {
@@ -132,6 +133,7 @@ struct AnalyzeArgs {
   TableShape shape;
   decide::Options options;
   decide::CostTable costs;
+  decide::ByteScores bytes;  // where the shape has them; per_head: of one key tile
   AnalyzeTables tables;
   AdaptiveState state;
   float scale_log2 = 0;           // scale log2(e)
@@ -153,6 +155,8 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile);
 
 // Costs of the kernels of this back-end, in exact tiles.
 decide::CostTable device_costs(const TableShape& shape, const decide::Options& options);
+// Of kernels in 8 bits, whose K and V cost `per_head` for each key tile of a KV head.
+decide::ByteScores device_bytes();
 
 // Once per device, before the first launch of what follows.
 void prepare_analyze();

@@ -69,13 +69,26 @@ __device__ __forceinline__ UnitStats unit_stats(const AnalyzeArgs& args, int uni
   return u;
 }
 
+// What a head's choice becomes where 8 bits are allowed.
+__device__ __forceinline__ void choose_bytes(const AnalyzeArgs& args, const decide::Options& options,
+                                             const decide::GroupErrors& errors, int64_t head, int tiles_k,
+                                             const decide::HeadFeedback& feedback, decide::HeadChoice* choice) {
+  decide::ByteScores bytes = args.bytes;
+  bytes.per_head = bytes.per_head * static_cast<float>(tiles_k) / static_cast<float>(args.shape.group);
+  if (decide::only_bytes(options))
+    decide::put_in_bytes(bytes, choice);
+  else
+    decide::take_bytes(options, args.costs, errors, args.tables.head_levels[head], bytes, feedback, choice);
+}
+
 // When all query tiles of the unit have been measured: its errors, and the choice for its query heads, which share the
-// rank.
+// rank. kBytes: the kernels of some of them may be those of 8 bits.
+template <bool kBytes>
 __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   using namespace decide;
   __shared__ UnitStats stats;
   __shared__ HeadChoice best[2][kPiece];  // at the exact rank, and at the candidate
-  __shared__ bool found_any[2][kPiece], take_rank, judged_dense;
+  __shared__ bool found_any[2][kPiece], take_rank, judged_dense, in_bytes;
   const TableShape& s = args.shape;
   const AnalyzeTables& t = args.tables;
   const int b = unit / s.heads_kv, first_head = unit % s.heads_kv * s.group;
@@ -85,11 +98,13 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   const int64_t heads = int64_t{b} * s.heads_q + first_head;
   if (warp == kDecideWarps - 1) {
     UnitSums& sums = t.unit_sums[unit];
-    const UnitStats u = unit_stats(args, unit, seq.len_k, __ldcg(&sums.unusable) == 0);
+    UnitStats u = unit_stats(args, unit, seq.len_k, __ldcg(&sums.unusable) == 0);
+    if (kBytes && s.bytes && only_bytes(args.options) && u.usable != 0) u.errors.round_error = args.bytes.round_error;
     __syncwarp();
     if (lane == 0) {
       t.units[unit] = stats = u;
       sums = {0, 0};
+      in_bytes = kBytes && s.bytes && only_bytes(args.options);
     }
   }
   take_sums(args, heads);
@@ -125,7 +140,7 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
       error = better ? other_error : error;
       at = better ? other_at : at;
     }
-    *choice = {at, rank, false, error, cost};
+    *choice = {at, rank, false, false, error, cost};
     return found;
   };
   int32_t* const dense_calls = args.state.dense_calls != nullptr ? args.state.dense_calls + unit : nullptr;
@@ -178,6 +193,11 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
         chosen.predicted_cost = static_cast<float>(t.head_levels[head].tiles);
         chosen.predicted_error = stats.errors.round_error;
       }
+      if (kBytes && s.bytes && !chosen_before && stats.usable != 0 && exact_calls == 0) {
+        choose_bytes(args, options, stats.errors, head, tiles_k, feedback != nullptr ? feedback[member] : none,
+                     &chosen);
+        if (chosen.bytes) in_bytes = true;
+      }
       // Input that the tables or the rank cannot hold is computed exactly, whatever was chosen.
       if (stats.usable == 0 || (chosen.rank_class != 0 && chosen.rank_class != stats.rank_class)) chosen = {};
       if (frozen != nullptr && !chosen_before) frozen[member] = chosen;
@@ -192,7 +212,7 @@ __device__ __forceinline__ void choose_unit(const AnalyzeArgs& args, int unit) {
   if (frozen != nullptr && threadIdx.x == 0) args.state.chosen[unit] = 1;
   if (threadIdx.x != 0 || dense_calls == nullptr) return;
   // The last of the exact calls is the one that looks again.
-  *dense_calls = exact_calls > 1 ? exact_calls - 1 : all_dense ? kDenseCalls : 0;
+  *dense_calls = exact_calls > 1 ? exact_calls - 1 : all_dense && !in_bytes ? kDenseCalls : 0;
 }
 
 }  // namespace adaattn::cuda

@@ -305,7 +305,7 @@ __global__ __launch_bounds__(kThreads, kCtas) void levels_kernel(const __grid_co
   __syncthreads();
   if (last_cta == 0) return;
   __threadfence();
-  choose_unit(args, unit);
+  choose_unit<!kShares>(args, unit);
 }
 
 }  // namespace

@@ -93,7 +93,9 @@ __device__ __forceinline__ void judge_head(const AnalyzeArgs& args, const Verify
   }
   if (args.state.feedback == nullptr) return;
   float& multiplier = args.state.feedback[index].multiplier[choice.rank_class];
-  multiplier = decide::next_feedback(multiplier, choice.predicted_error, tally->measured_error);
+  // The multiplier is of what tiles and ranks leave out; rounding is predicted by a bound.
+  const float rounding = choice.bytes ? args.bytes.round_error : 0.0f;
+  multiplier = decide::next_feedback(multiplier, choice.predicted_error - rounding, tally->measured_error);
   tally->feedback = multiplier;
 }
 

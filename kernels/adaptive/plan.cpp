@@ -4,9 +4,10 @@
 #include <limits>
 #include <utility>
 
-#include "adaptive/int8_tables.h"
+#include "adaptive/bytes.h"
 #include "adaptive/refuse.h"
 #include "adaptive/tile_plan.h"
+#include "adaptive/tile_plan_sizes.h"
 #include "attend/plan.h"
 #include "common/pairs.h"
 #include "decide/tile_mass.h"
@@ -18,10 +19,6 @@ namespace {
 using decide::Options;
 using decide::Precision;
 
-// Rounding of P and V to e4m3, 2.65e-2 each, for a row that sees one key: more keys average V's part and the
-// normalisation takes P's. Rounding of Q and K (under 1e-2) is not felt beside it.
-constexpr double kInt8RoundError = 0.0375;
-
 bool masked(const Problem& p) { return p.window_left >= 0 || p.window_right >= 0; }
 
 const AttendKernel* find_int8(const Problem& p, uint32_t features) {
@@ -32,15 +29,19 @@ const AttendKernel* find_int8(const Problem& p, uint32_t features) {
   return nullptr;
 }
 
+// Some of the tiles are left out, and heads that cannot be in 8 bits have a plan.
+bool in_tiles(const Options& o) { return tiles_in_bytes(o) && o.tiles && o.min_level != decide::kDenseLevel; }
+
 void check_options(const Options& o) {
-  if (o.tiles && o.min_level != decide::kDenseLevel)
-    refuse("adaptive.tile_mass keeps %.3f at least; accepted for 8-bit attention, which computes every tile: 1",
-           decide::level_mass(o.min_level) / 65536.0);
+  if (o.policy != decide::Policy::kCustom)
+    refuse("adaptive.max_precision is %d; accepted for a named policy on CUDA: 0, 2 (BF16) and above",
+           ADAATTN_PRECISION_I8);
   if (o.rank_mode != decide::RankMode::kOff)
     refuse("adaptive.rank_mode is %d; accepted for 8-bit attention, which does not project V: %d (OFF)",
            static_cast<int>(o.rank_mode) + ADAATTN_RANK_OFF, ADAATTN_RANK_OFF);
-  if (o.verify_rows > 0)
-    refuse("adaptive.verify_rows is %d; accepted for 8-bit attention, which CUDA does not verify: -1", o.verify_rows);
+  if (o.verify_rows > 0 && !in_tiles(o))
+    refuse("adaptive.verify_rows is %d; accepted for 8-bit attention of every tile, which CUDA does not verify: -1",
+           o.verify_rows);
 }
 
 void check_shape(const Problem& p, const DeviceTraits& device) {
@@ -125,7 +126,7 @@ class Int8Plan final : public AttentionPlan {
         HeadRecord record;
         record.batch = b;
         record.head = h;
-        record.predicted_error = kInt8RoundError;
+        record.predicted_error = double{kByteRoundError};
         record.measured_error = std::numeric_limits<double>::quiet_NaN();
         record.rank_v = problem_.d_v;
         record.precision = ADAATTN_PRECISION_I8;
@@ -153,7 +154,7 @@ class Int8Plan final : public AttentionPlan {
     a.heads += static_cast<uint64_t>(heads);
     a.heads_i8 += static_cast<uint64_t>(heads);
     a.rank_v_sum += static_cast<double>(heads * p.d_v);
-    a.predicted_error_sum += static_cast<double>(heads) * kInt8RoundError;
+    a.predicted_error_sum += static_cast<double>(heads) * double{kByteRoundError};
     if (!lengths_known) return;  // the device counts the rest
     add_lengths(counters_, p);
     a.tiles += tiles_of_call(p);
@@ -202,16 +203,22 @@ PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device) {
 
 // Both bounds I8, or only the upper one.
 bool in_8_bits(const Problem& problem) { return problem.adaptive.max_precision == Precision::kI8; }
+bool every_tile_in_8_bits(const Problem& problem) { return in_8_bits(problem) && !in_tiles(problem.adaptive); }
 
 }  // namespace
 
 PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) {
-  return in_8_bits(problem) ? int8_plan_info(problem, device) : tile_plan_info(problem, device);
+  if (every_tile_in_8_bits(problem)) return int8_plan_info(problem, device);
+  if (in_8_bits(problem)) {
+    check_options(problem.adaptive);
+    check_shape(problem, device);
+  }
+  return tile_plan_info(problem, device);
 }
 
 std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
                                                   std::shared_ptr<RecordPool> records) {
-  if (!in_8_bits(problem)) return make_tile_plan(problem, device, device_id, std::move(records));
+  if (!every_tile_in_8_bits(problem)) return make_tile_plan(problem, device, device_id, std::move(records));
   return std::make_unique<Int8Plan>(problem, device, device_id, std::move(records));
 }
 

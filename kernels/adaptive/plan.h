@@ -1,6 +1,6 @@
 // The back-end's half of an adaptive plan on CUDA, compute capability 9.0: every tile in 8 bits where max_precision is
-// I8 (tile_mass 1, V not projected, nothing verified), else plans that skip tiles (tile_plan.h). What neither serves is
-// refused by name.
+// I8 and tile_mass 1 (V not projected, nothing verified), else plans that skip tiles (tile_plan.h). What neither serves
+// is refused by name.
 #pragma once
 
 #include <memory>

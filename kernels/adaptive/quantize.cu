@@ -5,7 +5,7 @@
 
 #include <cfloat>
 
-#include "adaptive/int8_tables.h"
+#include "adaptive/bytes.h"
 #include "attend/launch.h"
 #include "common/sm90_int8.cuh"
 
@@ -48,7 +48,20 @@ struct Layout {
 struct QuantizeArgs {
   AttnParams p;
   Int8Tables tables;
+  const decide::HeadChoice* choice;  // null: all units are wanted
+  int32_t group;                     // query heads of a KV head
 };
+
+// Whether some query head of KV head `head` takes 8 bits.
+__device__ __forceinline__ bool is_wanted(const QuantizeArgs& args, int b, int head) {
+  if (args.choice == nullptr) return true;
+  const int heads = static_cast<int>(args.p.heads_kv);
+  const decide::HeadChoice* const choice = args.choice + (b * heads + head) * args.group;
+  bool wanted = false;
+#pragma unroll 1
+  for (int i = 0; i < args.group; ++i) wanted = wanted || choice[i].bytes;
+  return wanted;
+}
 
 template <typename T>
 __device__ __forceinline__ void unpack(const uint4& words, float (&x)[8]) {
@@ -87,6 +100,7 @@ __global__ __launch_bounds__(kMeanThreads) void means_kernel(const __grid_consta
   const Sequence s = sequence_of(p, b);
   const int part = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   const int count = static_cast<int>(s.len_k < kSampleRows ? s.len_k : kSampleRows);
+  if (!is_wanted(args, b, head)) return;
   const bool values = blockIdx.y == 1;
   const auto load = [&](int sample) {
     const int64_t row = count < kSampleRows ? sample : sample * s.len_k / kSampleRows;
@@ -289,7 +303,7 @@ __global__ __launch_bounds__(kThreads, 4) void quantize_kernel(const __grid_cons
   const int unit = item / args.tables.key_tiles, tile = item - unit * args.tables.key_tiles;
   const int heads = static_cast<int>(p.heads_kv), b = unit / heads, head = unit - b * heads;
   const Sequence s = sequence_of(p, b);
-  if (s.len_k <= tile * kInt8TileK) return;
+  if (s.len_k <= tile * kInt8TileK || !is_wanted(args, b, head)) return;
   Quantizer<T, kD> quantizer(args, shared, s, unit, tile);
   const int64_t first_row = int64_t{tile} * kInt8TileK;
   if (blockIdx.x % 2 == 0) {
@@ -330,7 +344,12 @@ Int8Tables lay_out_int8_tables(const AttnParams& p, void* memory) {
 }
 
 cudaError_t launch_quantize(const AttnParams& p, const Int8Tables& tables, cudaStream_t stream) {
-  const QuantizeArgs args{p, tables};
+  return launch_quantize_chosen(p, tables, nullptr, stream);
+}
+
+cudaError_t launch_quantize_chosen(const AttnParams& p, const Int8Tables& tables, const decide::HeadChoice* choice,
+                                   cudaStream_t stream) {
+  const QuantizeArgs args{p, tables, choice, static_cast<int32_t>(p.heads_q / p.heads_kv)};
   if (tables.key_tiles == 0) return cudaSuccess;
   if (p.k.dtype == Dtype::kBF16)
     return p.d_qk == 64 ? launch<__nv_bfloat16, 64>(args, stream) : launch<__nv_bfloat16, 128>(args, stream);

@@ -48,12 +48,11 @@ __device__ __forceinline__ bool left_to_exact(const AnalyzeArgs& args) {
 template <int kThreads>
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section,
                                               bool rehearses, bool empty) {
-  using decide::kRankClasses;
   constexpr int kEach = 2;               // items of a thread whose reads are on their way together
   constexpr int kRemembered = 8192;      // items whose place is read but once
   constexpr uint16_t kNowhere = 0xffff;  // of an item that there is not
-  __shared__ uint32_t start[kRankClasses][kWorkBuckets], base[kRankClasses], before[kRankClasses];
-  __shared__ uint16_t places[kRemembered];  // rank class and bucket
+  __shared__ uint32_t start[kWorkLists][kWorkBuckets], base[kWorkLists], before[kWorkLists];
+  __shared__ uint16_t places[kRemembered];  // list and bucket
   const TableShape& s = args.shape;
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, thread = threadIdx.x;
   const int first = rehearses ? 0 : section * units * s.group,
@@ -65,12 +64,12 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
   const auto* const kept_tiles = rehearses ? static_cast<const int32_t*>(numbers) : args.tables.kept;
   const auto* const levels = rehearses ? static_cast<const decide::TileLevels*>(numbers) : args.tables.levels;
   const uint32_t level_mask = rehearses ? 7u : ~0u, place_mask = rehearses ? kWorkBuckets - 1 : ~0u;
-  for (int i = thread; i < kRankClasses * kWorkBuckets; i += kThreads) start[i / kWorkBuckets][i % kWorkBuckets] = 0;
-  if (thread < kRankClasses) base[thread] = 0;
+  for (int i = thread; i < kWorkLists * kWorkBuckets; i += kThreads) start[i / kWorkBuckets][i % kWorkBuckets] = 0;
+  if (thread < kWorkLists) base[thread] = 0;
   __syncthreads();
 #pragma unroll 1
   for (int head = thread; head < first; head += kThreads)
-    atomicAdd(&base[choices[head].rank_class], static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
+    atomicAdd(&base[list_of(choices[head])], static_cast<uint32_t>(wave_items(args, head / s.heads_q, first_tile)));
   const auto place_of = [&](int head, int in_wave) {
     const decide::HeadChoice& choice = choices[head];
     const int64_t index = int64_t{head} * s.query_tiles + first_tile + in_wave;
@@ -80,8 +79,8 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
       kept = kept_tiles[int64_t{head} * s.wave_tiles + in_wave];
     else if (!s.by_shares && !choice.dense)
       kept = static_cast<int>(levels[index].kept[static_cast<uint32_t>(choice.level) & level_mask]);
-    return static_cast<uint16_t>(
-        static_cast<uint32_t>(choice.rank_class * kWorkBuckets + bucket_of(kept, s.key_tiles)) & place_mask);
+    return static_cast<uint16_t>(static_cast<uint32_t>(list_of(choice) * kWorkBuckets + bucket_of(kept, s.key_tiles)) &
+                                 place_mask);
   };
   const int items = rehearses ? min(32, s.wave_tiles) : (last - first) * s.wave_tiles;
   // Item i of the section is number first * wave_tiles + i of all.
@@ -105,7 +104,7 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
     }
   }
   __syncthreads();
-  if (thread / 32 < kRankClasses) {
+  if (thread / 32 < kWorkLists) {
     constexpr int kBuckets = kWorkBuckets / 32;
     uint32_t* const counts = &start[thread / 32][thread % 32 * kBuckets];
     uint32_t own = 0;
@@ -120,7 +119,7 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
     }
   }
   __syncthreads();
-  if (last == heads && thread < kRankClasses && !rehearses) args.tables.work_count[thread] = empty ? 0 : before[thread];
+  if (last == heads && thread < kWorkLists && !rehearses) args.tables.work_count[thread] = empty ? 0 : before[thread];
 #pragma unroll 1
   for (int i = thread; i < items; i += kThreads) {
     const uint16_t place = i < kRemembered ? places[i] : place_of_item(i);

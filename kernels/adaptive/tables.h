@@ -16,6 +16,9 @@ namespace adaattn::cuda {
 // Floats of AdaptiveTables::remainder for a query tile of 128 columns.
 inline constexpr int kRemainderWidth = 128 + 4;
 inline constexpr int kFarKeys = 128;  // keys behind one centroid of the far field
+// Work lists: one for each rank class, and that of the heads in 8 bits.
+inline constexpr int kByteList = decide::kRankClasses, kWorkLists = kByteList + 1;
+ADAATTN_HD inline int list_of(const decide::HeadChoice& choice) { return choice.bytes ? kByteList : choice.rank_class; }
 
 // Sizes that the problem fixes; lengths are those of the longest sequence.
 struct TableShape {
@@ -27,6 +30,7 @@ struct TableShape {
   bool by_shares = false;    // shares of cells keep tiles, and of mass levels there is but the first
   bool needles = false;      // finer cells keep tiles beside them: decide/needles.h
   bool compensates = false;  // rows get the mean of what their tile leaves out: AdaptiveTables::remainder
+  bool bytes = false;        // heads may be computed in 8 bits; then without a far field, and with V as it is
   int32_t wave_tiles = 0;    // query tiles of a head whose masks exist at a time
   ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }
   ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / kFarKeys); }
@@ -49,12 +53,12 @@ struct AdaptiveTables {
   // [batch, heads_q, query_tiles]: the key tiles that a query tile sees.
   const decide::TileRow* tile_range = nullptr;
 
-  // Work lists, one per rank class: items (b * heads_q + head) * wave_tiles + (query tile - first_tile), in sections
+  // Work lists: items (b * heads_q + head) * wave_tiles + (query tile - first_tile), in sections
   // of heads whose K and V share the L2 cache, within each those first that keep most tiles; query tiles without a
-  // visible key are in the list too, their rows are 0. Items of class c stand in work[c * batch * heads_q * wave_tiles
+  // visible key are in the list too, their rows are 0. Items of list c stand in work[c * batch * heads_q * wave_tiles
   // + ...], work_count[c] of them.
   const uint32_t* work = nullptr;
-  const uint32_t* work_count = nullptr;  // [kRankClasses]
+  const uint32_t* work_count = nullptr;  // [kWorkLists]
 
   // [batch, heads_kv, key_rows, max_rank]: (V - v_mean) basis in the order of energy, so that a class of lower rank
   // reads the first columns. Rows from the sequence's end to the end of its last tile are 0.

@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "adaptive/bytes.h"
 #include "adaptive/refuse.h"
 #include "adaptive/tile_plan_sizes.h"
 #include "adaptive/tile_statistics.h"
@@ -248,6 +249,7 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.shape = sizes_.shape;
   args.options = problem_.adaptive;
   args.costs = costs_;
+  args.bytes = device_bytes();
   args.tables = analyze_layout(sizes_.shape, workspace);
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
@@ -321,10 +323,12 @@ void TilePlan::run(AnalyzeArgs args, void* workspace, const std::optional<Attend
   walk.log2_needle = std::log2(o.needle_share);
   walk.multiprocessors = device_.multiprocessors;
   bool recomputes = false;
-  const auto launch_class = [&](int rank_class, int32_t first_tile) {
+  const Int8Tables bytes = s.bytes ? lay_out_int8_tables(args.p, space + sizes_.bytes) : Int8Tables{};
+  const auto launch_class = [&](int list, int32_t first_tile) {
     walk.tables = tables_of(args, first_tile);
     if (recomputes) walk.tables.remainder = nullptr;
-    walk.rank_class = rank_class;
+    walk.bytes = list == kByteList ? bytes : Int8Tables{};
+    walk.rank_class = list == kByteList ? 0 : list;
     walk.counters = next_counters();
     check(sm90::launch_walk(walk, stream), "walk");
   };
@@ -335,6 +339,8 @@ void TilePlan::run(AnalyzeArgs args, void* workspace, const std::optional<Attend
       check(sm90::launch_dense_round(*round, {state_.dense_left, args.dense_units}, stream), "the exact kernel");
     for (int c = 0; c < decide::kRankClasses; ++c)
       if (c == 0 || decide::rank_of_class(c) <= s.max_rank) launch_class(c, first);
+    if (s.bytes && first == 0) check(launch_quantize_chosen(args.p, bytes, args.tables.choice, stream), "quantize");
+    if (s.bytes) launch_class(kByteList, first);
     const bool ends = first + s.wave_tiles >= query_tiles;
     if (ends && parts != nullptr) check(launch_exact_rows(args, sizes_.verify, parts, stream), "verify");
     check(launch_tally(args, first, {far_share, found}, targets_, sizes_.verify, parts, ends, stream), "statistics");
@@ -411,7 +417,7 @@ PlanInfo tile_plan_info(const Problem& problem, const DeviceTraits& device) {
   check_tile_problem(problem, device);
   Problem with_options = problem;
   with_options.adaptive = device_options(problem);
-  info.kernel = "sm90_walk_bf16_d128";
+  info.kernel = tiles_in_bytes(with_options.adaptive) ? "sm90_walk_int8_bf16_d128" : "sm90_walk_bf16_d128";
   info.isa = "sm_90a";
   info.tile_q = decide::kTileQ;
   info.tile_k = decide::kTileK;

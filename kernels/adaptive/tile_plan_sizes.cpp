@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "adaptive/int8_tables.h"
 #include "adaptive/refuse.h"
 #include "attend/sm90/walk.h"
 
@@ -36,7 +37,9 @@ void place(TilePlanSizes& sizes, const Options& o) {
       sizes.far_share + (o.far_field ? whole(static_cast<size_t>(items) * sm90::kWalkShares * sizeof(float)) : 0);
   sizes.verify_parts =
       sizes.found + (o.probe != decide::Probe::kOff ? whole(static_cast<size_t>(items) * sizeof(int32_t)) : 0);
-  sizes.workspace_bytes = sizes.verify_parts + whole(verify_bytes(s, sizes.verify));
+  sizes.bytes = sizes.verify_parts + whole(verify_bytes(s, sizes.verify));
+  sizes.workspace_bytes =
+      sizes.bytes + (s.bytes ? whole(int8_tables_bytes(s.batch, s.heads_kv, s.key_rows(), s.d_qk, s.d_v)) : 0);
 }
 
 constexpr int64_t kCalibrated = 16384;
@@ -90,10 +93,19 @@ Options device_options(const Problem& given) {
   return o;
 }
 
+bool tiles_in_bytes(const Options& o) { return o.policy == decide::Policy::kCustom && decide::only_bytes(o); }
+
 void check_tile_options(const Options& o) {
   if (o.policy == decide::Policy::kCustom && o.probe == decide::Probe::kRank)
     refuse("adaptive.probe is %d (RANK); accepted on CUDA: %d (OFF), %d (FULL)", ADAATTN_PROBE_RANK, ADAATTN_PROBE_OFF,
            ADAATTN_PROBE_FULL);
+  if (!tiles_in_bytes(o)) return;
+  if (o.probe != decide::Probe::kOff)
+    refuse("adaptive.probe is %d; accepted for 8-bit attention: %d (OFF)",
+           static_cast<int>(o.probe) + ADAATTN_PROBE_OFF, ADAATTN_PROBE_OFF);
+  if (o.far_field)
+    refuse("adaptive.far_field is %d; accepted for 8-bit attention, which has no centroids: %d (OFF)",
+           ADAATTN_SWITCH_ON, ADAATTN_SWITCH_OFF);
 }
 
 void check_tile_problem(const Problem& p, const DeviceTraits& device) {
@@ -123,6 +135,9 @@ TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device
   s.needles = o.needle_mass > 0;
   s.by_shares = s.needles || o.keep_peak > 0;
   s.compensates = o.remainder > 0;
+  // At most three classes share a call.
+  s.bytes = o.policy == decide::Policy::kCustom && o.min_precision <= decide::Precision::kI8 && s.max_rank == 0 &&
+            !o.far_field && o.probe == decide::Probe::kOff;
   sizes.verify = verify_shape(s, o.verify_rows, device.multiprocessors);
   if (o.policy != decide::Policy::kCustom && !o.recompute) sizes.verify.every = kVerifyEvery;
   s.wave_tiles = tiles_of_wave(s);

@@ -16,6 +16,8 @@ Problem exact_problem(const Problem& problem);
 // Refuses, naming the field, what a tile plan does not serve.
 void check_tile_options(const decide::Options& options);
 void check_tile_problem(const Problem& problem, const DeviceTraits& device);
+// Whether every head is to be computed in 8 bits.
+bool tiles_in_bytes(const decide::Options& options);
 
 // Of a problem's policy; zeros for CUSTOM.
 decide::Shares shares_of(const Problem& problem);
@@ -26,7 +28,7 @@ decide::Options device_options(const Problem& problem);
 struct TilePlanSizes {
   TableShape shape;
   VerifyShape verify;
-  size_t far_share = 0, found = 0, verify_parts = 0, workspace_bytes = 0;
+  size_t far_share = 0, found = 0, verify_parts = 0, bytes = 0, workspace_bytes = 0;
 };
 // Refuses where max_workspace_bytes is too small. problem: with device_options().
 TilePlanSizes tile_plan_sizes(const Problem& problem, const DeviceTraits& device);

@@ -27,7 +27,9 @@ HeadRecord exact_record(const Problem& problem, size_t index) {
 
 AdaptiveCounters counters_of(const TileTotals& t) {
   AdaptiveCounters a;
-  a.heads = a.heads_bf16 = t.heads;
+  a.heads = t.heads;
+  a.heads_i8 = t.heads_bytes;
+  a.heads_bf16 = t.heads - t.heads_bytes;
   a.heads_dense = t.heads_dense;
   a.heads_low_rank = t.heads_low_rank;
   a.tiles = t.tiles;
@@ -66,6 +68,7 @@ std::vector<HeadRecord> records_of(const std::vector<HeadTally>& tallies, const 
     if (tally.measured != 0 && tally.dense == 0) record.measured_error = static_cast<double>(tally.measured_error);
     record.feedback = static_cast<double>(tally.feedback);
     record.dense = tally.dense != 0;
+    if (tally.bytes != 0) record.precision = ADAATTN_PRECISION_I8;
     if (tally.rank_class != 0) record.rank_v = decide::rank_of_class(tally.rank_class);
     record.rank_energy = static_cast<double>(tally.rank_energy);
   }

@@ -81,6 +81,7 @@ __device__ __forceinline__ void start_tally(const AnalyzeArgs& args, int head, c
   tally->predicted_error = choice.predicted_error;
   tally->rank_class = choice.rank_class;
   tally->dense = choice.dense;
+  tally->bytes = choice.bytes;
   tally->rank_energy = choice.rank_class == 0
                            ? 1.0f
                            : args.tables.units[head / s.heads_q * s.heads_kv + head % s.heads_q / s.group].rank_energy;
@@ -162,6 +163,7 @@ __device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, cons
   sum->heads += 1;
   sum->heads_dense += x.dense != 0;
   sum->heads_low_rank += x.rank_class != 0;
+  sum->heads_bytes += x.bytes != 0;
   sum->tiles += x.tiles;
   sum->kept += x.kept;
   sum->found += x.found;
@@ -204,29 +206,16 @@ __device__ __forceinline__ TileTotals no_heads() {
 // its arithmetic. sync(): of these threads.
 template <int kThreads, typename Sync>
 __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, int threads, const Sync& sync) {
-  constexpr int kCounts = 10, kSums = kCounts + 6, kQuantities = kSums + 4;
+  constexpr int kCounts = 11, kSums = kCounts + 6, kQuantities = kSums + 4;
   __shared__ double part[kQuantities][kThreads], whole[kQuantities];
   const auto count = [](unsigned long long x) { return static_cast<double>(x); };  // exact up to 2^53
-  const double own[kQuantities] = {count(sum.heads),
-                                   count(sum.heads_dense),
-                                   count(sum.heads_low_rank),
-                                   count(sum.tiles),
-                                   count(sum.kept),
-                                   count(sum.found),
-                                   count(sum.verified_heads),
-                                   count(sum.verified_rows),
-                                   count(sum.over_tolerance),
-                                   count(sum.recomputed),
-                                   sum.flops,
-                                   sum.rank_v_sum,
-                                   sum.entropy_sum,
-                                   sum.predicted_sum,
-                                   sum.dropped_sum,
-                                   sum.measured_sum,
-                                   -sum.entropy_min,
-                                   sum.entropy_max,
-                                   sum.measured_max,
-                                   sum.measured_row_max};
+  const double own[kQuantities] = {
+      count(sum.heads),         count(sum.heads_dense),    count(sum.heads_low_rank), count(sum.heads_bytes),
+      count(sum.tiles),         count(sum.kept),           count(sum.found),          count(sum.verified_heads),
+      count(sum.verified_rows), count(sum.over_tolerance), count(sum.recomputed),     sum.flops,
+      sum.rank_v_sum,           sum.entropy_sum,           sum.predicted_sum,         sum.dropped_sum,
+      sum.measured_sum,         -sum.entropy_min,          sum.entropy_max,           sum.measured_max,
+      sum.measured_row_max};
 #pragma unroll
   for (int i = 0; i < kQuantities; ++i) part[i][thread] = own[i];
   sync();
@@ -238,7 +227,7 @@ __device__ __forceinline__ TileTotals sum_threads(TileTotals sum, int thread, in
   }
   sync();
   unsigned long long* const counts[kCounts] = {
-      &sum.heads, &sum.heads_dense,    &sum.heads_low_rank, &sum.tiles,          &sum.kept,
+      &sum.heads, &sum.heads_dense,    &sum.heads_low_rank, &sum.heads_bytes,    &sum.tiles,     &sum.kept,
       &sum.found, &sum.verified_heads, &sum.verified_rows,  &sum.over_tolerance, &sum.recomputed};
   double* const sums[] = {&sum.flops,         &sum.rank_v_sum,  &sum.entropy_sum,
                           &sum.predicted_sum, &sum.dropped_sum, &sum.measured_sum};
@@ -266,6 +255,7 @@ __device__ __forceinline__ void add(const TileTotals& x, TileTotals* to) {
   to->heads += x.heads;
   to->heads_dense += x.heads_dense;
   to->heads_low_rank += x.heads_low_rank;
+  to->heads_bytes += x.heads_bytes;
   to->tiles += x.tiles;
   to->kept += x.kept;
   to->found += x.found;

@@ -19,7 +19,7 @@ struct HeadTally {
   int64_t len_q, len_k;
   float entropy, predicted_error, rank_energy;
   float feedback;  // the multiplier that the next prediction takes
-  int32_t rank_class, dense;
+  int32_t rank_class, dense, bytes;
   int32_t verified_rows;  // 0: not verified
   int32_t measured;       // whether there are errors, of this call or of the newest verified one
   float measured_error, measured_row_error;
@@ -28,7 +28,7 @@ struct HeadTally {
 
 // Sums over the heads of all calls.
 struct TileTotals {
-  unsigned long long heads, heads_dense, heads_low_rank, tiles, kept, found;
+  unsigned long long heads, heads_dense, heads_low_rank, heads_bytes, tiles, kept, found;
   unsigned long long verified_heads, verified_rows, over_tolerance, recomputed;
   unsigned long long stage_ns[kStages];
   double flops, rank_v_sum, entropy_sum, entropy_min, entropy_max, predicted_sum, dropped_sum;

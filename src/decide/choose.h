@@ -68,7 +68,8 @@ struct HeadFeedback {
 struct HeadChoice {
   int32_t level = kDenseLevel;
   int32_t rank_class = 0;
-  bool dense = true;  // nothing is worth skipping: the exact kernel runs
+  bool dense = true;   // nothing is worth skipping: the exact kernel runs
+  bool bytes = false;  // products in 8 bits: precision.h
   float predicted_error = 0;
   float predicted_cost = 0;  // in exact tiles
 };
@@ -111,7 +112,7 @@ ADAATTN_HD inline bool best_level(const Options& o, const CostTable& c, const Gr
     if (error > o.tolerance && !(level == kDenseLevel && rank == 0)) continue;
     const float cost = level_cost(o, c, h, level, rank);
     if (found && cost >= choice->predicted_cost) continue;
-    *choice = {level, rank, false, error, cost};
+    *choice = {level, rank, false, false, error, cost};
     found = true;
   }
   return found;

@@ -1,5 +1,6 @@
-// Scores of 8-bit products: whether a head whose class is chosen (choose.h) takes them, beside products of its own
-// precision. Rounding Q and K is independent over keys and adds to the error in quadrature.
+// Products in 8 bits: whether a head whose class is chosen (choose.h) takes them. The CPU's are those of the scores,
+// beside weights and V of their own precision; CUDA's are all of them. Rounding is independent over keys and adds to
+// the error in quadrature.
 #pragma once
 
 #include "core/host_device.h"
@@ -11,6 +12,7 @@ namespace adaattn::decide {
 
 struct ByteScores {
   float tile[kRankClasses] = {};  // one kept tile, as CostTable::tile
+  float per_head = 0;             // the head's share in what K and V in 8 bits cost, in exact tiles
   // What they add to the head's error. The root mean square error of its scores, in units of the natural logarithm,
   // bounds it: a row's output moves by sum p e (v - o), whose mean square is at most that of e times the spread of V.
   float round_error = 0;
@@ -39,11 +41,21 @@ ADAATTN_HD inline bool take_bytes(const Options& o, const CostTable& c, const Gr
   GroupErrors errors = e;
   errors.round_error = quadrature(e.round_error, bytes.round_error);
   const float error = level_error(o, errors, h, level, rank, feedback.multiplier[rank]);
-  const float cost = level_cost(o, costs, h, level, rank);
+  const float cost = level_cost(o, costs, h, level, rank) + bytes.per_head;
   // Written so that an error that is not a number is refused.
   if (!(error <= o.tolerance) || cost * kMinGain > choice->predicted_cost) return false;
-  *choice = {level, rank, false, error, cost};
+  *choice = {level, rank, false, true, error, cost};
   return true;
+}
+
+// Nothing wider is allowed: errors of rounding are those of bytes from the start (GroupErrors::round_error), and a head
+// takes them whatever it gains, a dense one with all of its tiles.
+ADAATTN_HD inline bool only_bytes(const Options& o) { return o.max_precision == Precision::kI8; }
+ADAATTN_HD inline void put_in_bytes(const ByteScores& bytes, HeadChoice* choice) {
+  if (choice->dense) choice->level = kDenseLevel;
+  choice->dense = false;
+  choice->bytes = true;
+  choice->predicted_cost = choice->predicted_cost * bytes.tile[choice->rank_class] + bytes.per_head;
 }
 
 }  // namespace adaattn::decide

@@ -28,7 +28,7 @@ ByteScores bytes(float cost, float round_error) {
 TEST(Precision, BytesAreTakenFromTheLeastGainOn) {
   const HeadLevels h = half_kept();
   for (const float cost : {0.5f, 0.86f, 0.88f, 1.0f}) {
-    HeadChoice choice = {0, 0, false, 0.0f, 50.0f};
+    HeadChoice choice = {0, 0, false, false, 0.0f, 50.0f};
     const bool taken = take_bytes(tile_options(0.1f), {}, {}, h, bytes(cost, 0.01f), {}, &choice);
     EXPECT_EQ(taken, cost * kMinGain <= 1.0f) << cost;
     EXPECT_FLOAT_EQ(choice.predicted_cost, taken ? 50 * cost : 50);
@@ -46,15 +46,45 @@ TEST(Precision, DenseHeadKeepsItsTiles) {
   EXPECT_FLOAT_EQ(choice.predicted_cost, 60);
 }
 
+TEST(Precision, WhereNothingWiderIsAllowedAHeadTakesThemWhateverTheyCost) {
+  Options o = tile_options(0.001f);
+  EXPECT_FALSE(only_bytes(o));
+  o.min_precision = o.max_precision = Precision::kI8;
+  EXPECT_TRUE(only_bytes(o));
+  ByteScores b = bytes(1.5f, 0.01f);
+  b.per_head = 7;
+  HeadChoice some = {2, 0, false, false, 0.01f, 50.0f}, all;
+  all.predicted_cost = 100;
+  put_in_bytes(b, &some);
+  put_in_bytes(b, &all);
+  EXPECT_TRUE(some.bytes && all.bytes);
+  EXPECT_EQ(some.level, 2);
+  EXPECT_FLOAT_EQ(some.predicted_cost, 82);
+  EXPECT_FALSE(all.dense);
+  EXPECT_EQ(all.level, kDenseLevel);
+  EXPECT_FLOAT_EQ(all.predicted_cost, 157);
+}
+
+TEST(Precision, WhatKeysInBytesCostCountsAgainstThem) {
+  const HeadLevels h = half_kept();
+  for (const float per_head : {0.0f, 18.0f, 19.0f}) {
+    ByteScores b = bytes(0.5f, 0.01f);
+    b.per_head = per_head;
+    HeadChoice choice = {0, 0, false, false, 0.0f, 50.0f};
+    EXPECT_EQ(take_bytes(tile_options(0.1f), {}, {}, h, b, {}, &choice), per_head < 18.5f) << per_head;
+    EXPECT_EQ(choice.bytes, per_head < 18.5f);
+  }
+}
+
 TEST(Precision, RoundingAddsInQuadratureAndToleranceBoundsIt) {
   const HeadLevels h = half_kept();
   GroupErrors e;
   e.round_error = 0.03f;
-  HeadChoice choice = {0, 0, false, 0.03f, 50.0f};
+  HeadChoice choice = {0, 0, false, false, 0.03f, 50.0f};
   ASSERT_TRUE(take_bytes(tile_options(0.06f), {}, e, h, bytes(0.5f, 0.04f), {}, &choice));
   EXPECT_NEAR(choice.predicted_error, 0.05, 1e-5);
   for (const float error : {0.06f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
-    HeadChoice same = {0, 0, false, 0.03f, 50.0f};
+    HeadChoice same = {0, 0, false, false, 0.03f, 50.0f};
     EXPECT_FALSE(take_bytes(tile_options(0.06f), {}, e, h, bytes(0.5f, error), {}, &same)) << error;
     EXPECT_EQ(same.predicted_cost, 50);
   }

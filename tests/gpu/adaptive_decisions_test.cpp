@@ -13,6 +13,7 @@ void expect_same(const decide::HeadChoice& a, const decide::HeadChoice& b) {
   EXPECT_EQ(a.level, b.level);
   EXPECT_EQ(a.rank_class, b.rank_class);
   EXPECT_EQ(a.dense, b.dense);
+  EXPECT_EQ(a.bytes, b.bytes);
   EXPECT_EQ(decide::bits_of(a.predicted_error), decide::bits_of(b.predicted_error));
   EXPECT_EQ(decide::bits_of(a.predicted_cost), decide::bits_of(b.predicted_cost));
 }
@@ -64,21 +65,22 @@ Counts expect_same_decisions(Analysis& a) {
     a.schedule(first);
     const auto mask = a.copy(a.args.tables.mask, a.heads() * s.wave_tiles * s.mask_words);
     const auto kept = a.copy(a.args.tables.kept, a.heads() * s.wave_tiles);
-    const auto work = a.copy(a.args.tables.work, decide::kRankClasses * a.heads() * s.wave_tiles);
-    const auto count = a.copy(a.args.tables.work_count, decide::kRankClasses);
+    const int lists = s.bytes ? cuda::kWorkLists : decide::kRankClasses;
+    const auto work = a.copy(a.args.tables.work, lists * a.heads() * s.wave_tiles);
+    const auto count = a.copy(a.args.tables.work_count, lists);
     std::map<uint32_t, int> listed;
-    for (int rank_class = 0; rank_class < decide::kRankClasses; ++rank_class) {
+    for (int list = 0; list < lists; ++list) {
       int32_t before = s.key_tiles + 1;
       int64_t section = 0;
       const int32_t coarse = s.key_tiles / cuda::kWorkBuckets + 1;
-      for (uint32_t i = 0; i < count[static_cast<size_t>(rank_class)]; ++i) {
-        const uint32_t item = work[static_cast<size_t>(rank_class * a.heads() * s.wave_tiles + i)];
+      for (uint32_t i = 0; i < count[static_cast<size_t>(list)]; ++i) {
+        const uint32_t item = work[static_cast<size_t>(list * a.heads() * s.wave_tiles + i)];
         ++listed[item];
         const int64_t of_item = item / static_cast<uint32_t>(s.wave_tiles * s.group) / a.section_units();
         EXPECT_GE(of_item, section);
         if (of_item != section) before = s.key_tiles + 1;
         section = of_item;
-        EXPECT_EQ(choice[item / static_cast<uint32_t>(s.wave_tiles)].rank_class, rank_class);
+        EXPECT_EQ(cuda::list_of(choice[item / static_cast<uint32_t>(s.wave_tiles)]), list);
         const decide::HeadChoice& chosen = choice[item / static_cast<uint32_t>(s.wave_tiles)];
         const decide::TileLevels& measured = levels[static_cast<size_t>(
             item / static_cast<uint32_t>(s.wave_tiles) * static_cast<uint32_t>(s.query_tiles) +
@@ -201,6 +203,59 @@ TEST_F(AdaptiveDecisions, OnMultipliersAreThoseOfTheHost) {
       EXPECT_GT(rested, 0);
     }
   }
+}
+
+// By the gain, where other kernels than today's would have it, and where nothing wider is allowed.
+TEST_F(AdaptiveDecisions, OnBytesAreThoseOfTheHost) {
+  struct Bytes {
+    float tile, round_error, per_head;  // the last for a key tile
+    decide::Precision most;
+    float tolerance;
+  };
+  constexpr Bytes kGain = {0.5f, 0.01f, 0.01f, decide::Precision::kBF16, 1},
+                  kLittle = {0.95f, 0.01f, 0, decide::Precision::kBF16, 1},
+                  kOnly = {0.95f, 0.0375f, 2.9f, decide::Precision::kI8, 1},
+                  kOver = {0.95f, 0.0375f, 2.9f, decide::Precision::kI8, 0.03f};
+  // Heads in bytes of all heads.
+  const auto check = [](const AttentionCase& c, const Bytes& kind, double topic, int32_t wave) {
+    SCOPED_TRACE(describe(c) + " topic " + std::to_string(topic) + " tolerance " + std::to_string(kind.tolerance));
+    AttentionData data(c, kBf16All, run_seed());
+    make_structured(data, {.topic = topic}, run_seed());
+    Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, Rules::kBytes);
+    for (float& tile : a.args.bytes.tile) tile = kind.tile;
+    a.args.bytes.per_head = kind.per_head;
+    a.args.bytes.round_error = kind.round_error;
+    a.args.options.min_precision = decide::Precision::kI8;
+    a.args.options.max_precision = kind.most;
+    a.args.options.tolerance = kind.tolerance;
+    a.feedback.resize(static_cast<size_t>(a.heads()));
+    for (size_t h = 0; h < a.feedback.size(); ++h)
+      for (float& x : a.feedback[h].multiplier) x = h % 3 == 0 ? 4.0f : 1.0f;
+    const uint64_t skipped = expect_same_decisions(a).skipped;
+    double taken = 0;
+    for (const decide::HeadChoice& choice : a.copy(a.args.tables.choice, a.heads())) taken += choice.bytes ? 1 : 0;
+    return std::pair{taken / static_cast<double>(a.heads()), skipped};
+  };
+  const AttentionCase c = base_case();
+  EXPECT_GT(check(c, kGain, 2, 0).first, 0);
+  EXPECT_GT(check(c, kGain, 0, 3).first, 0);  // dense heads among them
+  EXPECT_EQ(check(c, kLittle, 2, 0).first, 0);
+  const auto [only, skipped] = check(c, kOnly, 2, 0);
+  EXPECT_EQ(only, 1);
+  EXPECT_GT(skipped, 100u);
+  EXPECT_EQ(check(c, kOver, 2, 3), (std::pair{1.0, uint64_t{0}}));
+  AttentionCase wide = c;  // more query heads of a KV head than choose together
+  wide.batch = 1;
+  wide.heads_q = 70;
+  wide.heads_kv = 1;
+  wide.seqlen_q = wide.seqlen_k = 520;
+  EXPECT_EQ(check(wide, kOnly, 2, 0).first, 1);
+  AttentionCase packed = c;
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.batch = 3;
+  packed.lens_q = {700, 0, 1290};
+  packed.lens_k = {1100, 640, 1290};
+  EXPECT_GT(check(packed, kOnly, 2, 3).first, 0);
 }
 
 TEST_F(AdaptiveDecisions, BySharesAreThoseOfTheHostOnTheSameStatistics) {

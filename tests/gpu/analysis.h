@@ -27,8 +27,8 @@ using decide::kTileQ;
 constexpr int64_t kCells = decide::kCellsOfTile;
 
 // Of the policy as the CPU has it but for the probe; without a far field and a projected V; with needles, or with what
-// is left out, besides.
-enum class Rules { kAll, kTiles, kNeedles, kRemainder };
+// is left out, besides; by levels of mass, with heads in 8 bits.
+enum class Rules { kAll, kTiles, kNeedles, kRemainder, kBytes };
 
 class Analysis {
  public:
@@ -41,11 +41,12 @@ class Analysis {
     if (rules != Rules::kAll) {
       problem_.adaptive.far_field = false;
       problem_.adaptive.rank_mode = decide::RankMode::kOff;
-      problem_.adaptive.min_level = 0;
+      if (rules != Rules::kBytes) problem_.adaptive.min_level = 0;
     }
     args.shape = cuda::table_shape(problem_, wave_tiles);
     args.shape.needles = rules == Rules::kNeedles;
-    args.shape.by_shares = rules != Rules::kAll;
+    args.shape.by_shares = rules != Rules::kAll && rules != Rules::kBytes;
+    args.shape.bytes = rules == Rules::kBytes;
     args.shape.compensates = rules == Rules::kRemainder;
     cuda::prepare_analyze();
     workspace_ = std::make_unique<DeviceMemory>(cuda::analyze_bytes(args.shape));
@@ -55,6 +56,7 @@ class Analysis {
     require(cudaMemset(warm_->data(), 0, warm_->bytes()));
     args.options = problem_.adaptive;
     args.costs = cuda::device_costs(args.shape, args.options);
+    args.bytes = cuda::device_bytes();
     args.tables = cuda::analyze_layout(args.shape, workspace_->data());
     args.state.basis = static_cast<double*>(basis_->data());
     args.state.warm = static_cast<int32_t*>(warm_->data());

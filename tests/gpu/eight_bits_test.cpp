@@ -61,7 +61,6 @@ TEST_F(EightBits, WhatIsNotServedIsRefusedByName) {
     void (*change)(adaattn_attn_desc_t& desc, adaattn_adaptive_desc_t& adaptive);
   };
   const Refusal refusals[] = {
-      {"adaptive.tile_mass", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.tile_mass = 0.95; }},
       {"adaptive.rank_mode", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.rank_mode = 0; }},
       {"adaptive.verify_rows", [](adaattn_attn_desc_t&, adaattn_adaptive_desc_t& a) { a.verify_rows = 8; }},
       {"adaptive.max_workspace_bytes",

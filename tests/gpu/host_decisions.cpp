@@ -186,6 +186,16 @@ HostDecisions decide_on_host(const Analysis& a) {
           decide::rest_refused(&feedback[g]);
         out.feedback.push_back(feedback[g]);
       }
+      decide::ByteScores bytes = a.args.bytes;
+      bytes.per_head =
+          bytes.per_head * static_cast<float>((seq.len_k + kTileK - 1) / kTileK) / static_cast<float>(s.group);
+      for (size_t g = 0; g < feedback.size() && s.bytes; ++g) {
+        decide::HeadChoice& choice = out.choice[first + g];
+        if (decide::only_bytes(options))
+          decide::put_in_bytes(bytes, &choice);
+        else
+          decide::take_bytes(options, a.args.costs, u.errors, out.head_levels[first + g], bytes, feedback[g], &choice);
+      }
       for (size_t g = first; g < first + static_cast<size_t>(s.group) && u.usable == 0; ++g) out.choice[g] = {};
     }
     for (int64_t h = 0; h < s.heads_q; ++h)

@@ -37,8 +37,11 @@ std::vector<adaattn_adaptive_desc_t> every_kind() {
   custom.probe = ADAATTN_PROBE_OFF;
   custom.tile_mass = 0.8;
   custom.rank_mode = ADAATTN_RANK_OFF;  // how much its decomposition needs is asked of a device
+  adaattn_adaptive_desc_t bytes = custom;
+  bytes.far_field = ADAATTN_SWITCH_OFF;
+  bytes.min_precision = bytes.max_precision = ADAATTN_PRECISION_I8;
   return {adaptive_desc(ADAATTN_POLICY_QUALITY), adaptive_desc(ADAATTN_POLICY_BALANCED),
-          adaptive_desc(ADAATTN_POLICY_SPEED), custom};
+          adaptive_desc(ADAATTN_POLICY_SPEED), custom, bytes};
 }
 
 // Masks, codes and shares of tiles grow with its square, up to a bound that no length moves.
@@ -50,7 +53,8 @@ TEST(TilePlanSizes, GrowWithTheLengthAndNotWithItsSquare) {
       const auto bytes = static_cast<double>(sizes_of(seqlen, adaptive).workspace_bytes);
       const auto twice = static_cast<double>(sizes_of(2 * seqlen, adaptive).workspace_bytes);
       EXPECT_LT(twice, 2 * bytes + kBound);
-      EXPECT_LT(twice, 2.0 * 256 * static_cast<double>(seqlen) + kBound);
+      const double per_key = 256 + (adaptive.max_precision == ADAATTN_PRECISION_I8 ? 2 * (128 + 128) + 2 : 0);
+      EXPECT_LT(twice, 2 * per_key * static_cast<double>(seqlen) + kBound);
     }
 }
 

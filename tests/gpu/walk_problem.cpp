@@ -70,8 +70,9 @@ void WalkProblem::lay_out() {
   make(kept, items);
   make(found, items);
   make(range, s.batch * s.heads_q * t.query_tiles);
-  make(work, decide::kRankClasses * items);
-  make(work_count, decide::kRankClasses);
+  make(work, cuda::kWorkLists * items);
+  make(work_count, cuda::kWorkLists);
+  make(bytes, static_cast<int64_t>(cuda::int8_tables_bytes(s.batch, s.heads_kv, s.seqlen_k, kD, kD)));
   make(remainder, items * cuda::kRemainderWidth);
   make(mean_k, units * 2 * kD);
   make(far_share, items * cuda::sm90::kWalkShares);
@@ -202,7 +203,7 @@ void WalkProblem::decide_masks() {
           std::fill_n(remainder->host.begin() + item(b, h, tile) * cuda::kRemainderWidth + kD, kTile / decide::kCell,
                       -INFINITY);
       }
-  for (int c = 0; c < decide::kRankClasses; ++c) {
+  for (int c = 0; c < cuda::kWorkLists; ++c) {
     const auto first = work->host.begin() + c * items;
     std::stable_sort(first, first + work_count->host[c],
                      [&](uint32_t a, uint32_t b) { return kept->host[a] > kept->host[b]; });
@@ -274,7 +275,7 @@ WalkProblem::Row WalkProblem::oracle(int64_t b, int64_t h, int64_t i) const {
   const cuda::TableShape& t = tables.shape;
   const Sequence seq = sequence_of(host_params, b);
   const int64_t head_kv = h / t.group, unit = b * s.heads_kv + head_kv, tile = i / kTile;
-  const int rank_class = class_of(b, head_kv);
+  const int given_class = class_of(b, head_kv), rank_class = given_class == cuda::kByteList ? 0 : given_class;
   const int64_t width = rank_class == 0 ? kD : decide::rank_of_class(rank_class);
   const decide::TileRow row = range->host[(b * s.heads_q + h) * t.query_tiles + tile];
   const KeyRange keys = visible_keys(host_params, seq, i);

@@ -46,7 +46,7 @@ struct WalkShape {
   double needle = 0;            // share of a row from which on a key's tile is taken in by the probe; 0: no probe
   int32_t multiprocessors = 3;  // so few that a CTA walks several query tiles
   int max_rank = 96;
-  std::vector<int> classes = {0};          // of the KV heads, in turn
+  std::vector<int> classes = {0};          // of the KV heads, in turn; cuda::kByteList: in 8 bits
   int64_t first_tile = 0, wave_tiles = 0;  // 0: all
 };
 
@@ -60,6 +60,13 @@ class WalkProblem {
     fill();
     decide_masks();
     upload();
+  }
+
+  // K and V in 8 bits.
+  cuda::Int8Tables quantize() {
+    const cuda::Int8Tables tables_8 = cuda::lay_out_int8_tables(params, bytes->data());
+    require(cuda::launch_quantize(params, tables_8, nullptr));
+    return tables_8;
   }
 
   // Launches every class; the arrays of results are downloaded.
@@ -82,6 +89,12 @@ class WalkProblem {
     call.multiprocessors = std::min(s.multiprocessors, properties.multiProcessorCount);
     for (int c = 0; c < decide::kRankClasses; ++c) {
       call.rank_class = c;
+      require(cuda::sm90::launch_walk(call, nullptr));
+    }
+    if (work_count->host[cuda::kByteList] > 0) {
+      call.rank_class = 0;
+      call.far_field = false;
+      call.bytes = quantize();
       require(cuda::sm90::launch_walk(call, nullptr));
     }
     require(cudaDeviceSynchronize());
@@ -129,6 +142,7 @@ class WalkProblem {
   AttnParams params, host_params;
   cuda::AdaptiveTables tables;
   std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low, mean_k;
+  std::unique_ptr<Mirror<uint8_t>> bytes;
   std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder;
   std::unique_ptr<Mirror<uint64_t>> mask;
   std::vector<uint64_t> kept_mask;  // before the probe added to it

@@ -18,20 +18,23 @@ constexpr float kInteger = 12582912.f;  // 1.5 * 2^23
 constexpr uint32_t kIntegerBits = 0x4b400000;
 
 template <class Traits>
-class Int8Consumer : Consumer<Traits> {
+class Int8Consumer : protected Consumer<Traits> {
+ protected:
   using Base = Consumer<Traits>;
   using Core = ConsumerCore<Traits>;
   using Base::free_begin_, Base::free_end_;
-  using Core::args_, Core::shared_, Core::group_, Core::warp_, Core::lane_, Core::tile_, Core::range_;
+  using Core::args_, Core::shared_, Core::group_, Core::warp_, Core::lane_, Core::tile_, Core::range_,
+      Core::tile_count_;
   using Core::high_, Core::low_, Core::row_max_, Core::row_sum_, Core::rescale_, Core::out_, Core::q_count_;
   using Core::kC, Core::kColumns, Core::kEarly, Core::kN;
-  using Core::release, Core::take_turn, Core::pass_turn;
+  using Core::release, Core::take_turn, Core::pass_turn, Core::uniform, Core::read_slot, Core::set_limits;
   using typename Core::T;
   static constexpr int kD = Traits::kD, kStages = Traits::kStages, kHalves = kN / kInt8ScaleBlock;
 
  public:
-  __device__ __forceinline__ Int8Consumer(const Int8Args& args, typename Traits::Shared& shared, int group)
-      : Base(args.forward, shared, group), tables_(args.tables), with_shift_(args.with_shift) {}
+  __device__ __forceinline__ Int8Consumer(const ForwardArgs& args, const Int8Tables& tables, bool with_shift,
+                                          typename Traits::Shared& shared, int group)
+      : Base(args, shared, group), tables_(tables), with_shift_(with_shift) {}
 
   __device__ __forceinline__ void run() {
     if (group_ == Traits::kGroups - 1) pass_turn();  // the first turn is group 0's
@@ -47,7 +50,7 @@ class Int8Consumer : Consumer<Traits> {
     } while (Base::next_tile());
   }
 
- private:
+ protected:
   __device__ __forceinline__ void group_barrier() {
     named_barrier_sync(static_cast<int>(NamedBarrier::kQuantized) + group_, kWarpgroup);
   }
@@ -122,9 +125,10 @@ class Int8Consumer : Consumer<Traits> {
 
   __device__ __forceinline__ void first_block() {
     wait_full(shared_.k_full, kv_count_);
-    read_scales<true>(kv_count_);
+    const int4 scales = read_scales<true>(kv_count_);
     wgmma_fence();
     issue_scores(kv_count_);
+    share_scales<true>(scales);
     wgmma_wait<0>();
     pin(scores_);
     release(&shared_.k_empty[kv_count_ % kStages]);
@@ -186,12 +190,13 @@ class Int8Consumer : Consumer<Traits> {
   template <MaskSides kMask>
   __device__ __forceinline__ void step(int n) {
     wait_full(shared_.k_full, kv_count_ + 1);
-    read_scales<false>(kv_count_ + 1);
+    const int4 scales = read_scales<false>(kv_count_ + 1);
     take_turn();
     wgmma_fence();
     issue_scores(kv_count_ + 1);
     issue_out(kv_count_);
     pass_turn();
+    share_scales<false>(scales);
     wgmma_wait<1>();
     pin(scores_);
     release(&shared_.k_empty[(kv_count_ + 1) % kStages]);
@@ -232,10 +237,25 @@ class Int8Consumer : Consumer<Traits> {
     wgmma_commit();
   }
 
+  // Where they are read by all lanes they are set at once, otherwise under the products.
+  template <bool kFirst>
+  __device__ __forceinline__ int4 read_scales(uint32_t count) {
+    const Int8Scales& scales = shared_.scales[count % kStages];
+    if constexpr (Traits::kScalesOfLane) return Core::read_slot(&scales);
+    set_scales<kFirst>(scales);
+    return {};
+  }
+  template <bool kFirst>
+  __device__ __forceinline__ void share_scales(const int4& read) {
+    if constexpr (Traits::kScalesOfLane) {
+      const auto of_lane = [](int word) { return __int_as_float(uniform(word)); };
+      set_scales<kFirst>({{of_lane(read.x), of_lane(read.y)}, of_lane(read.z), of_lane(read.w)});
+    }
+  }
+
   // Scales of K's block in the log2 units of the softmax. O is kept in units of the last V tile added.
   template <bool kFirst>
-  __device__ __forceinline__ void read_scales(uint32_t count) {
-    const Int8Scales scales = shared_.scales[count % kStages];
+  __device__ __forceinline__ void set_scales(const Int8Scales scales) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float row_scale = shared_.row_scale[group_][row_in_group(r)];

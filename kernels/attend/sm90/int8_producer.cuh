@@ -7,36 +7,27 @@
 namespace adaattn::cuda::sm90 {
 
 template <class Traits>
-class Int8Producer : Producer<Traits> {
+class Int8Producer : protected Producer<Traits> {
+ protected:
   using Loads = Producer<Traits>;
   using Loads::args_, Loads::shared_, Loads::keep_, Loads::k_count_, Loads::v_count_;
   static constexpr int kStages = Traits::kStages;
 
  public:
-  __device__ __forceinline__ Int8Producer(const Int8Args& args, typename Traits::Shared& shared)
-      : Loads(args.forward, shared), tables_(args.tables) {}
+  __device__ __forceinline__ Int8Producer(const ForwardArgs& args, const Int8Tables& tables,
+                                          typename Traits::Shared& shared)
+      : Loads(args, shared), tables_(tables) {}
 
   __device__ __forceinline__ void run() {
     Loads::draw_tiles(
         [&](const Tile& tile, const TileRange& range, const auto& draw) { load_tile(tile, range, draw); });
   }
 
- private:
-  // Q first: it has to be quantised before it can be used.
-  template <class Draw>
-  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
-    const AttnParams& p = args_.p;
-    Loads::load_q(tile, range, p.cu_seqlens_q != nullptr ? 0 : tile.batch);
-    const int unit = tile.batch * static_cast<int>(p.heads_kv) + tile.head / args_.group_size;
+ protected:
+  // Whose tiles are loaded from here on.
+  __device__ __forceinline__ void go_to_unit(int batch, int head) {
+    const int unit = batch * static_cast<int>(args_.p.heads_kv) + head / args_.group_size;
     first_tile_ = static_cast<int64_t>(unit) * tables_.key_tiles;
-    load_k(range.n_max - 1);
-    if (range.blocks() == 1) draw();
-    for (int n = range.n_max - 2; n >= range.n_min; --n) {
-      if (n == range.n_min) draw();
-      load_k(n);
-      load_v(n + 1);
-    }
-    load_v(range.n_min);
   }
 
   __device__ __forceinline__ void load_k(int n) {
@@ -60,6 +51,23 @@ class Int8Producer : Producer<Traits> {
 
   const Int8Tables& tables_;
   int64_t first_tile_ = 0;
+
+ private:
+  // Q first: it has to be quantised before it can be used.
+  template <class Draw>
+  __device__ __forceinline__ void load_tile(const Tile& tile, const TileRange& range, const Draw& draw) {
+    const AttnParams& p = args_.p;
+    Loads::load_q(tile, range, p.cu_seqlens_q != nullptr ? 0 : tile.batch);
+    go_to_unit(tile.batch, tile.head);
+    load_k(range.n_max - 1);
+    if (range.blocks() == 1) draw();
+    for (int n = range.n_max - 2; n >= range.n_min; --n) {
+      if (n == range.n_min) draw();
+      load_k(n);
+      load_v(n + 1);
+    }
+    load_v(range.n_min);
+  }
 };
 
 }  // namespace adaattn::cuda::sm90

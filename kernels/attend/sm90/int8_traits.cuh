@@ -21,6 +21,8 @@ struct Int8Traits {
   // Eight lines of ones behind V's: P times them is the row sum of P as it was rounded.
   static constexpr int kOnesBytes = 8 * kN;
   static constexpr int kOut = kDv / 2, kPart = (kDv + 8) / 2;  // accumulators of a thread
+  // A stage's scales are read by the lane that lets go of it, which sanitizers ask for, and handed on by shuffles.
+  static constexpr bool kScalesOfLane = false;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   static_assert(kC.tile_n == kN && kGroups == 2);

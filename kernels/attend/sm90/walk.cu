@@ -9,12 +9,6 @@
 namespace adaattn::cuda::sm90 {
 namespace {
 
-struct WalkInstance {
-  ForwardConfig config;
-  int shared_bytes;
-  const void* kernel;
-};
-
 template <int kRank, LeftOut kLeftOut, bool kProbe = false>
 constexpr WalkInstance instance() {
   using Policy = WalkPolicy<kRank, kLeftOut, kProbe>;
@@ -34,6 +28,7 @@ const WalkInstance kPlain = instance<kWalkDim, LeftOut::kNothing>();
 const WalkInstance kWithRemainder = instance<kWalkDim, LeftOut::kRemainder>();
 
 const WalkInstance& instance_of(const WalkCall& call) {
+  if (call.bytes.k != nullptr) return int8_walk();
   if (call.found != nullptr) return kProbing[call.rank_class];
   if (call.rank_class != 0 || call.far_field) return kInstances[call.rank_class];
   return call.tables.remainder != nullptr ? kWithRemainder : kPlain;
@@ -54,6 +49,7 @@ void prepare_walk() {
   for (const WalkInstance& x : kProbing) prepare(x);
   prepare(kPlain);
   prepare(kWithRemainder);
+  prepare(int8_walk());
 }
 
 cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
@@ -63,12 +59,14 @@ cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
   const bool low_rank = call.rank_class != 0;
   ForwardConfig exact = instance.config;
   exact.d_v = kWalkDim;
-  WalkArgs args{};
+  Int8WalkArgs with_bytes{};
+  WalkArgs& args = with_bytes.walk;
   args.forward = common_args(exact, call.p);
   args.tables = call.tables;
   const int64_t items = int64_t{shape.batch} * shape.heads_q * shape.wave_tiles;
-  args.work = call.tables.work + call.rank_class * items;
-  args.work_count = call.tables.work_count + call.rank_class;
+  const int list = call.bytes.k != nullptr ? kByteList : call.rank_class;
+  args.work = call.tables.work + list * items;
+  args.work_count = call.tables.work_count + list;
   args.far_field = call.far_field;
   args.far_share = call.far_share;
   args.log2_needle = call.log2_needle;
@@ -95,8 +93,11 @@ cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
         low_rank ? map(call.tables.group_v_low, shape.key_groups(), shape.max_rank, rank, width, "group_v_low")
                  : map(call.tables.group_v, shape.key_groups(), kWalkDim, kWalkDim, width, "group_v");
   }
+  with_bytes.tables = call.bytes;
+  with_bytes.with_shift = call.p.lse.data != nullptr || call.p.sinks != nullptr;
   const int grid = static_cast<int>(std::min<int64_t>(call.multiprocessors, items));
-  void* arguments[] = {&args};
+  static_assert(offsetof(Int8WalkArgs, walk) == 0);
+  void* arguments[] = {&with_bytes};
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -1,11 +1,12 @@
 // Attention over the key tiles that a mask keeps, and those that a probe finds among the others, with the rest as
-// centroids: one launch per rank class.
+// centroids: one launch per class.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "adaptive/int8_tables.h"
 #include "adaptive/tables.h"
 #include "core/attn_params.h"
 
@@ -27,6 +28,7 @@ struct WalkCall {
   int32_t* found = nullptr;
   uint64_t* mask = nullptr;
   float log2_needle = 0;
+  Int8Tables bytes;              // not null: the list of the heads in 8 bits is computed, from these K and V
   uint32_t* counters = nullptr;  // [2], zero before and after a launch
   int32_t multiprocessors = 0;
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "adaptive/int8_tables.h"
 #include "adaptive/tables.h"
 #include "attend/sm90/forward_args.h"
 
@@ -24,5 +25,19 @@ struct WalkArgs {
   uint64_t* mask;  // that of the tables
   int32_t* found;  // [items]
 };
+
+struct Int8WalkArgs {
+  WalkArgs walk;
+  Int8Tables tables;
+  bool with_shift;  // as Int8Args
+};
+
+struct WalkInstance {
+  ForwardConfig config;
+  int shared_bytes;
+  const void* kernel;
+};
+// walk_int8.cu
+const WalkInstance& int8_walk();
 
 }  // namespace adaattn::cuda::sm90

@@ -6,7 +6,7 @@
 #include "attend/sm90/consumer_core.cuh"
 #include "attend/sm90/walk.h"
 #include "attend/sm90/walk_mean.cuh"
-#include "attend/sm90/walk_traits.cuh"
+#include "attend/sm90/walk_tiles.cuh"
 
 namespace adaattn::cuda::sm90 {
 
@@ -18,21 +18,23 @@ static_assert(kFarKeys == 128);
 constexpr float kMostLeftOut = 15.f;  // log2 of the weight of what is left out over that of the row's maximum
 
 template <class Traits>
-class WalkConsumer : ConsumerCore<Traits> {
+class WalkConsumer : WalkTiles<ConsumerCore<Traits>> {
   using Core = ConsumerCore<Traits>;
+  using Tiles = WalkTiles<Core>;
   using Core::args_, Core::shared_, Core::group_, Core::warp_, Core::lane_, Core::tile_, Core::range_;
-  using Core::kN, Core::tile_count_, Core::q_count_, Core::v_count_;
+  using Core::kN, Core::q_count_, Core::v_count_;
   using Core::scores_, Core::out_, Core::row_max_, Core::row_sum_;
   using Core::uniform, Core::release;
+  using Tiles::begin_, Tiles::end_, Tiles::full_begin_, Tiles::full_end_, Tiles::kept_;
   using typename Core::RowScale, typename Core::T;
 
  public:
   __device__ __forceinline__ WalkConsumer(const WalkArgs& args, typename Traits::Shared& shared, int group)
-      : Core(args.forward, shared, group), walk_(args) {}
+      : Tiles(args.forward, shared, group), walk_(args) {}
 
   __device__ __forceinline__ void run() {
     take_tile();
-    while (begin_taken()) {
+    while (Tiles::begin_taken()) {
       begin_tile();
       exact_blocks();
       if constexpr (Traits::kProbe) probe_others();
@@ -51,39 +53,13 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
  private:
-  // The next query tile, while the one before may still be at work.
   __device__ __forceinline__ void take_tile() {
-    const int slot = tile_count_ % 2;
-    mbarrier_wait(&shared_.tile_full[slot], tile_count_ / 2 & 1);
-    const WalkTile& walk = shared_.walk[slot];
-    taken_ = Core::read_slot(&walk.m_block);
-    taken_range_ = Core::read_slot(&walk.begin);
-    if constexpr (Traits::kFar) {
-      // Registers are short in the loops.
-      if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
-    }
-    ++tile_count_;
-  }
-  // Lets go of the slot of a tile that has keys. An arrival overtakes reads on their way: this one is made to depend on
-  // the range, begin_taken() has branched on the other words.
-  __device__ __forceinline__ void release_slot() {
-    if (lane_ == 0 && taken_range_.y > 0) mbarrier_arrive(&shared_.tile_empty[(tile_count_ + 1) % 2]);
-  }
-  // Goes on to it. False: no more.
-  __device__ __forceinline__ bool begin_taken() {
-    tile_.m_block = uniform(taken_.x);
-    tile_.head = uniform(taken_.y);
-    tile_.batch = uniform(taken_.z);
-    if (tile_.m_block < 0) return false;
-    range_ = read_sequence(args_, tile_.batch);
-    // After the reading of the sequence, or the compiler loses track of what is uniform.
-    begin_ = uniform(taken_range_.x);
-    end_ = uniform(taken_range_.y);
-    full_begin_ = uniform(taken_range_.z);
-    full_end_ = uniform(taken_range_.w);
-    kept_ = uniform(taken_.w);
-    release_slot();
-    return true;
+    Tiles::take_tile([&](const WalkTile& walk) {
+      if constexpr (Traits::kFar) {
+        // Registers are short in the loops.
+        if (lane_ == 0) shared_.item[group_][warp_] = walk.item;
+      }
+    });
   }
 
   // Up to the weights of the last visible tile, which is always kept.
@@ -119,17 +95,9 @@ class WalkConsumer : ConsumerCore<Traits> {
     v_count_ = uniform(v_count_);
   }
 
-  // Masked at the diagonal and the ragged end, whose tiles are all kept, not in the middle, masked again at a window's
-  // left side: one body for both ends, because with three loops the compiler loses track of what is uniform.
   __device__ __forceinline__ void exact_blocks() {
-    const int left = full_begin_ - begin_, after_right = kept_ - 1 - max(end_ - full_end_ - 1, 0);
-    int rest = kept_ - 2, tile = end_ - 2;  // blocks after this one, and its tile where that matters
-    for (int stop = after_right;; stop = 0) {
-      for (; rest >= stop; --rest, --tile) step<MaskSides::kBoth>(tile, rest);
-      if (stop == 0) break;
-      for (; rest >= left; --rest) Core::quick_step(0, k_count_++, is_last(rest));
-      tile = full_begin_ - 1;
-    }
+    Tiles::each_block([&](int tile, int rest) { step<MaskSides::kBoth>(tile, rest); },
+                      [&](int rest) { Core::quick_step(0, k_count_++, is_last(rest)); });
   }
 
   template <MaskSides kMask>
@@ -426,8 +394,6 @@ class WalkConsumer : ConsumerCore<Traits> {
   }
 
   const WalkArgs& walk_;
-  int4 taken_, taken_range_;  // a WalkTile's first words, in lane 0
-  int begin_ = 0, end_ = 0, full_begin_ = 0, full_end_ = 0, kept_ = 0;
   float left_out_[2];  // weights, in units of the row's
   uint32_t k_count_ = 0, basis_count_ = 0, remainder_count_ = 0, sweep_count_ = 0;
 };

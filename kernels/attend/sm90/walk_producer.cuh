@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attend/sm90/forward_producer.cuh"
+#include "attend/sm90/walk.h"
 #include "attend/sm90/walk_traits.cuh"
 
 namespace adaattn::cuda::sm90 {
@@ -128,6 +129,43 @@ class WalkList {
   const int lane_;
 };
 
+// In lane 0 of the producer's warp: every query tile that the list's hands over, with the first words of its mask.
+template <class Shared, class Load>
+__device__ __forceinline__ void each_walk_tile(Shared& shared, const Load& load) {
+  for (int i = 0;; ++i) {
+    // The slot is not written again before the draw that load() lets go of in the tile after this one.
+    const int slot = i % 2;
+    mbarrier_wait(&shared.tile_full[slot], i / 2 & 1);
+    const WalkTile walk = shared.walk[slot];
+    if (walk.m_block < 0) break;
+    load(walk, shared.mask[slot]);
+  }
+}
+
+// The key tiles that a query tile keeps, in the order in which they are computed.
+template <class Load>
+__device__ __forceinline__ void each_kept_tile(const WalkTile& walk, const uint64_t* first_words, const uint64_t* mask,
+                                               const Load& load) {
+  // The sequence's first tile comes as soon as no limits apply: where it draws attention, the maxima of later blocks
+  // stay under its own. Full masks keep the exact kernels' order.
+  const int first_whole = min(walk.full_end, walk.end - 1) - 1;
+  const bool sink_early =
+      walk.kept < walk.end - walk.begin && walk.full_begin == 0 && first_whole > 0 && (first_words[0] & 1) != 0;
+  bool pending = sink_early;
+  for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
+    for (uint64_t bits = word < kListWords ? first_words[word] : mask[word]; bits != 0;) {
+      const int n = 63 - __clzll(static_cast<long long>(bits));
+      bits ^= uint64_t{1} << n;
+      const int tile = word * 64 + n;
+      if (pending && tile <= first_whole) {
+        load(0);
+        pending = false;
+      }
+      if (tile > 0 || !sink_early) load(tile);
+    }
+  }
+}
+
 template <class Traits>
 class WalkProducer : Producer<Traits> {
   using Loads = Producer<Traits>;
@@ -138,14 +176,7 @@ class WalkProducer : Producer<Traits> {
       : Loads(args.forward, shared), walk_(args), tables_(args.tables) {}
 
   __device__ __forceinline__ void run() {
-    for (int i = 0;; ++i) {
-      // The slot is not written again before the draw that load_tile() lets go of in the tile after this one.
-      const int slot = i % 2;
-      mbarrier_wait(&shared_.tile_full[slot], i / 2 & 1);
-      const WalkTile walk = shared_.walk[slot];
-      if (walk.m_block < 0) break;
-      load_tile(walk, shared_.mask[slot]);
-    }
+    each_walk_tile(shared_, [&](const WalkTile& walk, const uint64_t* words) { load_tile(walk, words); });
   }
 
  private:
@@ -197,7 +228,7 @@ class WalkProducer : Producer<Traits> {
     }
     const bool sweeps = Traits::kProbe && walk.kept < walk.end - walk.begin;
     int left = walk.kept;
-    const auto load_exact = [&](int tile) {
+    each_kept_tile(walk, first_words, mask, [&](int tile) {
       if (--left == 0 && !sweeps) mbarrier_arrive(&shared_.draw);
       Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
       load_other();
@@ -207,25 +238,7 @@ class WalkProducer : Producer<Traits> {
       if constexpr (Traits::kRemainder) {
         if (left == 0) load_remainder(walk.item);
       }
-    };
-    // The sequence's first tile comes as soon as no limits apply: where it draws attention, the maxima of later blocks
-    // stay under its own. Full masks keep the exact kernels' order.
-    const int first_whole = min(walk.full_end, walk.end - 1) - 1;
-    const bool sink_early =
-        walk.kept < walk.end - walk.begin && walk.full_begin == 0 && first_whole > 0 && (first_words[0] & 1) != 0;
-    bool pending = sink_early;
-    for (int word = (walk.end - 1) / 64; word >= walk.begin / 64; --word) {
-      for (uint64_t bits = word < kListWords ? first_words[word] : mask[word]; bits != 0;) {
-        const int n = 63 - __clzll(static_cast<long long>(bits));
-        bits ^= uint64_t{1} << n;
-        const int tile = word * 64 + n;
-        if (pending && tile <= first_whole) {
-          load_exact(0);
-          pending = false;
-        }
-        if (tile > 0 || !sink_early) load_exact(tile);
-      }
-    }
+    });
     load_other();
     if constexpr (Traits::kProbe) {
       before = kNothing;
