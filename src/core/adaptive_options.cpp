@@ -65,6 +65,7 @@ double fraction(double value, const char* field, double otherwise) {
   return value;
 }
 
+constexpr const char* kPolicies[] = {"EXACT", "QUALITY", "BALANCED", "SPEED", "CUSTOM"};
 constexpr const char *kPrecisions = "0 (DEFAULT), 1 (I8), 2 (BF16), 3 (F16), 4 (F32)",
                      *kSwitches = "0 (DEFAULT), 1 (ON), 2 (OFF)";
 
@@ -108,8 +109,8 @@ void refuse_custom_fields(const adaattn_adaptive_desc_t& d) {
   for (const auto& [name, value] : fields)
     if (value != 0)
       fail(ADAATTN_ERROR_INVALID_ARGUMENT,
-           "adaptive.%s is %g; accepted: 0 with adaptive.policy %d, which sets it, or any with 4 (CUSTOM)", name, value,
-           d.policy);
+           "adaptive.%s is %g; accepted: 0 with adaptive.policy %d (%s), which sets it, or any with 4 (CUSTOM)", name,
+           value, d.policy, kPolicies[d.policy]);
 }
 
 }  // namespace
@@ -128,7 +129,8 @@ Options resolve_options(const adaattn_adaptive_desc_t& d, const Problem& problem
          "adaptive.tolerance is %g; accepted: finite and above 0, or 0 for the policy's own", d.tolerance);
   if (policy == Policy::kExact) return {};
   if (problem.dtype_kv == Dtype::kE4M3)
-    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive.policy is %d; accepted with E4M3 tensors: 0 (EXACT)", d.policy);
+    fail(ADAATTN_ERROR_NOT_SUPPORTED, "adaptive.policy is %d (%s); accepted with E4M3 tensors: 0 (EXACT)", d.policy,
+         kPolicies[d.policy]);
   if (policy != Policy::kCustom) refuse_custom_fields(d);
 
   Options o = policy_defaults(policy);

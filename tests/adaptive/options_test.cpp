@@ -63,7 +63,7 @@ const BadOption kBadOptions[] = {
        d.policy = ADAATTN_POLICY_SPEED;
        d.tile_mass = 0.9;
      },
-     "adaptive.tile_mass is 0.9; accepted: 0 with adaptive.policy 3"},
+     "adaptive.tile_mass is 0.9; accepted: 0 with adaptive.policy 3 (SPEED)"},
 };
 
 class AdaptiveOptions : public testing::TestWithParam<BadOption> {
