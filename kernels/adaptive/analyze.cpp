@@ -207,9 +207,11 @@ decide::CostTable device_costs(const TableShape& s, const decide::Options& o) {
 
 decide::ByteScores device_bytes() {
   decide::ByteScores bytes;
-  // 2,165 clocks a step of the loop for 2,335; the pass takes 30 us for the 1,024 key tiles of 8 KV heads.
-  for (float& tile : bytes.tile) tile = 1 / 1.06f;
-  bytes.per_head = 2.9f;
+  // Measured beside 16 bits in calls one after the other, where these meet the card's power limit (../attend/sm90/
+  // NOTES.md, D1 as a class); the pass takes 30 us for the 1,024 key tiles of 8 KV heads.
+  for (float& tile : bytes.tile) tile = 0.74f;
+  bytes.per_query_tile = 3.4f;
+  bytes.per_head = 2.35f;
   bytes.round_error = kByteRoundError;
   return bytes;
 }

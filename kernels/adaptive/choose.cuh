@@ -75,10 +75,11 @@ __device__ __forceinline__ void choose_bytes(const AnalyzeArgs& args, const deci
                                              const decide::HeadFeedback& feedback, decide::HeadChoice* choice) {
   decide::ByteScores bytes = args.bytes;
   bytes.per_head = bytes.per_head * static_cast<float>(tiles_k) / static_cast<float>(args.shape.group);
+  const decide::HeadLevels& levels = args.tables.head_levels[head];
   if (decide::only_bytes(options))
-    decide::put_in_bytes(bytes, choice);
+    decide::put_in_bytes(levels, bytes, choice);
   else
-    decide::take_bytes(options, args.costs, errors, args.tables.head_levels[head], bytes, feedback, choice);
+    decide::take_bytes(options, args.costs, errors, levels, bytes, feedback, choice);
 }
 
 // When all query tiles of the unit have been measured: its errors, and the choice for its query heads, which share the

@@ -52,11 +52,12 @@ TEST(Precision, WhereNothingWiderIsAllowedAHeadTakesThemWhateverTheyCost) {
   o.min_precision = o.max_precision = Precision::kI8;
   EXPECT_TRUE(only_bytes(o));
   ByteScores b = bytes(1.5f, 0.01f);
-  b.per_head = 7;
+  b.per_query_tile = 0.5f;
+  b.per_head = 2;
   HeadChoice some = {2, 0, false, false, 0.01f, 50.0f}, all;
   all.predicted_cost = 100;
-  put_in_bytes(b, &some);
-  put_in_bytes(b, &all);
+  put_in_bytes(half_kept(), b, &some);
+  put_in_bytes(half_kept(), b, &all);
   EXPECT_TRUE(some.bytes && all.bytes);
   EXPECT_EQ(some.level, 2);
   EXPECT_FLOAT_EQ(some.predicted_cost, 82);
@@ -65,15 +66,19 @@ TEST(Precision, WhereNothingWiderIsAllowedAHeadTakesThemWhateverTheyCost) {
   EXPECT_FLOAT_EQ(all.predicted_cost, 157);
 }
 
-TEST(Precision, WhatKeysInBytesCostCountsAgainstThem) {
+TEST(Precision, WhatKeysAndQueryBlocksInBytesCostCountsAgainstThem) {
   const HeadLevels h = half_kept();
-  for (const float per_head : {0.0f, 18.0f, 19.0f}) {
-    ByteScores b = bytes(0.5f, 0.01f);
-    b.per_head = per_head;
-    HeadChoice choice = {0, 0, false, false, 0.0f, 50.0f};
-    EXPECT_EQ(take_bytes(tile_options(0.1f), {}, {}, h, b, {}, &choice), per_head < 18.5f) << per_head;
-    EXPECT_EQ(choice.bytes, per_head < 18.5f);
-  }
+  for (const float more : {0.0f, 18.0f, 19.0f})
+    for (const bool of_blocks : {false, true}) {
+      ByteScores b = bytes(0.5f, 0.01f);
+      if (of_blocks)
+        b.per_query_tile = more / static_cast<float>(h.query_tiles);
+      else
+        b.per_head = more;
+      HeadChoice choice = {0, 0, false, false, 0.0f, 50.0f};
+      EXPECT_EQ(take_bytes(tile_options(0.1f), {}, {}, h, b, {}, &choice), more < 18.5f) << more;
+      EXPECT_EQ(choice.bytes, more < 18.5f);
+    }
 }
 
 TEST(Precision, RoundingAddsInQuadratureAndToleranceBoundsIt) {

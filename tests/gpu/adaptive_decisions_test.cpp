@@ -208,14 +208,14 @@ TEST_F(AdaptiveDecisions, OnMultipliersAreThoseOfTheHost) {
 // By the gain, where other kernels than today's would have it, and where nothing wider is allowed.
 TEST_F(AdaptiveDecisions, OnBytesAreThoseOfTheHost) {
   struct Bytes {
-    float tile, round_error, per_head;  // the last for a key tile
+    float tile, round_error, per_query_tile, per_head;  // the last for a key tile
     decide::Precision most;
     float tolerance;
   };
-  constexpr Bytes kGain = {0.5f, 0.01f, 0.01f, decide::Precision::kBF16, 1},
-                  kLittle = {0.95f, 0.01f, 0, decide::Precision::kBF16, 1},
-                  kOnly = {0.95f, 0.0375f, 2.9f, decide::Precision::kI8, 1},
-                  kOver = {0.95f, 0.0375f, 2.9f, decide::Precision::kI8, 0.03f};
+  constexpr Bytes kGain = {0.5f, 0.01f, 0.1f, 0.01f, decide::Precision::kBF16, 1},
+                  kLittle = {0.95f, 0.01f, 0, 0, decide::Precision::kBF16, 1},
+                  kOnly = {0.74f, 0.0375f, 3.4f, 2.35f, decide::Precision::kI8, 1},
+                  kOver = {0.74f, 0.0375f, 3.4f, 2.35f, decide::Precision::kI8, 0.03f};
   // Heads in bytes of all heads.
   const auto check = [](const AttentionCase& c, const Bytes& kind, double topic, int32_t wave) {
     SCOPED_TRACE(describe(c) + " topic " + std::to_string(topic) + " tolerance " + std::to_string(kind.tolerance));
@@ -223,6 +223,7 @@ TEST_F(AdaptiveDecisions, OnBytesAreThoseOfTheHost) {
     make_structured(data, {.topic = topic}, run_seed());
     Analysis a(data, ADAATTN_POLICY_SPEED, wave, false, Rules::kBytes);
     for (float& tile : a.args.bytes.tile) tile = kind.tile;
+    a.args.bytes.per_query_tile = kind.per_query_tile;
     a.args.bytes.per_head = kind.per_head;
     a.args.bytes.round_error = kind.round_error;
     a.args.options.min_precision = decide::Precision::kI8;

@@ -192,7 +192,7 @@ HostDecisions decide_on_host(const Analysis& a) {
       for (size_t g = 0; g < feedback.size() && s.bytes; ++g) {
         decide::HeadChoice& choice = out.choice[first + g];
         if (decide::only_bytes(options))
-          decide::put_in_bytes(bytes, &choice);
+          decide::put_in_bytes(out.head_levels[first + g], bytes, &choice);
         else
           decide::take_bytes(options, a.args.costs, u.errors, out.head_levels[first + g], bytes, feedback[g], &choice);
       }

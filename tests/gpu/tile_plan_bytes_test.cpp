@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "gpu/tile_plans.h"
+#include "support/random.h"
 
 namespace adaattn::test {
 namespace {
@@ -186,8 +187,8 @@ TEST_F(TilePlansInBytes, InputThatIsNotFiniteIsComputedExactly) {
     }
 }
 
-// The kernels gain 1.06 at most, and another class is taken from 1.15 on.
-TEST_F(TilePlansInBytes, WhereWiderOnesAreAllowedTheGainDecides) {
+// Of short lists nothing is gained, and another class is taken from 1.15 on.
+TEST_F(TilePlansInBytes, WhereWiderOnesAreAllowedShortListsKeepTo16Bits) {
   const Context context(kCuda);
   AttentionData data = structured(causal_case(1500)), wide = with_own_outputs(data);
   const AdaptivePlan plan(context, data.desc, with_precisions(0.85, ADAATTN_PRECISION_I8, ADAATTN_PRECISION_BF16)),
@@ -197,6 +198,45 @@ TEST_F(TilePlansInBytes, WhereWiderOnesAreAllowedTheGainDecides) {
   EXPECT_EQ(plan.stats().heads_i8, 0u);
   EXPECT_EQ(plan.stats().heads_bf16, plan.stats().heads);
   EXPECT_TRUE(same_outputs(data, wide));
+}
+
+// A KV head that keeps few tiles, and one of random numbers, whose query heads keep all of 64: either as in a plan that
+// allows but its own precision.
+TEST_F(TilePlansInBytes, WhereWiderOnesAreAllowedLongListsTakeThem) {
+  const Context context(kCuda);
+  AttentionCase c = causal_case(8192);
+  c.mask = ADAATTN_MASK_NONE;
+  c.batch = 1;
+  AttentionData data = structured(c);
+  Random random(run_seed() + 2);
+  const auto fill = [&](Tensor& x, int64_t first_head) {
+    x.for_each([&](const std::vector<int64_t>& index, int64_t) {
+      if (index[2] >= first_head) x.set(index, random.normal());
+    });
+  };
+  fill(data.q, 2);
+  fill(data.k, 1);
+  fill(data.v, 1);
+  const AdaptivePlan plan(context, data.desc, with_precisions(0.85, ADAATTN_PRECISION_I8, ADAATTN_PRECISION_BF16)),
+      narrow(context, data.desc, in_bytes(0.85)), wide(context, data.desc, in_bf16(0.85));
+  AttentionData in_8_bits = with_own_outputs(data), in_16_bits = with_own_outputs(data);
+  ASSERT_NO_FATAL_FAILURE(execute(narrow, in_8_bits));
+  ASSERT_NO_FATAL_FAILURE(execute(wide, in_16_bits));
+  ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  int64_t wrong = 0;
+  data.o.for_each([&](const std::vector<int64_t>& index, int64_t) {
+    const AttentionData& want = index[2] >= 2 ? in_8_bits : in_16_bits;
+    wrong += data.o.get(index) != want.o.get(index);
+  });
+  EXPECT_EQ(wrong, 0);
+  for (const adaattn_head_stats_t& head : plan.heads()) {
+    EXPECT_EQ(head.precision, head.head >= 2 ? ADAATTN_PRECISION_I8 : ADAATTN_PRECISION_BF16) << head.head;
+    EXPECT_EQ(head.kept_tiles == 1, head.head >= 2) << head.head;
+    EXPECT_FALSE(head.dense);
+  }
+  for (int call = 0; call < 3; ++call) ASSERT_NO_FATAL_FAILURE(execute(plan, data));
+  EXPECT_EQ(plan.stats().heads_i8, 4u * 2);
+  EXPECT_EQ(plan.stats().heads_bf16, 4u * 2);
 }
 
 TEST_F(TilePlansInBytes, FrozenPlansRepeatThemselvesBitForBit) {
