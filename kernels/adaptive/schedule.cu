@@ -19,11 +19,13 @@ __device__ __forceinline__ int bucket_of(int kept, int key_tiles) {
   return kWorkBuckets - 1 - bucket;  // most work first
 }
 
-// Of a section of the work lists.
+// Of a section of the work lists; all about as large, for a small last one would end unevenly.
 int section_units(const AnalyzeArgs& args) {
   const TableShape& s = args.shape;
-  const int64_t units = args.cache_bytes / (s.key_rows() * (s.d_qk + s.d_v) * 2);
-  return static_cast<int>(std::clamp<int64_t>(units, 1, int64_t{s.batch} * s.heads_kv));
+  const int64_t all = args.p.batch * s.heads_kv;
+  const int64_t most = std::clamp<int64_t>(args.cache_bytes / (s.key_rows() * (s.d_qk + s.d_v) * 2), 1, all);
+  const int64_t sections = (all + most - 1) / most;
+  return static_cast<int>((all + sections - 1) / sections);
 }
 
 // Query tiles of a sequence in the wave.

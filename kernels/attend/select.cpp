@@ -17,6 +17,7 @@ constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
 constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
 constexpr int64_t kTallKeys = 512;                // fewer are not worth tiles of 192 rows
+constexpr int64_t kTallKeysUnmasked = 1024;
 static_assert(kMostTailTiles * kTailWarps <= 32 * kMostJoinedTiles, "a warp of rows has a bit of a launch's arrivals");
 
 const char* name_of(Dtype dtype) {
@@ -72,10 +73,10 @@ const AttendKernel* best(Phase phase, const Problem& problem, uint32_t features,
   return found;
 }
 
-// The Hopper kernel of tall tiles that could stand for `usual`. It was measured with causal masks alone.
+// The Hopper kernel of tall tiles that could stand for `usual`. It was measured with causal masks and without any.
 const AttendKernel* tall_kernel(const AttendKernel* usual, const Problem& problem, uint32_t features,
                                 const DeviceTraits& device) {
-  if (usual == nullptr || usual->arch != 90 || problem.window_right != 0 || problem.window_left >= 0) return nullptr;
+  if (usual == nullptr || usual->arch != 90 || problem.window_right > 0 || problem.window_left >= 0) return nullptr;
   const AttendKernel* kernel = best(Phase::kForward, problem, features | kTall, device);
   const bool same = kernel != nullptr && kernel->d_qk == usual->d_qk && kernel->d_v == usual->d_v;
   return same ? kernel : nullptr;
@@ -87,12 +88,19 @@ int64_t tiles_of(const Problem& problem, const Extent& extent, const AttendKerne
   return tiles * problem.heads_q;
 }
 
-// Whether the tall kernel takes less time (sm90/NOTES.md). With many more keys than queries most blocks have no mask,
-// and those of the other kernel are larger; where tiles are few the longest of them takes as long as the call, and the
-// other kernel's are shorter.
-bool tall_wins(const Problem& problem, const Extent& extent, const AttendKernel& tall, const DeviceTraits& device) {
-  return extent.seqlen_k >= kTallKeys && extent.seqlen_k <= 2 * extent.seqlen_q &&
-         2 * tiles_of(problem, extent, tall) >= 3 * int64_t{device.multiprocessors};
+// Whether the tall kernel takes less time (sm90/NOTES.md).
+bool tall_wins(const Problem& problem, const Extent& extent, const AttendKernel& usual, const AttendKernel& tall,
+               const DeviceTraits& device) {
+  const int64_t tiles = tiles_of(problem, extent, tall), multiprocessors = device.multiprocessors;
+  if (problem.window_right == 0) {
+    // With many more keys than queries most blocks have no mask, and those of the other kernel are larger. Where tiles
+    // are few the longest of them takes as long as the call, and the other kernel's are shorter.
+    return extent.seqlen_k >= kTallKeys && extent.seqlen_k <= 2 * extent.seqlen_q && 2 * tiles >= 3 * multiprocessors;
+  }
+  // Rounds of equal tiles; a row takes 0.93 of the time that it takes there.
+  const int64_t rounds = ceil_div(tiles, multiprocessors);
+  const int64_t usual_rounds = ceil_div(tiles_of(problem, extent, usual), multiprocessors);
+  return extent.seqlen_k >= kTallKeysUnmasked && 93 * rounds * tall.tile_q < 100 * usual_rounds * usual.tile_q;
 }
 
 const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uint32_t features,
@@ -125,7 +133,7 @@ const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uin
   }
   const AttendKernel* usual = best(Phase::kForward, problem, features | (few(apart) ? kSplit : kPlain), device);
   const AttendKernel* tall = tall_kernel(usual, problem, features, device);
-  return tall != nullptr && tall_wins(problem, extent, *tall, device) ? tall : usual;
+  return tall != nullptr && tall_wins(problem, extent, *usual, *tall, device) ? tall : usual;
 }
 
 // Smallest number of parts whose last wave is at least 85 % as full as the best choice's.
@@ -281,6 +289,11 @@ Launch choose(const Problem& problem, const Extent& extent, uint32_t features, c
   const bool from_end = (kernel.features & kFromEnd) != 0;  // late tiles fill the gaps at the ends of small sections
   if (from_end || launch.m_tiles <= kShortRows)
     launch.section = std::min<int32_t>(launch.section, std::max<int32_t>(from_end ? 8 : 4, group));
+  // Where tiles are few, the longest of all heads come first: a section that starts with its own would end last.
+  const int64_t pairs = heads * extent.batch;
+  if (kernel.arch == 90 && problem.window_right >= 0 && launch.m_tiles > kShortRows &&
+      2 * tiles <= 5 * device.multiprocessors && 3 * pairs * kv_bytes <= 2 * device.l2_bytes)
+    launch.section = static_cast<int32_t>(pairs);
   return launch;
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -99,7 +100,11 @@ class Analysis {
   int64_t units() const { return int64_t{args.shape.batch} * args.shape.heads_kv; }
   int64_t heads() const { return int64_t{args.shape.batch} * args.shape.heads_q; }
   int64_t section_units() const {
-    return std::max<int64_t>(1, args.cache_bytes / (args.shape.key_rows() * (args.shape.d_qk + args.shape.d_v) * 2));
+    const int64_t all = host.batch * args.shape.heads_kv;
+    const int64_t most = std::clamp<int64_t>(
+        args.cache_bytes / (args.shape.key_rows() * (args.shape.d_qk + args.shape.d_v) * 2), 1, all);
+    const int64_t sections = (all + most - 1) / most;
+    return (all + sections - 1) / sections;
   }
 
   AnalyzeArgs args;

@@ -130,6 +130,29 @@ TEST_F(DenseRounds, DoNotDependOnWhatTheHostKnows) {
   }
 }
 
+// Of 1.6 tiles of 192 rows for each multiprocessor, 2.4 of 128.
+TEST_F(DenseRounds, OfCallsWithoutAMask) {
+  const Context context(kCuda);
+  AttentionCase c = wide_case();
+  c.name = "Full";
+  c.batch = 1;
+  c.heads_q = 20;
+  c.mask = ADAATTN_MASK_NONE;
+  AttentionData data = random_data(c);
+  const AttentionData exact = by_exact_plan(context, data);
+  const AdaptivePlan waits(context, data.desc, adaptive_desc(ADAATTN_POLICY_SPEED));
+  const AdaptivePlan captured(context, data.desc, adaptive_desc(ADAATTN_POLICY_SPEED));
+  AttentionData again = with_own_outputs(data);
+  ReplayedCall replay(captured, again);
+  for (int call = 0; call < 3; ++call) {
+    ASSERT_NO_FATAL_FAILURE(execute(waits, data));
+    EXPECT_EQ(static_cast<bool>(same_outputs(data, exact)), call > 0) << call;
+    replay.run();
+    EXPECT_TRUE(same_outputs(data, again)) << call;
+  }
+  EXPECT_EQ(waits.stats().heads_dense, 3u * 20);
+}
+
 // The host never knows the lengths, and fewer sequences than before are other units.
 TEST_F(DenseRounds, OfLengthsOnTheDeviceAndOfFewerSequences) {
   const Context context(kCuda);

@@ -200,11 +200,12 @@ class TallHopperKernels : public EveryKernel {};
 
 TEST_P(TallHopperKernels, AgreeWithTheOracleAtTheEdgesOfTheirTiles) {
   int section = 0;
-  for (AttentionCase c : masked_edge_cases()) {
-    c.d_qk = c.d_v = 128;
-    run_alone(*GetParam(), c, 3, 1 + section++ % 4);
-    if (HasFailure()) return;
-  }
+  for (const std::vector<AttentionCase>& cases : {masked_edge_cases(), plain_edge_cases()})
+    for (AttentionCase c : cases) {
+      c.d_qk = c.d_v = 128;
+      run_alone(*GetParam(), c, 3, 1 + section++ % 4);
+      if (HasFailure()) return;
+    }
 }
 
 TEST_P(TallHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
@@ -218,7 +219,9 @@ TEST_P(TallHopperKernels, AgreeWithTheOracleOnSequencesOfAnyLength) {
       c.d_v = section % 3 == 0 ? 120 : 128;
       c.seqlen_q = seqlen_q;
       c.seqlen_k = seqlen_q + more_keys;
-      c.mask = section % 5 == 4 ? ADAATTN_MASK_CAUSAL_TOP_LEFT : ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+      c.mask = section % 5 == 4   ? ADAATTN_MASK_CAUSAL_TOP_LEFT
+               : section % 5 == 3 ? ADAATTN_MASK_NONE
+                                  : ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
       run_alone(*GetParam(), c, section % 4 == 0 ? 132 : 5, 1 + section % 7);
       ++section;
       if (HasFailure()) return;
@@ -244,6 +247,8 @@ TEST_P(TallHopperKernels, AgreeWithTheOracleOnPackedSequencesOfAnyLength) {
   run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 7, 1);
   c.mask = ADAATTN_MASK_CAUSAL_TOP_LEFT;
   run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 132, 1);
+  c.mask = ADAATTN_MASK_NONE;
+  run_alone(*GetParam(), with_lengths(c, lens_q, lens_k), 7, 1);
 }
 
 // Groups, sequences whose keys are not all used, and scores near each other or far apart.

@@ -55,6 +55,21 @@ TEST(TallTiles, AreThreeForEachTwoMultiprocessorsOfCausalCalls) {
   EXPECT_EQ(chosen(causal(1, 33, 1024), 0, more), kMasked);
 }
 
+TEST(TallTiles, WithoutAMaskSaveRounds) {
+  const auto full = [](int64_t batch, int64_t heads, int64_t seqlen) {
+    Problem p = causal(batch, heads, seqlen);
+    p.window_right = -1;
+    return chosen(p);
+  };
+  const char* const plain = "sm90_forward_bf16_d128_plain";
+  EXPECT_EQ(full(2, 16, 8192), kTall);  // 11 rounds of 192 rows, 16 of 128
+  EXPECT_EQ(full(1, 64, 8192), kTall);
+  EXPECT_EQ(full(1, 3, 8192), kTall);  // one, two
+  EXPECT_EQ(full(1, 2, 8192), plain);  // one, one
+  EXPECT_EQ(full(1, 4, 8192), plain);  // two, two
+  EXPECT_EQ(full(64, 16, 1023), plain);
+}
+
 TEST(TallTiles, HaveAtMostTwoKeysForEachQuery) {
   Problem p = causal(16, 16, 1024);
   p.max_seqlen_k = 2048;
@@ -86,9 +101,6 @@ TEST(TallTiles, MayBePackedGroupedInF16OrOfFewerColumns) {
 TEST(TallTiles, AreLeftToOthersWhereItWasNotSeenToWin) {
   const Problem base = causal(16, 16, 1024);
   Problem p = base;
-  p.window_right = -1;
-  EXPECT_EQ(chosen(p), "sm90_forward_bf16_d128_plain");
-  p = base;
   p.window_left = 500;
   EXPECT_EQ(chosen(p), kMasked);
   p = base;
@@ -124,6 +136,18 @@ TEST(TallTiles, KernelsAreLoadedWithThePlan) {
   Problem p = causal(16, 16, 1024);
   p.d_qk = p.d_v = 64;
   EXPECT_FALSE(prepared(p, kTall));
+}
+
+// Heads whose keys fit the cache, of at most five tiles for each two multiprocessors.
+TEST(Sections, OfFewTilesHoldAllPairs) {
+  const auto section = [](int64_t heads, int64_t seqlen) {
+    const Problem p = causal(1, heads, seqlen);
+    return cuda::choose(p, extent_of(p), cuda::features_of(p), kHopper, 0).section;
+  };
+  EXPECT_EQ(section(6, 4096), 6);
+  EXPECT_EQ(section(7, 8192), 7);
+  EXPECT_EQ(section(8, 8192), 2);
+  EXPECT_EQ(section(3, 32768), 1);
 }
 
 TEST(Sections, DivideThePairsEvenly) {

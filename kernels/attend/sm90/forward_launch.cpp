@@ -78,7 +78,7 @@ void set_late(const ForwardConfig& c, const AttendArgs& call, ForwardArgs& args)
   const int64_t wanted = std::max<int64_t>(call.multiprocessors / 2 / section, 1) * section;
   args.late_heads = static_cast<int32_t>(std::min(pairs, wanted));
   args.late_tiles = std::max(call.m_tiles / (c.d_qk <= 64 ? 4 : 2), std::min(call.m_tiles / 2, 2));
-  if (args.late_tiles == 0) args.late_heads = 0;
+  if (args.late_tiles == 0 || call.p.window_right < 0) args.late_tiles = args.late_heads = 0;
 }
 
 // overlapped: the grid may start before the one before it has ended.
