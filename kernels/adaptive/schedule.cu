@@ -34,8 +34,9 @@ __device__ __forceinline__ int wave_items(const AnalyzeArgs& args, int64_t b, in
   return static_cast<int>(max(int64_t{0}, min(tiles, static_cast<int64_t>(args.shape.wave_tiles))));
 }
 
-// By all threads of a CTA: whether the exact kernel computes this call. Nothing in the call changes what it is read
-// from before the grids that compute it are done.
+// By all threads of a CTA: whether the exact kernel computes this call. What it is read from is there without waiting,
+// for a call's first grid is launched in order, and nothing in the call changes it before the grids that compute it are
+// done.
 __device__ __forceinline__ bool left_to_exact(const AnalyzeArgs& args) {
   if (args.dense_units == 0) return false;
   bool dense = true;
