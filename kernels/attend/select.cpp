@@ -17,7 +17,6 @@ constexpr int64_t kHopperRows = 128;              // of a Hopper kernel's tile
 constexpr int64_t kBoxRows = 64;                  // rows that one copy of a Hopper kernel brings
 constexpr int64_t kSplitKeys = 2048;              // fewer are not worth splitting
 constexpr int64_t kTallKeys = 512;                // fewer are not worth tiles of 192 rows
-constexpr int64_t kTallKeysUnmasked = 1024;
 static_assert(kMostTailTiles * kTailWarps <= 32 * kMostJoinedTiles, "a warp of rows has a bit of a launch's arrivals");
 
 const char* name_of(Dtype dtype) {
@@ -91,16 +90,15 @@ int64_t tiles_of(const Problem& problem, const Extent& extent, const AttendKerne
 // Whether the tall kernel takes less time (sm90/NOTES.md).
 bool tall_wins(const Problem& problem, const Extent& extent, const AttendKernel& usual, const AttendKernel& tall,
                const DeviceTraits& device) {
+  if (extent.seqlen_k < kTallKeys) return false;
   const int64_t tiles = tiles_of(problem, extent, tall), multiprocessors = device.multiprocessors;
-  if (problem.window_right == 0) {
-    // With many more keys than queries most blocks have no mask, and those of the other kernel are larger. Where tiles
-    // are few the longest of them takes as long as the call, and the other kernel's are shorter.
-    return extent.seqlen_k >= kTallKeys && extent.seqlen_k <= 2 * extent.seqlen_q && 2 * tiles >= 3 * multiprocessors;
-  }
+  // With many more keys than queries most blocks have no mask, and those of the other kernel are larger. Where tiles
+  // are few the longest of them takes as long as the call, and the other kernel's are shorter.
+  if (problem.window_right == 0) return extent.seqlen_k <= 2 * extent.seqlen_q && 2 * tiles >= 3 * multiprocessors;
   // Rounds of equal tiles; a row takes 0.93 of the time that it takes there.
   const int64_t rounds = ceil_div(tiles, multiprocessors);
   const int64_t usual_rounds = ceil_div(tiles_of(problem, extent, usual), multiprocessors);
-  return extent.seqlen_k >= kTallKeysUnmasked && 93 * rounds * tall.tile_q < 100 * usual_rounds * usual.tile_q;
+  return 93 * rounds * tall.tile_q < 100 * usual_rounds * usual.tile_q;
 }
 
 const AttendKernel* kernel_for(const Problem& problem, const Extent& extent, uint32_t features,

@@ -67,7 +67,8 @@ TEST(TallTiles, WithoutAMaskSaveRounds) {
   EXPECT_EQ(full(1, 3, 8192), kTall);  // one, two
   EXPECT_EQ(full(1, 2, 8192), plain);  // one, one
   EXPECT_EQ(full(1, 4, 8192), plain);  // two, two
-  EXPECT_EQ(full(64, 16, 1023), plain);
+  EXPECT_EQ(full(21, 16, 768), kTall);
+  EXPECT_EQ(full(21, 16, 511), plain);
 }
 
 TEST(TallTiles, HaveAtMostTwoKeysForEachQuery) {
