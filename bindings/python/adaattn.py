@@ -219,7 +219,7 @@ class Context(_Owner):
         """Writes attention to o. options: the other tensors of adaattn_io_t by name; layout, layout_kv, mask, window,
         scale, softcap, fast_f32, descale_block, max_batch, max_seqlen_q, max_seqlen_k; policy and the fields of
         adaattn_adaptive_desc_t, enumerations by name (probe="off", freeze=True). Where lengths grow from call to call,
-        give their maxima: one plan then serves all."""
+        give their maxima: one plan then serves all. With a policy make a plan() for each layer: it learns from calls."""
         tensors, options = _split(options)
         io, _alive = _views({"q": q, "k": k, "v": v, "o": o, **tensors}, stream)
         desc, adaptive = _describe(io, **options)
