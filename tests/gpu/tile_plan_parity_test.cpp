@@ -85,15 +85,20 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
         const int64_t apart = tiles_apart(ours, theirs, got[i]);
         all_apart += apart;
         // Of the rows of a query tile, a tile that is dropped has up to a tenth of the mass. Errors add in quadrature.
-        const double rows = 128.0 * static_cast<double>(apart) / static_cast<double>(data.len_q(got[i].batch));
-        const auto expect_near = [&](double mine, double other, double rounding) {
+        const auto rows_of = [&](int64_t tiles) {
+          return 128.0 * static_cast<double>(tiles) / static_cast<double>(data.len_q(got[i].batch));
+        };
+        const auto expect_near = [](double mine, double other, double rounding, double rows) {
           EXPECT_NEAR(mine, other, 0.1 * other + rounding + std::sqrt(other * other + 0.1 * rows) - other);
         };
-        EXPECT_NEAR(got[i].dropped_mass, want[i].dropped_mass, 0.1 * want[i].dropped_mass + 0.002 + 0.1 * rows);
-        expect_near(got[i].predicted_error, want[i].predicted_error, 0.002);
-        expect_near(got[i].measured_error, want[i].measured_error, 0.004);
+        // What decide leaves out on one side alone a probe may find there: then the maps are the same, its estimates
+        // not.
+        const double decided = rows_of(apart + (probe == ADAATTN_PROBE_OFF ? 0 : 2));
+        EXPECT_NEAR(got[i].dropped_mass, want[i].dropped_mass, 0.1 * want[i].dropped_mass + 0.002 + 0.1 * decided);
+        expect_near(got[i].predicted_error, want[i].predicted_error, 0.002, decided);
+        expect_near(got[i].measured_error, want[i].measured_error, 0.004, rows_of(apart));
         // Of errors that are little more than rounding a multiplier says nothing.
-        if (apart == 0 && want[i].measured_error > 0.01) {
+        if (apart == 0 && probe == ADAATTN_PROBE_OFF && want[i].measured_error > 0.01) {
           EXPECT_NEAR(got[i].feedback, want[i].feedback, 0.2 * want[i].feedback);
         }
       }
