@@ -42,14 +42,14 @@ AdaptiveDesc named(adaattn_policy_t policy) {
   desc.policy = policy;
   return desc;
 }
-// Tiles of a mass alone; needle_share: with a probe for keys of such a share of a row.
-AdaptiveDesc tiles_of(double mass, double needle_share = 0) {
+// Tiles of a mass alone, or with a probe for keys of such a share of a row.
+AdaptiveDesc tiles_of(double mass, adaattn_probe_t probe = ADAATTN_PROBE_OFF, double needle_share = 0) {
   AdaptiveDesc desc = named(ADAATTN_POLICY_CUSTOM);
   desc.tolerance = 1;
   desc.tile_mass = mass;
   desc.far_field = ADAATTN_SWITCH_OFF;
   desc.rank_mode = ADAATTN_RANK_OFF;
-  desc.probe = needle_share > 0 ? ADAATTN_PROBE_FULL : ADAATTN_PROBE_OFF;
+  desc.probe = probe;
   desc.needle_share = needle_share;
   return desc;
 }
@@ -71,11 +71,14 @@ const NamedPolicy kCustomPolicies[] = {{"tiles.95", tiles_of(0.95)},
                                        {"tiles.90", tiles_of(0.90)},
                                        {"tiles.90+i8", in_bytes(tiles_of(0.90))},
                                        {"tiles.90+rank", with_rank(tiles_of(0.90))},
-                                       {"tiles.90+probe.05", tiles_of(0.90, 0.05)},
-                                       {"tiles.90+probe.02", tiles_of(0.90, 0.02)},
+                                       {"tiles.90+full.05", tiles_of(0.90, ADAATTN_PROBE_FULL, 0.05)},
+                                       {"tiles.90+full.02", tiles_of(0.90, ADAATTN_PROBE_FULL, 0.02)},
+                                       {"tiles.90+rank.05", tiles_of(0.90, ADAATTN_PROBE_RANK, 0.05)},
                                        {"tiles.85", tiles_of(0.85)},
-                                       {"tiles.85+probe.05", tiles_of(0.85, 0.05)},
-                                       {"tiles.85+probe.02", tiles_of(0.85, 0.02)}};
+                                       {"tiles.85+full.05", tiles_of(0.85, ADAATTN_PROBE_FULL, 0.05)},
+                                       {"tiles.85+full.02", tiles_of(0.85, ADAATTN_PROBE_FULL, 0.02)},
+                                       {"tiles.85+rank.05", tiles_of(0.85, ADAATTN_PROBE_RANK, 0.05)},
+                                       {"tiles.85+rank.02", tiles_of(0.85, ADAATTN_PROBE_RANK, 0.02)}};
 
 // Device memory that frees itself, whoever allocated it.
 using Memory = std::shared_ptr<void>;

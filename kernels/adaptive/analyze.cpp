@@ -38,6 +38,12 @@ double estimated_tiles(const TableShape& s) {
   return static_cast<double>(s.batch) * s.heads_q * s.query_tiles * s.key_tiles;
 }
 
+// For the Gram matrices of samples: the sums of up to kSampleRows / 256 parts, and their sum.
+int64_t gram_doubles(int64_t samples, int64_t dim) {
+  const int64_t ld = subspace_ld(dim);
+  return samples * ld * ld * (kSampleRows / 256 + 1) + 64;
+}
+
 AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   const int64_t units = int64_t{s.batch} * s.heads_kv, heads = int64_t{s.batch} * s.heads_q;
   AnalyzeTables t;
@@ -84,6 +90,20 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.group_v = arena.take<__nv_bfloat16>(units * s.key_groups() * s.d_v);
   t.group_v_low = arena.take<__nv_bfloat16>(units * s.key_groups() * s.max_rank);
   t.sample_sums = arena.take<double>(units * kSampleParts * (s.d_qk + s.d_v));
+  if (s.probe_columns > 0) {
+    const int64_t vectors = probe_vectors_of(s), square = int64_t{s.d_qk} * s.d_qk;
+    t.probe_sample = arena.take<float>(units * 2 * kSampleRows * s.d_qk);
+    t.probe_factor = arena.take<float>(units * square);
+    t.probe_matrix = arena.take<double>(units * square);
+    t.probe_vectors = arena.take<double>(units * vectors * s.d_qk);
+    t.probe_values = arena.take<double>(units * vectors);
+    t.probe_bases = arena.take<__nv_bfloat16>(units * 2 * s.d_qk * s.probe_columns);
+    t.probe_q = arena.take<__nv_bfloat16>(heads * s.query_rows() * s.probe_columns);
+    t.probe_k = arena.take<__nv_bfloat16>(units * s.key_rows() * s.probe_columns);
+    t.probe_base = arena.take<float>(heads * s.query_rows());
+    t.probe_scratch = arena.take<double>(static_cast<int64_t>(subspace_scratch_bytes(units, s.d_qk, vectors) / 8));
+    t.probe_gram_space = arena.take<double>(gram_doubles(2 * units, s.d_qk));
+  }
   if (s.max_rank == 0) return t;
   const int64_t columns = sample_columns(s);
   t.sample = arena.take<float>(units * kSampleRows * s.d_v);
@@ -91,24 +111,26 @@ AnalyzeTables lay_out(const TableShape& s, Arena& arena) {
   t.values = arena.take<double>(units * columns);
   t.trace = arena.take<double>(units);
   t.scratch = arena.take<double>(static_cast<int64_t>(subspace_scratch_bytes(units, s.d_v, columns) / 8));
-  // The sums of up to kSampleRows / 256 parts, and their sum.
-  const int64_t ld = subspace_ld(s.d_v);
-  t.gram_space = arena.take<double>(units * ld * ld * (kSampleRows / 256 + 1) + 64);
+  t.gram_space = arena.take<double>(gram_doubles(units, s.d_v));
   return t;
 }
 
 }  // namespace
 
-TallView sample_view(const TableShape& s, const AnalyzeTables& t) {
+TallView sample_view(float* rows, int64_t samples, int64_t dim) {
   MatrixBatch m;
-  m.data = t.sample;
-  m.batch0 = int64_t{s.batch} * s.heads_kv;
+  m.data = rows;
+  m.batch0 = samples;
   m.rows = kSampleRows;
-  m.cols = s.d_v;
-  m.stride0 = int64_t{kSampleRows} * s.d_v;
-  m.stride_row = s.d_v;
+  m.cols = dim;
+  m.stride0 = kSampleRows * dim;
+  m.stride_row = dim;
   m.stride_col = 1;
   return tall_view(m);
+}
+
+int32_t probe_vectors_of(const TableShape& s) {
+  return static_cast<int32_t>(subspace_columns(s.probe_columns, kOversampling));
 }
 
 int32_t sample_columns(const TableShape& s) {
@@ -121,10 +143,12 @@ void prepare_analyze() {
   prepare_levels();
   prepare_masks();
   prepare_remainder();
+  prepare_probe();
 }
 
 void analyze(const AnalyzeArgs& args, cudaStream_t stream) {
   sample(args, stream);
+  if (args.shape.probe_columns > 0) probe_tables(args, stream);
   if (streams(args))
     stream_statistics(args, stream);
   else
@@ -148,12 +172,19 @@ TableShape table_shape(const Problem& problem, int32_t wave_tiles) {
       s.max_rank = std::max(s.max_rank, rank);
   }
   s.mask_words = (s.key_tiles + 63) / 64;
+  const decide::Options& o = problem.adaptive;
+  // Of more columns the scores themselves are as cheap.
+  if (o.probe == decide::Probe::kRank && o.probe_rank <= 64) s.probe_columns = o.probe_rank <= 32 ? 32 : 64;
   s.wave_tiles = wave_tiles > 0 ? std::min(wave_tiles, s.query_tiles) : s.query_tiles;
   return s;
 }
 
 size_t state_basis_doubles(const TableShape& s) {
   return s.max_rank == 0 ? 0 : static_cast<size_t>(int64_t{s.batch} * s.heads_kv * sample_columns(s) * s.d_v);
+}
+
+size_t probe_basis_doubles(const TableShape& s) {
+  return s.probe_columns == 0 ? 0 : static_cast<size_t>(int64_t{s.batch} * s.heads_kv * probe_vectors_of(s) * s.d_qk);
 }
 
 size_t analyze_bytes(const TableShape& shape) {
@@ -186,16 +217,21 @@ AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile) {
   t.group_v_low = from.group_v_low;
   t.remainder = from.remainder;
   t.mean_k = from.mean_k;
+  t.probe_q = from.probe_q;
+  t.probe_k = from.probe_k;
+  t.probe_base = from.probe_base;
   return t;
 }
 
 decide::CostTable device_costs(const TableShape& s, const decide::Options& o) {
   // A score's exponential and bookkeeping, in multiply-adds of the tensor cores.
   constexpr float kScoreCost = 48;
+  // The maximum of a swept score, and the wait for K: as measured.
+  constexpr float kSweepCost = 32;
   const auto d_qk = static_cast<float>(s.d_qk);
   decide::CostTable c =
       decide::product_costs(d_qk, static_cast<float>(s.d_v), kScoreCost,
-                            o.probe == decide::Probe::kRank ? static_cast<float>(o.probe_rank) : d_qk);
+                            (s.probe_columns > 0 ? static_cast<float>(s.probe_columns) : d_qk) + kSweepCost);
   // Measured (NOTES.md): exponentials hide under the products, and the fewer there are of these the less.
   if (s.d_qk == 128 && s.d_v == 128) {
     c.tile[1] = 1.03f;

@@ -54,6 +54,8 @@ struct StageClock {
 struct AdaptiveState {
   double* basis = nullptr;         // state_basis_doubles()
   int32_t* warm = nullptr;         // [units]
+  double* probe_basis = nullptr;   // probe_basis_doubles()
+  int32_t* probe_warm = nullptr;   // [units]
   int32_t* dense_calls = nullptr;  // [units]: calls for which it is computed exactly, whatever it holds; or null
   int32_t* dense_left = nullptr;   // [units]: dense_calls as the call before left them; null where they are
   decide::HeadFeedback* feedback = nullptr;  // [batch, heads_q]; null: multipliers are 1
@@ -112,6 +114,18 @@ struct AnalyzeTables {
   double* vectors = nullptr;      // [units, sample_columns(), d_v]
   double *values = nullptr, *trace = nullptr, *scratch = nullptr;
   void* gram_space = nullptr;
+  // Of a probe in a basis (TableShape::probe_columns): rows of Q and of K less its mean, what comes of their second
+  // moments (probe.cu), and the tables of AdaptiveTables with the same names.
+  float* probe_sample = nullptr;         // [units, 2, kSampleRows, d_qk]
+  float* probe_factor = nullptr;         // [units, d_qk, d_qk]
+  double* probe_matrix = nullptr;        // likewise
+  double* probe_vectors = nullptr;       // [units, probe_vectors_of(), d_qk]
+  double* probe_values = nullptr;        // [units, probe_vectors_of()]
+  __nv_bfloat16* probe_bases = nullptr;  // [units, 2, d_qk, probe_columns]: of Q and of K
+  __nv_bfloat16 *probe_q = nullptr, *probe_k = nullptr;
+  float* probe_base = nullptr;
+  double* probe_scratch = nullptr;
+  void* probe_gram_space = nullptr;
 };
 
 inline constexpr int kWorkBuckets = 128;
@@ -149,6 +163,7 @@ struct AnalyzeArgs {
 // wave_tiles: at most this many query tiles of a head at a time; 0: all.
 TableShape table_shape(const Problem& problem, int32_t wave_tiles);
 size_t state_basis_doubles(const TableShape& shape);
+size_t probe_basis_doubles(const TableShape& shape);
 size_t analyze_bytes(const TableShape& shape);
 AnalyzeTables analyze_layout(const TableShape& shape, void* workspace);
 AdaptiveTables tables_of(const AnalyzeArgs& args, int32_t first_tile);

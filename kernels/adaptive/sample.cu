@@ -205,9 +205,7 @@ void sample(const AnalyzeArgs& args, cudaStream_t stream) {
   check(launch_grid(bf16 ? gather_kernel<__nv_bfloat16> : gather_kernel<__half>, dim3(units, kSampleParts, 2), kThreads,
                     0, stream, args),
         "analyze");
-  TallView view = sample_view(s, args.tables);
-  view.batch = units;
-  double* const gram = gram_of(view, args.tables.gram_space, stream);
+  double* const gram = gram_of(sample_view(args.tables.sample, units, s.d_v), args.tables.gram_space, stream);
   SubspaceArgs basis;
   basis.batch = units;
   basis.dim = s.d_v;

@@ -6,11 +6,14 @@
 
 namespace adaattn::cuda {
 
-TallView sample_view(const TableShape& shape, const AnalyzeTables& tables);
+TallView sample_view(float* rows, int64_t samples, int64_t dim);  // of kSampleRows rows each
 int32_t sample_columns(const TableShape& shape);  // vectors of a basis, those of oversampling included
 
 // Means, bases and rank classes.
 void sample(const AnalyzeArgs& args, cudaStream_t stream);
+// After that, where the shape has probe_columns: Q and K as the probe reads them.
+void probe_tables(const AnalyzeArgs& args, cudaStream_t stream);
+int32_t probe_vectors_of(const TableShape& shape);  // those of oversampling included
 // Tables of all key and query tiles.
 void tile_statistics(const AnalyzeArgs& args, cudaStream_t stream);
 // The same where streams(args): bf16, head_dim 128, no far field, V as it is. With needles it is the only way.
@@ -29,5 +32,6 @@ void prepare_stream();
 void prepare_levels();
 void prepare_masks();
 void prepare_remainder();
+void prepare_probe();
 
 }  // namespace adaattn::cuda

@@ -32,7 +32,10 @@ struct TableShape {
   bool compensates = false;  // rows get the mean of what their tile leaves out: AdaptiveTables::remainder
   bool bytes = false;        // heads may be computed in 8 bits; then without a far field, and with V as it is
   int32_t wave_tiles = 0;    // query tiles of a head whose masks exist at a time
+  // Columns of probe_q and probe_k, 32 or 64; 0: no probe, or one by Q and K themselves.
+  int32_t probe_columns = 0;
   ADAATTN_HD int64_t key_rows() const { return int64_t{key_tiles} * decide::kTileK; }
+  ADAATTN_HD int64_t query_rows() const { return int64_t{query_tiles} * decide::kTileQ; }
   ADAATTN_HD int64_t key_groups() const { return int64_t{key_tiles} * (decide::kTileK / kFarKeys); }
 };
 
@@ -73,6 +76,11 @@ struct AdaptiveTables {
   const __nv_bfloat16* group_k = nullptr;
   const __nv_bfloat16* group_v = nullptr;      // [batch, heads_kv, key_groups, d_v]: mean of V
   const __nv_bfloat16* group_v_low = nullptr;  // [batch, heads_kv, key_groups, max_rank]: (group_v - v_mean) basis
+
+  // For a probe: in columns a basis of its own, [batch, heads_q, query_rows] and [batch, heads_kv, key_rows] of them. A
+  // row of one times one of the other, and probe_base of the query, is the score as the probe sees it.
+  const __nv_bfloat16 *probe_q = nullptr, *probe_k = nullptr;
+  const float* probe_base = nullptr;  // [batch, heads_q, query_rows]: q times the mean of K
 
   // [batch, heads_q, wave_tiles, kRemainderWidth], without a far field and for V as it is: the rows of a query tile
   // have one more key, with the values of columns 0 to 127. Its logit, in log2 units, is column 128 + i for rows 32 i

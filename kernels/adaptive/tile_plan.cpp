@@ -154,6 +154,8 @@ void TilePlan::take_memory() {
   const auto lay_out = [&](PlanMemory& memory) {
     state_.basis = memory.take<double>(basis);
     state_.warm = memory.take<int32_t>(units);
+    state_.probe_basis = memory.take<double>(std::max<size_t>(1, probe_basis_doubles(s)));
+    state_.probe_warm = memory.take<int32_t>(units);
     state_.dense_calls = memory.take<int32_t>(units);
     state_.dense_left = memory.take<int32_t>(units);
     state_.feedback = memory.take<decide::HeadFeedback>(heads);
@@ -251,7 +253,8 @@ void TilePlan::run(AnalyzeArgs args, void* workspace, const std::optional<Attend
       sizes_.verify.rows > 0 && (captured_ || runs_ % static_cast<uint64_t>(sizes_.verify.every) == 0);
   auto* const parts = verifies ? reinterpret_cast<VerifyPart*>(space + sizes_.verify_parts) : nullptr;
   // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
-  if (o.freeze) check(cudaMemsetAsync(state_.warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
+  for (int32_t* warm : {state_.warm, state_.probe_warm})
+    if (o.freeze) check(cudaMemsetAsync(warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
   if (round) args.dense_units = static_cast<int32_t>(args.p.batch) * s.heads_kv;
   analyze(args, stream);
   decide_heads(args, stream);

@@ -96,9 +96,6 @@ Options device_options(const Problem& given) {
 bool tiles_in_bytes(const Options& o) { return o.policy == decide::Policy::kCustom && decide::only_bytes(o); }
 
 void check_tile_options(const Options& o) {
-  if (o.policy == decide::Policy::kCustom && o.probe == decide::Probe::kRank)
-    refuse("adaptive.probe is %d (RANK); accepted on CUDA: %d (OFF), %d (FULL)", ADAATTN_PROBE_RANK, ADAATTN_PROBE_OFF,
-           ADAATTN_PROBE_FULL);
   if (!tiles_in_bytes(o)) return;
   if (o.probe != decide::Probe::kOff)
     refuse("adaptive.probe is %d; accepted for 8-bit attention: %d (OFF)",

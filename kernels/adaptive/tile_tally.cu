@@ -191,7 +191,8 @@ __device__ __forceinline__ void add_head(const AnalyzeArgs& args, int head, cons
   constexpr double kGroups = decide::kTileK / kFarKeys;
   sum->flops += 2.0 * (static_cast<double>(x.rows_kept) * decide::kTileK * (s.d_qk + rank) +
                        static_cast<double>(x.rows_far) * kGroups * (2 * s.d_qk + 1 + rank) +
-                       static_cast<double>(x.rows_swept) * decide::kTileK * s.d_qk +
+                       static_cast<double>(x.rows_swept) * decide::kTileK *
+                           (s.probe_columns > 0 ? args.options.probe_rank + 1 : s.d_qk) +
                        (x.rank_class == 0 ? 0.0 : static_cast<double>(x.rows) * s.d_v * rank));
 }
 

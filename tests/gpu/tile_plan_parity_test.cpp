@@ -57,7 +57,9 @@ TEST_F(TilePlans, StatisticsAreThoseOfTheCpu) {
     for (const auto& [far_field, probe] : {std::pair{false, ADAATTN_PROBE_OFF},
                                            {true, ADAATTN_PROBE_OFF},
                                            {false, ADAATTN_PROBE_FULL},
-                                           {true, ADAATTN_PROBE_FULL}}) {
+                                           {true, ADAATTN_PROBE_FULL},
+                                           {false, ADAATTN_PROBE_RANK},
+                                           {true, ADAATTN_PROBE_RANK}}) {
       SCOPED_TRACE(testing::Message() << describe(c) << " far field " << far_field << " probe " << probe);
       AttentionData data = structured(c);
       adaattn_adaptive_desc_t adaptive = custom_desc(0.9);

@@ -37,11 +37,16 @@ std::vector<adaattn_adaptive_desc_t> every_kind() {
   custom.probe = ADAATTN_PROBE_OFF;
   custom.tile_mass = 0.8;
   custom.rank_mode = ADAATTN_RANK_OFF;  // how much its decomposition needs is asked of a device
-  adaattn_adaptive_desc_t bytes = custom;
+  adaattn_adaptive_desc_t bytes = custom, probing = custom;
   bytes.far_field = ADAATTN_SWITCH_OFF;
   bytes.min_precision = bytes.max_precision = ADAATTN_PRECISION_I8;
-  return {adaptive_desc(ADAATTN_POLICY_QUALITY), adaptive_desc(ADAATTN_POLICY_BALANCED),
-          adaptive_desc(ADAATTN_POLICY_SPEED), custom, bytes};
+  probing.probe = ADAATTN_PROBE_FULL;
+  return {adaptive_desc(ADAATTN_POLICY_QUALITY),
+          adaptive_desc(ADAATTN_POLICY_BALANCED),
+          adaptive_desc(ADAATTN_POLICY_SPEED),
+          custom,
+          bytes,
+          probing};
 }
 
 // Masks, codes and shares of tiles grow with its square, up to a bound that no length moves.

@@ -238,8 +238,6 @@ TEST_F(TilePlans, WhatIsNotServedIsRefusedByName) {
     EXPECT_NE(last_error().find(field), std::string::npos) << last_error();
     EXPECT_NE(last_error().find("; accepted"), std::string::npos) << last_error();
   };
-  adaattn_adaptive_desc_t custom = adaptive_desc(ADAATTN_POLICY_CUSTOM);
-  expect_refused(data.desc, custom, "adaptive.probe is 2 (RANK)");
   const adaattn_adaptive_desc_t speed = adaptive_desc(ADAATTN_POLICY_SPEED);
   adaattn_attn_desc_t desc = data.desc;
   desc.head_dim_qk = desc.head_dim_v = 64;

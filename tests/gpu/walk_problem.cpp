@@ -76,6 +76,10 @@ void WalkProblem::lay_out() {
   make(remainder, items * cuda::kRemainderWidth);
   make(mean_k, units * 2 * kD);
   make(far_share, items * cuda::sm90::kWalkShares);
+  t.probe_columns = s.probe_columns;
+  make(probe_q, s.batch * s.heads_q * t.query_rows() * s.probe_columns);
+  make(probe_k, units * t.key_rows() * s.probe_columns);
+  make(probe_base, s.batch * s.heads_q * t.query_rows());
   make(counters, 2);
 }
 
@@ -89,6 +93,10 @@ void WalkProblem::fill() {
   normal(*v_low, 1);
   normal(*basis, 1 / std::sqrt(static_cast<double>(s.max_rank)));
   normal(*group_v_low, 1);
+  // They need not have anything to do with Q and K.
+  normal(*probe_q, std::sqrt(1.5 * kD / std::max(s.probe_columns, 1)));
+  normal(*probe_k, 1.5);
+  for (float& x : probe_base->host) x = static_cast<float>(random_.normal() * std::sqrt(static_cast<double>(kD)));
   for (size_t i = 0; i < remainder->host.size(); ++i)
     remainder->host[i] = static_cast<float>(
         static_cast<int64_t>(i % cuda::kRemainderWidth) < kD ? random_.normal() : 4 + 2 * random_.normal());
@@ -211,9 +219,12 @@ void WalkProblem::decide_masks() {
 }
 
 void WalkProblem::upload() {
-  for (const Mirror<Bf16>* x :
-       {q.get(), k.get(), v.get(), o.get(), v_low.get(), basis.get(), group_k.get(), group_v.get(), group_v_low.get()})
+  for (const Mirror<Bf16>* x : {q.get(), k.get(), v.get(), o.get(), v_low.get(), basis.get(), group_k.get(),
+                                group_v.get(), group_v_low.get(), probe_q.get(), probe_k.get()})
     x->upload();
+  tables.probe_base = probe_base->upload();
+  tables.probe_q = probe_q->data();
+  tables.probe_k = probe_k->data();
   lse->upload();
   far_share->upload();
   found->upload();
@@ -261,7 +272,13 @@ std::vector<WalkProblem::Swept> WalkProblem::sweep(int64_t b, int64_t h, int64_t
       const int64_t key_tile = j / kTile, word = words + key_tile / 64;
       if (kept_mask[word] >> key_tile % 64 & 1) kept_sum += weight;
       if (mask->host[word] >> key_tile % 64 & 1) all_sum += weight;
-      top[key_tile] = std::max(top[key_tile], weight);
+      if (const int64_t r = s.probe_columns; r > 0) {
+        const int64_t row_q = (b * s.heads_q + h) * t.query_rows() + i;
+        const int64_t row_k = (b * s.heads_kv + head_kv) * t.key_rows() + j;
+        score = probe_base->host[row_q];
+        for (int64_t d = 0; d < r; ++d) score += at(*probe_q, row_q * r + d) * at(*probe_k, row_k * r + d);
+      }
+      top[key_tile] = std::max(top[key_tile], std::exp2(c * score));
     }
     for (Swept& x : swept) {
       x.of_kept = std::max(x.of_kept, top[x.tile] / kept_sum);

@@ -44,6 +44,7 @@ struct WalkShape {
   bool far_field = false;
   bool remainder = false;       // of class 0
   double needle = 0;            // share of a row from which on a key's tile is taken in by the probe; 0: no probe
+  int probe_columns = 0;        // of what the probe reads; 0: Q and K themselves
   int32_t multiprocessors = 3;  // so few that a CTA walks several query tiles
   int max_rank = 96;
   std::vector<int> classes = {0};          // of the KV heads, in turn; cuda::kByteList: in 8 bits
@@ -113,8 +114,8 @@ class WalkProblem {
     double lse = 0, far = 0;
   };
   Row oracle(int64_t b, int64_t h, int64_t i) const;
-  // The tiles of a query tile that were not kept: the most that a key of theirs has in a row, of what the row's kept
-  // keys have together, and of what all have that the probe may have left it, these and those it found.
+  // The tiles of a query tile that were not kept: the most that a key of theirs has in a row by the probe's scores, of
+  // what the row's kept keys have together, and of what these and those that the probe found have.
   struct Swept {
     int32_t tile;
     double of_kept, of_all;
@@ -141,9 +142,9 @@ class WalkProblem {
   WalkShape s;
   AttnParams params, host_params;
   cuda::AdaptiveTables tables;
-  std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low, mean_k;
+  std::unique_ptr<Mirror<Bf16>> q, k, v, o, v_low, basis, group_k, group_v, group_v_low, mean_k, probe_q, probe_k;
   std::unique_ptr<Mirror<uint8_t>> bytes;
-  std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder;
+  std::unique_ptr<Mirror<float>> lse, v_mean, far_share, remainder, probe_base;
   std::unique_ptr<Mirror<uint64_t>> mask;
   std::vector<uint64_t> kept_mask;  // before the probe added to it
   std::unique_ptr<Mirror<int32_t>> kept, found, starts_q, starts_k;

@@ -125,13 +125,23 @@ TEST_P(MaskWalk, RowsHaveOneMoreKeyForWhatTheirTileLeavesOut) {
 // Of the tiles that are not kept those are computed too in which a key has the share of a needle, and no others: at
 // least all whose key holds it of all that the row is given, at most those whose key holds it of the kept keys alone.
 TEST_P(MaskWalk, TilesWithAKeyThatHoldsTheShareAreTakenIn) {
-  for (const auto& [rank_class, far_field, needle] :
-       {std::tuple{0, false, 0.05}, {0, true, 0.02}, {1, true, 0.05}, {2, false, 0.02}, {3, true, 0.02}}) {
+  for (const auto& [rank_class, far_field, needle, columns] : {std::tuple{0, false, 0.05, 0},
+                                                               {0, true, 0.02, 0},
+                                                               {1, true, 0.05, 0},
+                                                               {2, false, 0.02, 0},
+                                                               {3, true, 0.02, 0},
+                                                               {0, false, 0.05, 32},
+                                                               {0, true, 0.1, 64},
+                                                               {1, true, 0.05, 64},
+                                                               {2, false, 0.05, 32},
+                                                               {3, true, 0.1, 32}}) {
     WalkShape s = GetParam();
     if (rank_class != 0) s.classes = {rank_class};
     s.far_field = far_field;
     s.needle = needle;
-    SCOPED_TRACE(testing::Message() << "class " << rank_class << (far_field ? ", far field" : ""));
+    s.probe_columns = columns;
+    SCOPED_TRACE(testing::Message() << "class " << rank_class << (far_field ? ", far field" : "") << ", by " << columns
+                                    << " columns");
     WalkProblem x(s, run_seed());
     x.run();
     ASSERT_NO_FATAL_FAILURE(expect_oracle(x));
@@ -335,11 +345,12 @@ TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
     int rank_class;
     bool far_field, remainder;
     double needle;
+    int probe_columns;
   };
-  for (const Kind& kind :
-       {Kind{0, true, false, 0}, Kind{1, true, false, 0}, Kind{3, true, false, 0}, Kind{0, false, false, 0},
-        Kind{0, false, true, 0}, Kind{0, false, false, 0.02}, Kind{0, true, false, 0.02}, Kind{2, true, false, 0.02},
-        Kind{cuda::kByteList, false, false, 0}}) {
+  for (const Kind& kind : {Kind{0, true, false, 0, 0}, Kind{1, true, false, 0, 0}, Kind{3, true, false, 0, 0},
+                           Kind{0, false, false, 0, 0}, Kind{0, false, true, 0, 0}, Kind{0, false, false, 0.02, 0},
+                           Kind{0, true, false, 0.02, 0}, Kind{2, true, false, 0.02, 0}, Kind{0, true, false, 0.1, 32},
+                           Kind{1, false, false, 0.1, 64}, Kind{cuda::kByteList, false, false, 0, 0}}) {
     SCOPED_TRACE(testing::Message() << "class " << kind.rank_class << (kind.far_field ? ", far field" : "")
                                     << (kind.remainder ? ", remainder" : "") << (kind.needle > 0 ? ", probe" : ""));
     WalkProblem x({.name = "Repeat",
@@ -353,6 +364,7 @@ TEST_F(MaskWalks, RunsOfOneProblemAgreeBitForBit) {
                    .far_field = kind.far_field,
                    .remainder = kind.remainder,
                    .needle = kind.needle,
+                   .probe_columns = kind.probe_columns,
                    .multiprocessors = 60,
                    .classes = {kind.rank_class}},
                   run_seed());

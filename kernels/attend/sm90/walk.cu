@@ -9,9 +9,9 @@
 namespace adaattn::cuda::sm90 {
 namespace {
 
-template <int kRank, LeftOut kLeftOut, bool kProbe = false>
+template <int kRank, LeftOut kLeftOut, int kProbeColumns = 0>
 constexpr WalkInstance instance() {
-  using Policy = WalkPolicy<kRank, kLeftOut, kProbe>;
+  using Policy = WalkPolicy<kRank, kLeftOut, kProbeColumns>;
   using Traits = WalkTraits<__nv_bfloat16, Policy>;
   return {Traits::kC, static_cast<int>(sizeof(typename Traits::Shared)),
           reinterpret_cast<const void*>(&walk_kernel<__nv_bfloat16, Policy>)};
@@ -21,15 +21,25 @@ constexpr WalkInstance instance() {
 const WalkInstance kInstances[decide::kRankClasses] = {
     instance<kWalkDim, LeftOut::kCentroids>(), instance<96, LeftOut::kCentroids>(), instance<64, LeftOut::kCentroids>(),
     instance<32, LeftOut::kCentroids>()};
+template <int kColumns>
 const WalkInstance kProbing[decide::kRankClasses] = {
-    instance<kWalkDim, LeftOut::kCentroids, true>(), instance<96, LeftOut::kCentroids, true>(),
-    instance<64, LeftOut::kCentroids, true>(), instance<32, LeftOut::kCentroids, true>()};
+    instance<kWalkDim, LeftOut::kCentroids, kColumns>(), instance<96, LeftOut::kCentroids, kColumns>(),
+    instance<64, LeftOut::kCentroids, kColumns>(), instance<32, LeftOut::kCentroids, kColumns>()};
 const WalkInstance kPlain = instance<kWalkDim, LeftOut::kNothing>();
 const WalkInstance kWithRemainder = instance<kWalkDim, LeftOut::kRemainder>();
 
 const WalkInstance& instance_of(const WalkCall& call) {
   if (call.bytes.k != nullptr) return int8_walk();
-  if (call.found != nullptr) return kProbing[call.rank_class];
+  if (call.found != nullptr) {
+    switch (call.tables.shape.probe_columns) {
+      case 32:
+        return kProbing<32>[call.rank_class];
+      case 64:
+        return kProbing<64>[call.rank_class];
+      default:
+        return kProbing<kWalkDim>[call.rank_class];
+    }
+  }
   if (call.rank_class != 0 || call.far_field) return kInstances[call.rank_class];
   return call.tables.remainder != nullptr ? kWithRemainder : kPlain;
 }
@@ -46,7 +56,9 @@ void prepare_walk() {
     check(cudaFuncSetAttribute(x.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, x.shared_bytes), "walk");
   };
   for (const WalkInstance& x : kInstances) prepare(x);
-  for (const WalkInstance& x : kProbing) prepare(x);
+  for (const WalkInstance& x : kProbing<32>) prepare(x);
+  for (const WalkInstance& x : kProbing<64>) prepare(x);
+  for (const WalkInstance& x : kProbing<kWalkDim>) prepare(x);
   prepare(kPlain);
   prepare(kWithRemainder);
   prepare(int8_walk());
@@ -92,6 +104,11 @@ cudaError_t launch_walk(const WalkCall& call, cudaStream_t stream) {
     args.group_v_map =
         low_rank ? map(call.tables.group_v_low, shape.key_groups(), shape.max_rank, rank, width, "group_v_low")
                  : map(call.tables.group_v, shape.key_groups(), kWalkDim, kWalkDim, width, "group_v");
+  }
+  if (const int columns = shape.probe_columns; call.found != nullptr && columns > 0) {
+    args.probe_k_map = map(call.tables.probe_k, shape.key_rows(), columns, columns, 2 * columns, "probe_k");
+    args.probe_q_map = make_map(dense(call.tables.probe_q, shape.heads_q, shape.query_rows(), columns),
+                                {columns, shape.query_rows(), shape.heads_q, shape.batch}, 2 * columns, 64, "probe_q");
   }
   with_bytes.tables = call.bytes;
   with_bytes.with_shift = call.p.lse.data != nullptr || call.p.sinks != nullptr;

@@ -25,7 +25,7 @@ struct WalkCall {
   // [batch, heads_q, wave_tiles]: key tiles that the probe found, whose bits are set in `mask`, the tables' own. Of the
   // tiles that are not kept, those in which some key has at least the share of a needle in some row, of what that row
   // has been given so far; they are computed exactly. Null: no probe.
-  int32_t* found = nullptr;
+  int32_t* found = nullptr;  // by the tables' probe_q and probe_k, where they are there
   uint64_t* mask = nullptr;
   float log2_needle = 0;
   Int8Tables bytes;              // not null: the list of the heads in 8 bits is computed, from these K and V

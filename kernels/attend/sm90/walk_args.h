@@ -20,7 +20,8 @@ struct WalkArgs {
   const uint32_t* work_count;
   bool far_field;
   float* far_share;  // [items][kWalkShares], null: not wanted
-  // Of instances that probe.
+  // Of instances that probe; the maps and probe_base of those in a basis.
+  CUtensorMap probe_q_map, probe_k_map;
   float log2_needle;
   uint64_t* mask;  // that of the tables
   int32_t* found;  // [items]

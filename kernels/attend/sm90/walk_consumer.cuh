@@ -114,9 +114,11 @@ class WalkConsumer : WalkTiles<ConsumerCore<Traits>> {
     int rest = end_ - begin_ - kept_;
     const bool any = rest > 0;
     bool left = false;
+    float base[2] = {0, 0};
+    if (Traits::kLowProbe && any) read_base(base);
     for (; rest > 0; rest -= kSweepTiles) {
       const int swept = min(rest, kSweepTiles);
-      int found = sweep(swept);
+      int found = sweep(swept, base);
       left = left || found < swept;
       for (; found > 0; --found) Core::quick_step(0, k_count_++, false);
     }
@@ -129,21 +131,50 @@ class WalkConsumer : WalkTiles<ConsumerCore<Traits>> {
     if (any) release(&shared_.q_empty[group_]);
   }
 
-  // Scores of so many tiles, without weights. Returns in how many of them a key holds a needle's share of a row: what
-  // the row has been given so far is less than what it will have, so no such key stays under the threshold.
-  __device__ __forceinline__ int sweep(int count) {
+  // What a probe in a basis leaves out of the scores of the thread's rows.
+  __device__ __forceinline__ void read_base(float (&base)[2]) const {
+    const TableShape& shape = walk_.tables.shape;
+    const float* const rows =
+        walk_.tables.probe_base + (int64_t{tile_.batch} * shape.heads_q + tile_.head) * shape.query_rows();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = rows[Core::row_of(r)];
+  }
+
+  // S of a tile that is swept, on its way; place: of those in its buffer.
+  __device__ __forceinline__ void issue_swept(int place) {
+    if constexpr (Traits::kLowProbe) {
+      constexpr int kWidth = Traits::kProbeWidth;
+      if (place == 0) Core::wait_k(k_count_);
+      wgmma_fence();
+      const uint64_t a = Descriptor<kWidth>::k_major(shared_address(shared_.q_squared[group_]));
+      const uint64_t b = Descriptor<kWidth>::k_major(
+          shared_address(shared_.k[k_count_ % Traits::kKStages] + place * Traits::kSweptBytes));
+#pragma unroll
+      for (int i = 0; i < Traits::kProbeColumns / 16; ++i)
+        Wgmma<T, kN>::template ss<0>(scores_, a + i * 32 / 16, b + i * 32 / 16, i > 0);
+      wgmma_commit();
+    } else {
+      Core::first_scores(k_count_);
+    }
+  }
+
+  // Scores of so many tiles less `base`, without weights. Returns in how many of them a key holds a needle's share of a
+  // row: what the row has been given so far is less than what it will have, so no such key stays under the threshold.
+  __device__ __forceinline__ int sweep(int count, const float (&base)[2]) {
     float least[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float weight = __log2f(quad_sum(row_sum_[r])) + walk_.log2_needle;
-      least[r] = Core::row_of(r) < range_.len_q ? fmaf(weight, 1 / args_.scale_log2, row_max_[r]) : INFINITY;
+      least[r] = Core::row_of(r) < range_.len_q ? fmaf(weight, 1 / args_.scale_log2, row_max_[r]) - base[r] : INFINITY;
     }
     auto& found = shared_.found[sweep_count_ & 1];
     for (int i = 0; i < count; ++i) {
-      Core::first_scores(k_count_);
+      const int place = i % Traits::kSweptTogether;
+      issue_swept(place);
       wgmma_wait<0>();
       pin(scores_);
-      release(&shared_.k_empty[k_count_++ % Traits::kKStages]);
+      if (place == Traits::kSweptTogether - 1 || i + 1 == count)
+        release(&shared_.k_empty[k_count_++ % Traits::kKStages]);
       float top[4] = {scores_[0], scores_[2], scores_[1], scores_[3]};
 #pragma unroll
       for (int j = 1; j < Core::kColumns; ++j) {

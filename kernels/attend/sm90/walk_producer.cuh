@@ -169,7 +169,7 @@ __device__ __forceinline__ void each_kept_tile(const WalkTile& walk, const uint6
 template <class Traits>
 class WalkProducer : Producer<Traits> {
   using Loads = Producer<Traits>;
-  using Loads::args_, Loads::shared_, Loads::keep_, Loads::stream_, Loads::q_count_;
+  using Loads::args_, Loads::shared_, Loads::keep_, Loads::stream_, Loads::q_count_, Loads::k_count_;
 
  public:
   __device__ __forceinline__ WalkProducer(const WalkArgs& args, typename Traits::Shared& shared)
@@ -255,7 +255,10 @@ class WalkProducer : Producer<Traits> {
           const int tile = word * 64 + n;
           shared_.swept[i] = tile;
           if (rest == 0 && i + 1 == count) mbarrier_arrive(&shared_.draw);
-          Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
+          if constexpr (Traits::kLowProbe)
+            load_low_k(i, count, tile * Traits::kN, head_kv, batch);
+          else
+            Loads::load_k(args_.k_map, 0, range.k_start + tile * Traits::kN, head_k, batch_k, [](int) {});
         }
         const int slot = sweep_count_ & 1;
         mbarrier_wait(&shared_.found_full, slot);
@@ -314,14 +317,22 @@ class WalkProducer : Producer<Traits> {
     return bits;
   }
 
-  // Q, and for the remainder K's mean beside the queries of each group, which is let go of with them.
+  // Q, and for the remainder K's mean beside the queries of each group, which is let go of with them, as is what a
+  // probe reads of them: it stands where the squares for the centroids come later.
   __device__ __forceinline__ void load_queries(const WalkTile& walk, int first_row, int batch, int64_t unit) {
     const int parity = q_count_++ & 1;
 #pragma unroll
     for (int group = 0; group < Traits::kGroups; ++group) {
       mbarrier_wait(&shared_.q_empty[group], parity ^ 1);
-      mbarrier_arrive_expect_tx(&shared_.q_full[group],
-                                Traits::kQBytes + (Traits::kRemainder ? Traits::kMeanBytes : 0));
+      const bool in_basis = Traits::kLowProbe && walk.kept < walk.end - walk.begin;
+      mbarrier_arrive_expect_tx(&shared_.q_full[group], Traits::kQBytes +
+                                                            (Traits::kRemainder ? Traits::kMeanBytes : 0) +
+                                                            (in_basis ? kGroupRows * Traits::kProbeWidth : 0));
+      if constexpr (Traits::kLowProbe) {
+        if (in_basis)
+          tma_load_4d(shared_.q_squared[group], &walk_.probe_q_map, &shared_.q_full[group], stream_, 0,
+                      walk.m_block * Traits::kM + group * kGroupRows, walk.head, walk.batch);
+      }
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
         tma_load_4d(shared_.q[group] + c * kGroupRows * Traits::kWidth, &args_.q_map, &shared_.q_full[group], stream_,
@@ -332,6 +343,18 @@ class WalkProducer : Producer<Traits> {
                   &shared_.q_full[group], keep_);
       }
     }
+  }
+  // Of tile i of a sweep of so many what the probe reads.
+  __device__ __forceinline__ void load_low_k(int i, int count, int row, int head_kv, int batch) {
+    constexpr int kTogether = Traits::kSweptTogether, kBytes = Traits::kSweptBytes;
+    const int stage = k_count_ % Traits::kKStages, place = i % kTogether;
+    if (place == 0) {
+      mbarrier_wait(&shared_.k_empty[stage], (k_count_ / Traits::kKStages & 1) ^ 1);
+      mbarrier_arrive_expect_tx(&shared_.k_full[stage], min(count - i, kTogether) * kBytes);
+    }
+    tma_load_4d(shared_.k[stage] + place * kBytes, &walk_.probe_k_map, &shared_.k_full[stage], keep_, 0, row, head_kv,
+                batch);
+    if (place == kTogether - 1 || i + 1 == count) ++k_count_;
   }
   __device__ __forceinline__ void load_remainder(int item) {
     constexpr uint32_t kBytes = kRemainderWidth * sizeof(float);

@@ -21,11 +21,12 @@ enum class LeftOut { kNothing, kRemainder, kCentroids };
 constexpr int kSweepTiles = 64;
 
 // kRank: columns of V, kWalkDim or fewer of V in its basis. The square of Q for the centroids takes the room of a third
-// buffer of K. kTheProbe: tiles that are not kept are searched for single heavy keys.
-template <int kRank, LeftOut kTheLeftOut, bool kTheProbe = false>
+// buffer of K. kProbeColumns: tiles that are not kept are searched for single heavy keys, by so many
+// columns of Q and K in a basis, or kWalkDim by Q and K themselves; 0: they are not.
+template <int kRank, LeftOut kTheLeftOut, int kTheProbeColumns = 0>
 struct WalkPolicy {
   static constexpr LeftOut kLeftOut = kTheLeftOut;
-  static constexpr bool kProbe = kTheProbe;
+  static constexpr int kProbeColumns = kTheProbeColumns;
   static constexpr ForwardConfig kConfig = {.d_qk = kWalkDim,
                                             .d_v = kRank,
                                             .tile_n = 128,
@@ -58,7 +59,12 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   static constexpr bool kLowRank = Base::kDv < kWalkDim;
   static constexpr bool kRemainder = Policy::kLeftOut == LeftOut::kRemainder;
   static constexpr bool kFar = Policy::kLeftOut == LeftOut::kCentroids;
-  static constexpr bool kProbe = Policy::kProbe;
+  static constexpr int kProbeColumns = Policy::kProbeColumns;
+  static constexpr bool kProbe = kProbeColumns > 0, kLowProbe = kProbe && kProbeColumns < kWalkDim;
+  static constexpr int kProbeWidth = kLowProbe ? 2 * kProbeColumns : 128;  // bytes, a swizzle's
+  // Swept tiles of a basis share a buffer of K: as many bytes are on their way as with K itself.
+  static constexpr int kSweptBytes = kLowProbe ? Base::kN * kProbeWidth : Base::kKBytes;
+  static constexpr int kSweptTogether = Base::kKBytes / kSweptBytes;
   static constexpr bool kStagedOut = Base::kStagedOut && !kLowRank;
   static constexpr int kMeanBytes = 2 * kWalkDim * 2;
   static constexpr int kBasisBytes = kWalkDim * Base::kDv * 2;
@@ -108,6 +114,7 @@ struct WalkTraits : ForwardTraits<T, Policy> {
   static_assert(Base::kN == decide::kTileK && Base::kM == decide::kTileQ && Base::kVStages == kStages);
   static_assert(!kFar || Base::kKStages == kStages, "a block of centroids takes two buffers of K");
   static_assert(!kProbe || kFar, "what is left after a probe may enter as centroids");
+  static_assert(!kLowProbe || kProbeColumns == 32 || kProbeColumns == 64, "one swizzle wide");
   static_assert(sizeof(Shared) <= 232448, "shared memory of a Hopper SM");
 };
 
