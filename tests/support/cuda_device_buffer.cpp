@@ -25,6 +25,8 @@ class CudaBuffer final : public DeviceBuffer {
   void upload() override {
     require(cudaSetDevice(device_id_));
     require(cudaMemcpy(device_, host_, bytes_, cudaMemcpyHostToDevice));
+    // The copy may return while the last bytes are on their way, and streams of the tests do not wait for its stream.
+    require(cudaStreamSynchronize(nullptr));
   }
   void download() override {
     require(cudaSetDevice(device_id_));
