@@ -396,8 +396,8 @@ typedef int32_t adaattn_on_exceed_t;
 /* How much error to allow in exchange for time. Zero means the policy's own value; what a named policy sets must stay
  * zero. A plan with an adaptive descriptor holds the feedback and statistics of one layer: use one plan per layer. The
  * CPU serves every field. CUDA serves compute capability 9.0 and rows that start on 16 bytes: policies for BF16 with
- * head_dim 128 (CUSTOM in 8 bits, both precisions I8, with probe, far_field and rank_mode OFF), and every tile in 8 bits
- * (tile_mass 1, rank_mode OFF, verify_rows -1) for F16 and BF16 with head_dim 64 or 128. */
+ * head_dim 128 (CUSTOM in 8 bits, both precisions I8, with probe, far_field and rank_mode OFF), and every tile in 8
+ * bits (tile_mass 1, rank_mode OFF, verify_rows -1) for F16 and BF16 with head_dim 64 or 128. */
 typedef struct adaattn_adaptive_desc {
   size_t struct_size;
   adaattn_policy_t policy;

@@ -7,7 +7,7 @@
 namespace adaattn::cuda {
 
 TallView sample_view(float* rows, int64_t samples, int64_t dim);  // of kSampleRows rows each
-int32_t sample_columns(const TableShape& shape);  // vectors of a basis, those of oversampling included
+int32_t sample_columns(const TableShape& shape);                  // vectors of a basis, those of oversampling included
 
 // Means, bases and rank classes.
 void sample(const AnalyzeArgs& args, cudaStream_t stream);
