@@ -1,5 +1,7 @@
 // Adaptive attention on a CUDA device against the exact plan in the same run.
 #include <algorithm>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -79,66 +81,67 @@ Timing median(std::vector<Timing> times) {
 // In turns: the card's clock follows its power, and that follows what ran before.
 constexpr int kTurns = 3;
 
-void run_case(Report& report, adaattn_context_t* context, const Shape& shape) {
-  const std::string name = "fwd/" + shape_name(shape, "bf16");
-  if (!report.wants(name)) return;
-  const adaattn_adaptive_desc_t adaptive = every_tile_in_8_bits();
-  CudaCall exact(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT);
-  CudaCall eight(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT, &adaptive);
-  const Graph exact_graph(exact), eight_graph(eight);
-  std::vector<Timing> exact_times, whole_times, last_times;
-  for (int turn = 0; turn < kTurns; ++turn) {
-    exact_times.push_back(exact_graph.time_whole());
-    whole_times.push_back(eight_graph.time_whole());
-    last_times.push_back(eight_graph.time_last());
-  }
-  Row row;
-  row.peer = exact.kernel();
-  row.peer_us = median(exact_times).us;
-  row.unit = "TFLOP/s";
-  row.error = eight.sampled_error();
-  const auto add = [&](const char* what, const Timing& time) {
-    row.name = name + what;
-    row.time = time;
-    row.rate = eight.flops() / time.us * 1e-6;
-    report.add(row);
-  };
-  add("/int8", median(whole_times));
-  add("/int8/attend", median(last_times));
-}
-
 // All in E4M3, as an engine with an 8-bit cache calls it: no pass. One factor for a head, or for 64 keys of it.
 constexpr NamedDtype kE4m3Dtypes[] = {{"e4m3", ADAATTN_DTYPE_E4M3},
                                       {"e4m3b64", ADAATTN_DTYPE_E4M3, ADAATTN_DTYPE_NONE, 64}};
 
-void run_e4m3_case(Report& report, adaattn_context_t* context, const Shape& shape, const NamedDtype& dtype) {
-  Row row;
-  row.name = "fwd/" + shape_name(shape, dtype.name);
-  if (!report.wants(row.name)) return;
+// What is timed beside the exact kernel in bf16.
+struct Timed {
+  std::string name;
+  std::shared_ptr<CudaCall> call;
+  std::function<Timing()> time;
+  std::vector<Timing> times = {};
+};
+
+std::vector<Timed> rows_of(const Report& report, adaattn_context_t* context, const Shape& shape) {
+  std::vector<Timed> rows;
+  const std::string name = "fwd/" + shape_name(shape, "bf16");
+  if (report.wants(name)) {
+    const adaattn_adaptive_desc_t adaptive = every_tile_in_8_bits();
+    const auto call = std::make_shared<CudaCall>(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT, &adaptive);
+    const auto graph = std::make_shared<Graph>(*call);
+    rows.push_back({name + "/int8", call, [graph] { return graph->time_whole(); }});
+    rows.push_back({name + "/int8/attend", call, [graph] { return graph->time_last(); }});
+  }
+  for (const NamedDtype& dtype : kE4m3Dtypes) {
+    const std::string of_dtype = "fwd/" + shape_name(shape, dtype.name);
+    if (!report.wants(of_dtype)) continue;
+    const auto call = std::make_shared<CudaCall>(context, shape, dtype, ADAATTN_MATH_EXACT);
+    rows.push_back(
+        {of_dtype, call, [call] { return measure_on_device([&](cudaStream_t stream) { call->run(stream); }, false); }});
+  }
+  return rows;
+}
+
+void run_shape(Report& report, adaattn_context_t* context, const Shape& shape) {
+  std::vector<Timed> rows = rows_of(report, context, shape);
+  if (rows.empty()) return;
   CudaCall exact(context, shape, ADAATTN_DTYPE_BF16, ADAATTN_MATH_EXACT);
-  CudaCall eight(context, shape, dtype, ADAATTN_MATH_EXACT);
-  std::vector<Timing> exact_times, times;
+  std::vector<Timing> exact_times;
   for (int turn = 0; turn < kTurns; ++turn) {
     exact_times.push_back(measure_on_device([&](cudaStream_t stream) { exact.run(stream); }, false));
-    times.push_back(measure_on_device([&](cudaStream_t stream) { eight.run(stream); }, false));
+    for (Timed& timed : rows) timed.times.push_back(timed.time());
   }
+  Row row;
   row.peer = exact.kernel();
   row.peer_us = median(exact_times).us;
-  row.time = median(times);
-  row.rate = eight.flops() / row.time.us * 1e-6;
   row.unit = "TFLOP/s";
-  row.error = eight.sampled_error();
-  report.add(row);
+  const CudaCall* checked = nullptr;
+  for (const Timed& timed : rows) {
+    row.name = timed.name;
+    row.time = median(timed.times);
+    row.rate = timed.call->flops() / row.time.us * 1e-6;
+    if (timed.call.get() != checked) row.error = timed.call->sampled_error();
+    checked = timed.call.get();
+    report.add(row);
+  }
 }
 
 }  // namespace
 
 void run_cuda_adaptive(Report& report) {
   const CudaContext context(report);
-  for (const Shape& shape : cuda_int8_shapes()) {
-    run_case(report, context.get(), shape);
-    for (const NamedDtype& dtype : kE4m3Dtypes) run_e4m3_case(report, context.get(), shape, dtype);
-  }
+  for (const Shape& shape : cuda_int8_shapes()) run_shape(report, context.get(), shape);
 }
 
 }  // namespace adaattn::bench
