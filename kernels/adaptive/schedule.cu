@@ -45,12 +45,11 @@ __device__ __forceinline__ bool left_to_exact(const AnalyzeArgs& args) {
   return __syncthreads_and(dense) != 0;
 }
 
-// One CTA appends a section's items to the lists: a counting sort by the tiles they keep. rehearses: of a few items
-// that are none, whatever their numbers, and leaves nothing: so that the code is there when it is needed. empty: the
-// lists are to have no items.
+// One CTA appends a section's items to the lists: a counting sort by the tiles they keep. empty: the lists are to have
+// no items.
 template <int kThreads>
 __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first_tile, int units, int section,
-                                              bool rehearses, bool empty) {
+                                              bool empty) {
   constexpr int kEach = 2;               // items of a thread whose reads are on their way together
   constexpr int kRemembered = 8192;      // items whose place is read but once
   constexpr uint16_t kNowhere = 0xffff;  // of an item that there is not
@@ -58,15 +57,8 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
   __shared__ uint16_t places[kRemembered];  // list and bucket
   const TableShape& s = args.shape;
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, thread = threadIdx.x;
-  const int first = rehearses ? 0 : section * units * s.group,
-            last = rehearses ? 1 : min(first + units * s.group, heads);
-  // What no grid writes or reads any more stands for what is not there yet: 8 KB at least.
-  const void* const numbers = args.tables.sample_sums;
-  const auto* const choices = rehearses ? static_cast<const decide::HeadChoice*>(numbers) : args.tables.choice;
-  const auto* const ranges = rehearses ? static_cast<const decide::TileRow*>(numbers) : args.tables.tile_range;
-  const auto* const kept_tiles = rehearses ? static_cast<const int32_t*>(numbers) : args.tables.kept;
-  const auto* const levels = rehearses ? static_cast<const decide::TileLevels*>(numbers) : args.tables.levels;
-  const uint32_t level_mask = rehearses ? 7u : ~0u, place_mask = rehearses ? kWorkBuckets - 1 : ~0u;
+  const int first = section * units * s.group, last = min(first + units * s.group, heads);
+  const decide::HeadChoice* const choices = args.tables.choice;
   for (int i = thread; i < kWorkLists * kWorkBuckets; i += kThreads) start[i / kWorkBuckets][i % kWorkBuckets] = 0;
   if (thread < kWorkLists) base[thread] = 0;
   __syncthreads();
@@ -76,16 +68,15 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
   const auto place_of = [&](int head, int in_wave) {
     const decide::HeadChoice& choice = choices[head];
     const int64_t index = int64_t{head} * s.query_tiles + first_tile + in_wave;
-    const decide::TileRow row = ranges[index];
+    const decide::TileRow row = args.tables.tile_range[index];
     int kept = row.end - row.begin;
     if (s.by_shares && !keeps_all(choice))
-      kept = kept_tiles[int64_t{head} * s.wave_tiles + in_wave];
+      kept = args.tables.kept[int64_t{head} * s.wave_tiles + in_wave];
     else if (!s.by_shares && !choice.dense)
-      kept = static_cast<int>(levels[index].kept[static_cast<uint32_t>(choice.level) & level_mask]);
-    return static_cast<uint16_t>(static_cast<uint32_t>(list_of(choice) * kWorkBuckets + bucket_of(kept, s.key_tiles)) &
-                                 place_mask);
+      kept = static_cast<int>(args.tables.levels[index].kept[choice.level]);
+    return static_cast<uint16_t>(list_of(choice) * kWorkBuckets + bucket_of(kept, s.key_tiles));
   };
-  const int items = rehearses ? min(32, s.wave_tiles) : (last - first) * s.wave_tiles;
+  const int items = (last - first) * s.wave_tiles;
   // Item i of the section is number first * wave_tiles + i of all.
   const auto place_of_item = [&](int i) {
     const int head = first + i / s.wave_tiles, in_wave = i % s.wave_tiles;
@@ -122,17 +113,15 @@ __device__ __forceinline__ void order_section(const AnalyzeArgs& args, int first
     }
   }
   __syncthreads();
-  if (last == heads && thread < kWorkLists && !rehearses) args.tables.work_count[thread] = empty ? 0 : before[thread];
+  if (last == heads && thread < kWorkLists) args.tables.work_count[thread] = empty ? 0 : before[thread];
 #pragma unroll 1
   for (int i = thread; i < items; i += kThreads) {
     const uint16_t place = i < kRemembered ? places[i] : place_of_item(i);
     if (place == kNowhere) continue;
     const uint32_t at = atomicAdd(&start[0][place], 1u);
-    if (!rehearses)
-      args.tables.work[int64_t{place / kWorkBuckets} * s.batch * s.heads_q * s.wave_tiles + at] =
-          static_cast<uint32_t>(first * s.wave_tiles + i);
+    args.tables.work[int64_t{place / kWorkBuckets} * s.batch * s.heads_q * s.wave_tiles + at] =
+        static_cast<uint32_t>(first * s.wave_tiles + i);
   }
-  __syncthreads();
 }
 
 // One warp: the mask of a query tile, of which keeps(tile) says whether a visible key tile is kept.
@@ -158,20 +147,14 @@ __device__ __forceinline__ void put_mask(const AnalyzeArgs& args, int64_t item, 
   if (lane == 0) args.tables.kept[item] = kept;
 }
 
-// The first CTAs order the work lists, a section each, once the grid before has ended. rehearses: they go over the code
-// while they wait: code that runs once takes as long to fetch as to run.
+// The first CTAs order the work lists, a section each, once the grid before has ended.
 template <int kThreads>
-__device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections,
-                                            bool rehearses) {
+__device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_tile, int units, int sections) {
   const int section = static_cast<int>(blockIdx.x);
   if (section >= sections) return false;
   const bool empty = left_to_exact(args);
-#pragma unroll 1
-  for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
-    if (pass == 1) wait_for_previous_grid();
-    // A rehearsal stays with the first items: what it reads is no longer than those of one wave.
-    order_section<kThreads>(args, pass == 0 ? 0 : first_tile, units, section, pass == 0, empty);
-  }
+  wait_for_previous_grid();
+  order_section<kThreads>(args, first_tile, units, section, empty);
   begin_stage(args.state, kAttendStage);  // as good as: the masks take as long
   return true;
 }
@@ -180,7 +163,7 @@ __device__ __forceinline__ bool order_lists(const AnalyzeArgs& args, int first_t
 __global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_constant__ AnalyzeArgs args, int units,
                                                                  int sections) {
   launch_dependents();
-  if (order_lists<kCodeThreads>(args, 0, units, sections, true)) return;
+  if (order_lists<kCodeThreads>(args, 0, units, sections)) return;
   wait_for_previous_grid();
   const TableShape& s = args.shape;
   const int64_t index = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
@@ -195,7 +178,7 @@ __global__ __launch_bounds__(kCodeThreads) void code_mask_kernel(const __grid_co
 __global__ __launch_bounds__(kCodeThreads) void full_mask_kernel(const __grid_constant__ AnalyzeArgs args,
                                                                  int first_tile, int count, int units, int sections) {
   launch_dependents();
-  if (order_lists<kCodeThreads>(args, first_tile, units, sections, true)) return;
+  if (order_lists<kCodeThreads>(args, first_tile, units, sections)) return;
   wait_for_previous_grid();
   const TableShape& s = args.shape;
   const int64_t number = (int64_t{blockIdx.x} - sections) * (kCodeThreads / 32) + threadIdx.x / 32;
@@ -240,7 +223,7 @@ __global__ __launch_bounds__(kThreads, 2) void mask_kernel(const __grid_constant
   launch_dependents();
   wait_for_previous_grid();
   if (first_tile > 0) begin_stage(args.state, kDecideStage);
-  if (order_lists<kThreads>(args, first_tile, units, sections, false)) return;
+  if (order_lists<kThreads>(args, first_tile, units, sections)) return;
   const TableShape& s = args.shape;
   const Space<kTiles> space(s);
   const int heads = static_cast<int>(args.p.batch) * s.heads_q, number = static_cast<int>(blockIdx.x) - sections;
