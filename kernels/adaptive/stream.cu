@@ -134,11 +134,14 @@ struct Place {
 };
 
 using Sums = float[kColumnTiles][4];
+using Squares = float[2][2][4];  // of even and odd pairs of column tiles: products that need not wait for each other
 
 // sums[t]: rows lane / 4 and 8 more of the selection, columns 8 t + 2 (lane % 4) and the next. ones(group, a): the
-// selection of a group of 16 rows. Rows from `rows` on count as zeros.
+// selection of a group of 16 rows. Rows from `rows` on count as zeros. squares: on the diagonals of the
+// products of a pair of column tiles with each of them, whose fragments as either operand are alike; or null.
 template <bool kWhole, typename Ones>
-__device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const Ones& ones, Sums& sums) {
+__device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const Ones& ones, Sums& sums,
+                                         Squares* squares) {
   const Place place(stage);
   const int row = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
@@ -164,15 +167,20 @@ __device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const O
       }
       mma_m16n8k16<__nv_bfloat16>(sums[2 * pair], a, x[0], x[1]);
       mma_m16n8k16<__nv_bfloat16>(sums[2 * pair + 1], a, x[2], x[3]);
+      if (squares == nullptr) continue;
+      const uint32_t columns[4] = {x[0], x[2], x[1], x[3]};
+      mma_m16n8k16<__nv_bfloat16>((*squares)[pair % 2][0], columns, x[0], x[1]);
+      mma_m16n8k16<__nv_bfloat16>((*squares)[pair % 2][1], columns, x[2], x[3]);
     }
   }
 }
 template <typename Ones>
-__device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const Ones& ones, Sums& sums) {
+__device__ __forceinline__ void add_rows(const uint8_t* stage, int rows, const Ones& ones, Sums& sums,
+                                         Squares* squares = nullptr) {
   if (rows >= kRows)
-    add_rows<true>(stage, rows, ones, sums);
+    add_rows<true>(stage, rows, ones, sums, squares);
   else
-    add_rows<false>(stage, rows, ones, sums);
+    add_rows<false>(stage, rows, ones, sums, squares);
 }
 
 // Blocks of 16 rows in rows 0 to 7 of the selection, of 32 in rows 8 to 11.
@@ -330,24 +338,9 @@ __device__ __forceinline__ void take_values(const AnalyzeArgs& args, const Item&
     return;
   }
   Sums sums;  // all rows alike
+  Squares squares = {};
   add_rows(
-      stage, x.rows, [](int, uint32_t(&a)[4]) { a[0] = a[1] = a[2] = a[3] = ones_if(true); }, sums);
-  // Squares: the diagonals of the products of 8 rows with themselves, where fragments of both operands are alike.
-  float low[2][4] = {}, high[2][4] = {};
-  const Place place(stage);
-#pragma unroll 1
-  for (int group = 0; group < kGroups; ++group) {
-    const bool there[2] = {16 * group + row < x.rows, 16 * group + 8 + row < x.rows};
-#pragma unroll
-    for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
-      uint32_t a[4];
-      ldmatrix_x4(a, place(pair, group));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = there[i % 2] ? a[i] : 0;
-      mma_m16n8k16<__nv_bfloat16>(low[pair % 2], a, a[0], a[2]);
-      mma_m16n8k16<__nv_bfloat16>(high[pair % 2], a, a[1], a[3]);
-    }
-  }
+      stage, x.rows, [](int, uint32_t(&a)[4]) { a[0] = a[1] = a[2] = a[3] = ones_if(true); }, sums, &squares);
   __syncwarp();
   if (lane == 0) mbarrier_arrive(empty);
   wait_for_previous_grid();  // as in take_keys
@@ -355,7 +348,7 @@ __device__ __forceinline__ void take_values(const AnalyzeArgs& args, const Item&
   float square = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    if (row == column + i) square = low[0][i] + low[1][i] + high[0][2 + i] + high[1][2 + i];
+    if (row == column + i) square = squares[0][0][i] + squares[1][0][i] + squares[0][1][2 + i] + squares[1][1][2 + i];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
   const int unit = x.b * s.heads_kv + x.head;
