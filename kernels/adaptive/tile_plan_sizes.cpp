@@ -50,15 +50,18 @@ constexpr int64_t kCalibrated = 16384;
 decide::ShareRule rule_of(decide::Policy policy) {
   switch (policy) {
     case decide::Policy::kQuality:
-      return {.needles = {.cell = 0.0018, .remainder = 3}};
+      return {.needles = {.cell = 0.0021, .remainder = 4}};
     case decide::Policy::kBalanced:
       return {.cells = {.cell = 0.00328, .remainder = 3, .power = 0.744},
               .needles = {.cell = 0.0035, .needle = 0.0023, .power = 0.6},
               .cells_from = 6144,
               .needles_from = 12288};
     case decide::Policy::kSpeed:
-      // Of cells at most so much below 7k keys: where keys repeat, no needle among them holds much.
-      return {.needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65, .most_cell = 0.035}};
+      // Where keys repeat, a needle among them holds little, and the shorter the context the less is left of it: no
+      // needles there.
+      return {.cells = {.cell = 0.00416, .power = 0.75, .most_cell = 0.02},
+              .needles = {.cell = 0.02, .needle = 0.0053, .power = 0.65},
+              .needles_from = 8704};
     default:
       return {};
   }

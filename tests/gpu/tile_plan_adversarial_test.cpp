@@ -25,9 +25,10 @@ struct Setting {
 };
 // BALANCED looks for needles in short contexts and in long ones, and goes by cells alone between them.
 std::vector<Setting> settings() {
-  AttentionCase between = causal_case(6400);
+  AttentionCase between = causal_case(7200);
   between.batch = 1;
-  return {{causal_case(kSeqlen), kEveryPolicy}, {between, {{ADAATTN_POLICY_BALANCED, 0.2}}}};
+  return {{causal_case(kSeqlen), kEveryPolicy},
+          {between, {{ADAATTN_POLICY_BALANCED, 0.2}, {ADAATTN_POLICY_SPEED, 0.4}}}};
 }
 
 // Policies within their tolerance, in a call with and one without verification.
@@ -109,17 +110,20 @@ TEST_F(MisleadingInputs, HugeMeans) {
 }
 
 TEST_F(MisleadingInputs, DuplicatedTokens) {
-  for (const auto& [form, policies] : settings()) {
-    AttentionData data = structured(form);
-    each_key(data, [&](int64_t b, int64_t j, int64_t h) {
-      const int64_t from = j / 256 * 256 + j % 4;
-      for (int64_t c = 0; c < 128; ++c) {
-        data.k.set(data.key_index(b, j, h, c), data.k.get(data.key_index(b, from, h, c)));
-        data.v.set(data.key_index(b, j, h, c), data.v.get(data.key_index(b, from, h, c)));
-      }
-    });
-    expect_within(std::move(data), "duplicated tokens", policies);
-  }
+  // SPEED was over its tolerance on the fixed seeds while needles and larger cells decided.
+  for (const uint64_t seed : {run_seed(), uint64_t{1214974932}, uint64_t{1098}})
+    for (const auto& [form, policies] : settings()) {
+      SCOPED_TRACE(seed);
+      AttentionData data = structured(form, {}, seed - run_seed());
+      each_key(data, [&](int64_t b, int64_t j, int64_t h) {
+        const int64_t from = j / 256 * 256 + j % 4;
+        for (int64_t c = 0; c < 128; ++c) {
+          data.k.set(data.key_index(b, j, h, c), data.k.get(data.key_index(b, from, h, c)));
+          data.v.set(data.key_index(b, j, h, c), data.v.get(data.key_index(b, from, h, c)));
+        }
+      });
+      expect_within(std::move(data), "duplicated tokens", policies);
+    }
 }
 
 TEST_F(MisleadingInputs, RowsSplitBetweenTwoDistantKeys) {
