@@ -15,6 +15,7 @@
 #include "attend/sm90/dense_round.h"
 #include "attend/sm90/walk.h"
 #include "common/pairs.h"
+#include "decide/fixed_math.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
@@ -33,7 +34,6 @@ class TilePlan final : public AttentionPlan {
     problem_.adaptive = device_options(problem);
     sizes_ = tile_plan_sizes(problem_, device);
     costs_ = device_costs(sizes_.shape, problem_.adaptive);
-    if (sizes_.shape.needles) log2_needle_ = static_cast<float>(std::log2(shares_of(problem_).needle));
     const DeviceScope scope(device_id_);
     sm90::prepare_walk();
     sm90::prepare_dense_round();
@@ -129,7 +129,6 @@ class TilePlan final : public AttentionPlan {
   RecordSlot record_;
   TilePlanSizes sizes_;
   decide::CostTable costs_;
-  float log2_needle_ = 0;
   std::unique_ptr<Outlook> outlook_;
   // Null: every call is the exact plan's. Freed before the outlook, since that waits for the work that writes to it.
   std::unique_ptr<PlanMemory> memory_;
@@ -198,7 +197,7 @@ AnalyzeArgs TilePlan::analyze_args(const AttnParams& p, void* workspace) const {
   args.state = state_;
   args.scale_log2 = p.scale * 1.4426950408889634f;
   args.keep_peak = problem_.adaptive.keep_peak;
-  args.log2_needle = log2_needle_;
+  if (args.shape.needles) args.log2_needle = decide::fixed_log2(args.options.needle_mass);  // as on the CPU
   args.compensation = problem_.adaptive.remainder;
   args.multiprocessors = device_.multiprocessors;
   return args;

@@ -5,6 +5,7 @@
 #include "adaptive/int8_tables.h"
 #include "adaptive/refuse.h"
 #include "attend/sm90/walk.h"
+#include "decide/shares.h"
 
 namespace adaattn::cuda {
 namespace {
@@ -80,10 +81,6 @@ Problem exact_problem(const Problem& problem) {
   return exact;
 }
 
-decide::Shares shares_of(const Problem& problem) {
-  return decide::shares_at(rule_of(problem.adaptive.policy), problem.max_seqlen_k, kCalibrated);
-}
-
 // Here neither a probe nor the far field nor a projected V gains as much time as it costs.
 Options device_options(const Problem& given) {
   Options o = given.adaptive;
@@ -92,7 +89,7 @@ Options device_options(const Problem& given) {
   o.min_level = 0;  // shares of cells keep what matters
   o.far_field = false;
   o.rank_mode = decide::RankMode::kOff;
-  decide::set_shares(shares_of(given), &o);
+  decide::set_shares(decide::shares_at(rule_of(o.policy), given.max_seqlen_k, kCalibrated), &o);
   return o;
 }
 

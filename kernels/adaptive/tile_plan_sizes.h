@@ -5,7 +5,7 @@
 
 #include "adaptive/verify.h"
 #include "attend/select.h"
-#include "decide/shares.h"
+#include "decide/policy.h"
 
 namespace adaattn::cuda {
 
@@ -19,9 +19,7 @@ void check_tile_problem(const Problem& problem, const DeviceTraits& device);
 // Whether every head is to be computed in 8 bits.
 bool tiles_in_bytes(const decide::Options& options);
 
-// Of a problem's policy; zeros for CUSTOM.
-decide::Shares shares_of(const Problem& problem);
-// What the device makes of the caller's options: for named policies those shares, among others.
+// What the device makes of the caller's options: for named policies the shares that their rules give, among others.
 decide::Options device_options(const Problem& problem);
 
 // Offsets into the workspace, which starts with the tables of analyze.
