@@ -28,9 +28,13 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
     const AdaptivePlan plan(context, data.desc, adaptive);
     ASSERT_NO_FATAL_FAILURE(execute(plan, data));
     double sum = 0, most = 0;
-    uint64_t rows = 0;
+    uint64_t verified = 0, rows = 0;
     for (const adaattn_head_stats_t& head : plan.heads()) {
-      ASSERT_FALSE(head.dense);
+      if (head.dense) {  // nothing to save in so short a sequence, or not enough
+        EXPECT_TRUE(std::isnan(head.measured_error));
+        continue;
+      }
+      ++verified;
       const double error = head_error(data, exact, head.batch, head.head);
       EXPECT_NEAR(head.measured_error, error, 0.02 * error + 2e-3) << "b " << head.batch << " head " << head.head;
       EXPECT_GT(error, 5e-3);
@@ -39,7 +43,8 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
       rows += static_cast<uint64_t>(data.len_q(head.batch));
     }
     const adaattn_plan_stats_t stats = plan.stats();
-    EXPECT_EQ(stats.verified_heads, 8u);
+    EXPECT_GE(verified, 4u);
+    EXPECT_EQ(stats.verified_heads, verified);
     EXPECT_EQ(stats.verified_rows, rows);
     EXPECT_NEAR(stats.measured_error_sum, sum, 1e-6);
     EXPECT_NEAR(stats.measured_error_max, most, 1e-6);
