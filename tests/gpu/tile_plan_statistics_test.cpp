@@ -19,7 +19,8 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
   AttentionCase window = causal_case(900);
   window.name = "Window";
   window.window_left = 500;
-  for (const AttentionCase& c : {causal_case(1100), packed, window}) {
+  uint64_t verified_in_all = 0;
+  for (const AttentionCase& c : {causal_case(2000), packed, window}) {
     SCOPED_TRACE(describe(c));
     AttentionData data = structured(c);
     const Tensor exact = exact_output(host, data);
@@ -43,7 +44,7 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
       rows += static_cast<uint64_t>(data.len_q(head.batch));
     }
     const adaattn_plan_stats_t stats = plan.stats();
-    EXPECT_GE(verified, 4u);
+    verified_in_all += verified;
     EXPECT_EQ(stats.verified_heads, verified);
     EXPECT_EQ(stats.verified_rows, rows);
     EXPECT_NEAR(stats.measured_error_sum, sum, 1e-6);
@@ -51,6 +52,7 @@ TEST_F(TilePlans, MeasuredErrorsAreThoseOfTheRowsThatWereSampled) {
     EXPECT_GE(stats.measured_row_error_max, most);
     EXPECT_EQ(stats.heads_over_tolerance, 0u);
   }
+  EXPECT_GE(verified_in_all, 4u);
 }
 
 TEST_F(TilePlans, FeedbackFollowsWhatIsMeasured) {
