@@ -168,19 +168,7 @@ TEST_F(MisleadingInputs, HeadsThatMissANeedleAreRecomputedExactly) {
   for (const AttentionCase& c : {causal_case(1500), window, parted}) {
     SCOPED_TRACE(c.name);
     AttentionData data = structured(c);
-    // Of sequence 0 and KV head 0, that is of two query heads.
-    Random random(run_seed() + 7);
-    for (int64_t x = 0; x < 128; ++x) {
-      const double sign = random.normal() < 0 ? -1 : 1;
-      const auto at = data.key_index(0, 450, 0, x);
-      data.k.set(at, 3 * sign);
-      data.v.set(at, 3 * sign);
-      for (int64_t i = 0; i < c.seqlen_q; ++i)
-        for (int64_t h = 0; h < 2; ++h) {
-          const auto query = data.query_index(0, i, h, x);
-          data.q.set(query, data.q.get(query) + sign);
-        }
-    }
+    plant_lone_key(data, c.seqlen_q);
     double largest_value = 0;
     for (int64_t j = 0; j < c.seqlen_k; ++j)
       for (int64_t x = 0; x < 128; ++x)

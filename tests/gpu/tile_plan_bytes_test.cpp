@@ -43,18 +43,6 @@ void expect_precision(const AdaptivePlan& plan, adaattn_precision_t precision) {
 }
 
 std::vector<AttentionCase> cases() {
-  AttentionCase packed = causal_case(1500);
-  packed.name = "Packed";
-  packed.batch = 3;
-  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
-  packed.lens_q = {1500, 700, 129};
-  packed.lens_k = {1500, 900, 129};
-  AttentionCase used = causal_case(1400);
-  used.name = "Used";
-  used.used_k = {1400, 777};
-  AttentionCase chunk = causal_case(1900);
-  chunk.name = "Chunk";
-  chunk.seqlen_q = 700;
   AttentionCase window = causal_case(2000);
   window.name = "Window";
   window.window_left = 1200;
@@ -66,7 +54,9 @@ std::vector<AttentionCase> cases() {
   heads_first.name = "HeadsFirst";
   heads_first.layout_q = heads_first.layout_kv = ADAATTN_LAYOUT_BHSD;
   heads_first.storage = Storage::kHeadsFirst;
-  return {causal_case(2500), packed, used, chunk, window, full, heads_first};
+  std::vector<AttentionCase> cases = cases_of_lengths();
+  cases.insert(cases.end(), {causal_case(2500), window, full, heads_first});
+  return cases;
 }
 
 TEST_F(TilePlansInBytes, KeepTheTilesOf16BitsAtTheErrorPredicted) {
@@ -257,13 +247,7 @@ TEST_F(TilePlansInBytes, FrozenPlansRepeatThemselvesBitForBit) {
 // What the sanitizers see: in waves, verified and computed again.
 TEST_F(TilePlansInBytes, ASmallCallInWaves) {
   const Context context(kCuda);
-  AttentionCase c = causal_case(700);
-  c.heads_q = 2;
-  c.heads_kv = 1;
-  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
-  c.lens_q = {700, 300};
-  c.lens_k = {700, 520};
-  AttentionData data = structured(c);
+  AttentionData data = structured(small_case());
   adaattn_adaptive_desc_t adaptive = in_bytes(0.7);
   adaptive.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
   const AdaptivePlan whole(context, data.desc, adaptive);

@@ -317,18 +317,7 @@ TEST_F(Probes, AnIsolatedNeedleIsFound) {
   const Context host, context(kCuda);
   const AttentionCase c = causal_case(1500);
   AttentionData data = structured(c);
-  Random random(run_seed() + 7);
-  for (int64_t x = 0; x < 128; ++x) {
-    const double sign = random.normal() < 0 ? -1 : 1;
-    const auto at = data.key_index(0, 450, 0, x);
-    data.k.set(at, 3 * sign);
-    data.v.set(at, 3 * sign);
-    for (int64_t i = 0; i < c.seqlen_q; ++i)
-      for (int64_t h = 0; h < 2; ++h) {
-        const auto query = data.query_index(0, i, h, x);
-        data.q.set(query, data.q.get(query) + sign);
-      }
-  }
+  plant_lone_key(data, c.seqlen_q);
   const Tensor exact = exact_output(host, data);
   adaattn_adaptive_desc_t adaptive = probing(0.05);
   adaptive.tolerance = 0.5;
@@ -344,13 +333,7 @@ TEST_F(Probes, AnIsolatedNeedleIsFound) {
 // For the sanitizers.
 TEST_F(TilePlans, ASmallCallThatProbes) {
   const Context context(kCuda);
-  AttentionCase c = causal_case(700);
-  c.heads_q = 2;
-  c.heads_kv = 1;
-  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
-  c.lens_q = {700, 300};
-  c.lens_k = {700, 520};
-  AttentionData data = structured(c, {.value_mean = 1.0});
+  AttentionData data = structured(small_case(), {.value_mean = 1.0});
   plant_needles(data, run_seed() + 3, 10);
   for (const bool far_field : {false, true}) {
     adaattn_adaptive_desc_t adaptive = probing(0.05, far_field, far_field ? ADAATTN_PROBE_RANK : ADAATTN_PROBE_FULL);

@@ -85,18 +85,6 @@ TEST_F(TilePlans, RandomInputIsComputedExactly) {
 
 TEST_F(TilePlans, LengthsAndMasks) {
   const Context host, context(kCuda);
-  AttentionCase packed = causal_case(1500);
-  packed.name = "Packed";
-  packed.batch = 3;
-  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
-  packed.lens_q = {1500, 700, 129};
-  packed.lens_k = {1500, 900, 129};
-  AttentionCase used = causal_case(1400);
-  used.name = "Used";
-  used.used_k = {1400, 777};
-  AttentionCase chunk = causal_case(1900);
-  chunk.name = "Chunk";
-  chunk.seqlen_q = 700;
   AttentionCase window = causal_case(2000);
   window.name = "Window";
   window.seqlen_q = 1500;
@@ -122,7 +110,9 @@ TEST_F(TilePlans, LengthsAndMasks) {
   top_left.name = "TopLeft";
   top_left.mask = ADAATTN_MASK_CAUSAL_TOP_LEFT;
   top_left.seqlen_q = 1700;
-  for (const AttentionCase& c : {packed, used, chunk, window, both, uneven, sides, top_left}) {
+  std::vector<AttentionCase> cases = cases_of_lengths();
+  cases.insert(cases.end(), {window, both, uneven, sides, top_left});
+  for (const AttentionCase& c : cases) {
     SCOPED_TRACE(describe(c));
     AttentionData data = structured(c);
     const Tensor exact = exact_output(host, data);
@@ -137,14 +127,7 @@ TEST_F(TilePlans, LengthsAndMasks) {
 // What the sanitizers see of adaptive calls: each rule and both lists, in waves, verified and computed again.
 TEST_F(TilePlans, ASmallCallOfEachKind) {
   const Context context(kCuda);
-  AttentionCase c = causal_case(700);
-  c.batch = 2;
-  c.heads_q = 2;
-  c.heads_kv = 1;
-  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
-  c.lens_q = {700, 300};
-  c.lens_k = {700, 520};
-  AttentionData data = structured(c);
+  AttentionData data = structured(small_case());
   adaattn_adaptive_desc_t custom = custom_desc(0.7), frozen = adaptive_desc(ADAATTN_POLICY_BALANCED);
   custom.on_exceed = ADAATTN_ON_EXCEED_RECOMPUTE;
   custom.tolerance = 0.02;

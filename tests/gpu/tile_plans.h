@@ -8,6 +8,7 @@
 #include "adaptive/structured.h"
 #include "attention/fixture.h"
 #include "gpu/device.h"
+#include "support/random.h"
 
 namespace adaattn::test {
 
@@ -17,6 +18,34 @@ inline AttentionCase causal_case(int64_t seqlen) {
   AttentionCase c = {.name = "Causal", .batch = 2, .heads_q = 4, .heads_kv = 2, .seqlen_q = seqlen, .seqlen_k = seqlen};
   c.d_qk = c.d_v = 128;
   c.mask = ADAATTN_MASK_CAUSAL_BOTTOM_RIGHT;
+  return c;
+}
+
+// Sequences of different lengths in a call: packed, with used lengths, and queries at the end of more keys.
+inline std::vector<AttentionCase> cases_of_lengths() {
+  AttentionCase packed = causal_case(1500);
+  packed.name = "Packed";
+  packed.batch = 3;
+  packed.layout_q = packed.layout_kv = ADAATTN_LAYOUT_THD;
+  packed.lens_q = {1500, 700, 129};
+  packed.lens_k = {1500, 900, 129};
+  AttentionCase used = causal_case(1400);
+  used.name = "Used";
+  used.used_k = {1400, 777};
+  AttentionCase chunk = causal_case(1900);
+  chunk.name = "Chunk";
+  chunk.seqlen_q = 700;
+  return {packed, used, chunk};
+}
+
+// Two short packed sequences of few heads, for the sanitizers.
+inline AttentionCase small_case() {
+  AttentionCase c = causal_case(700);
+  c.heads_q = 2;
+  c.heads_kv = 1;
+  c.layout_q = c.layout_kv = ADAATTN_LAYOUT_THD;
+  c.lens_q = {700, 300};
+  c.lens_k = {700, 520};
   return c;
 }
 
@@ -65,6 +94,23 @@ class ReplayedCall {
   Stream stream_;
   std::unique_ptr<Graph> graph_;
 };
+
+// A key of sequence 0 and KV head 0 to which all rows of the first two query heads attend and that means of blocks do
+// not show.
+inline void plant_lone_key(AttentionData& data, int64_t rows) {
+  Random random(run_seed() + 7);
+  for (int64_t x = 0; x < 128; ++x) {
+    const double sign = random.normal() < 0 ? -1 : 1;
+    const auto at = data.key_index(0, 450, 0, x);
+    data.k.set(at, 3 * sign);
+    data.v.set(at, 3 * sign);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t h = 0; h < 2; ++h) {
+        const auto query = data.query_index(0, i, h, x);
+        data.q.set(query, data.q.get(query) + sign);
+      }
+  }
+}
 
 inline void copy_inputs(const AttentionData& from, AttentionData& to) {
   for (auto [x, y] : {std::pair{&to.q, &from.q}, {&to.k, &from.k}, {&to.v, &from.v}})

@@ -208,18 +208,22 @@ std::string differing(const std::vector<Bf16>& a, const std::vector<Bf16>& b) {
   return count == 0 ? "" : std::to_string(count) + ":" + where.str();
 }
 
+WalkShape mixed_shape() {
+  return {.name = "Mixed",
+          .batch = 2,
+          .heads_q = 8,
+          .heads_kv = 4,
+          .seqlen_q = 513,
+          .seqlen_k = 513,
+          .window_right = 0,
+          .kept = 0.3};
+}
+
 TEST_F(MaskWalks, ClassesOfDifferentRanksShareACall) {
-  WalkProblem x({.name = "Mixed",
-                 .batch = 2,
-                 .heads_q = 8,
-                 .heads_kv = 4,
-                 .seqlen_q = 513,
-                 .seqlen_k = 513,
-                 .window_right = 0,
-                 .kept = 0.3,
-                 .far_field = true,
-                 .classes = {0, 3, 1, 2, 0}},
-                run_seed());
+  WalkShape s = mixed_shape();
+  s.far_field = true;
+  s.classes = {0, 3, 1, 2, 0};
+  WalkProblem x(s, run_seed());
   x.run();
   expect_oracle(x);
 }
@@ -326,16 +330,9 @@ TEST_F(MaskWalks, AllTilesKeptInEightBitsIsTheKernelOfEveryTileBitForBit) {
 }
 
 TEST_F(MaskWalks, HeadsInEightBitsShareACallWithOthers) {
-  WalkProblem x({.name = "Mixed",
-                 .batch = 2,
-                 .heads_q = 8,
-                 .heads_kv = 4,
-                 .seqlen_q = 513,
-                 .seqlen_k = 513,
-                 .window_right = 0,
-                 .kept = 0.3,
-                 .classes = {0, cuda::kByteList, cuda::kByteList}},
-                run_seed());
+  WalkShape s = mixed_shape();
+  s.classes = {0, cuda::kByteList, cuda::kByteList};
+  WalkProblem x(s, run_seed());
   x.run();
   expect_oracle(x, kBytes);
 }
