@@ -9,15 +9,13 @@
 #include "adaptive/tile_plan.h"
 #include "adaptive/tile_plan_sizes.h"
 #include "attend/plan.h"
-#include "common/pairs.h"
-#include "decide/tile_mass.h"
+#include "decide/precision.h"
 #include "runtime.h"
 
 namespace adaattn::cuda {
 namespace {
 
 using decide::Options;
-using decide::Precision;
 
 bool masked(const Problem& p) { return p.window_left >= 0 || p.window_right >= 0; }
 
@@ -201,15 +199,13 @@ PlanInfo int8_plan_info(const Problem& problem, const DeviceTraits& device) {
   return info;
 }
 
-// Both bounds I8, or only the upper one.
-bool in_8_bits(const Problem& problem) { return problem.adaptive.max_precision == Precision::kI8; }
-bool every_tile_in_8_bits(const Problem& problem) { return in_8_bits(problem) && !in_tiles(problem.adaptive); }
+bool every_tile_in_8_bits(const Options& o) { return decide::only_bytes(o) && !in_tiles(o); }
 
 }  // namespace
 
 PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) {
-  if (every_tile_in_8_bits(problem)) return int8_plan_info(problem, device);
-  if (in_8_bits(problem)) {
+  if (every_tile_in_8_bits(problem.adaptive)) return int8_plan_info(problem, device);
+  if (decide::only_bytes(problem.adaptive)) {
     check_options(problem.adaptive);
     check_shape(problem, device);
   }
@@ -218,7 +214,7 @@ PlanInfo adaptive_plan_info(const Problem& problem, const DeviceTraits& device) 
 
 std::unique_ptr<AttentionPlan> make_adaptive_plan(const Problem& problem, const DeviceTraits& device, int32_t device_id,
                                                   std::shared_ptr<RecordPool> records) {
-  if (!every_tile_in_8_bits(problem)) return make_tile_plan(problem, device, device_id, std::move(records));
+  if (!every_tile_in_8_bits(problem.adaptive)) return make_tile_plan(problem, device, device_id, std::move(records));
   return std::make_unique<Int8Plan>(problem, device, device_id, std::move(records));
 }
 

@@ -252,8 +252,9 @@ void TilePlan::run(AnalyzeArgs args, void* workspace, const std::optional<Attend
       sizes_.verify.rows > 0 && (captured_ || runs_ % static_cast<uint64_t>(sizes_.verify.every) == 0);
   auto* const parts = verifies ? reinterpret_cast<VerifyPart*>(space + sizes_.verify_parts) : nullptr;
   // A frozen plan starts its bases anew every call, so that the same input gives the same bits.
-  for (int32_t* warm : {state_.warm, state_.probe_warm})
-    if (o.freeze) check(cudaMemsetAsync(warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
+  if (o.freeze)
+    for (int32_t* warm : {state_.warm, state_.probe_warm})
+      check(cudaMemsetAsync(warm, 0, static_cast<size_t>(units) * sizeof(int32_t), stream), "analyze");
   if (round) args.dense_units = static_cast<int32_t>(args.p.batch) * s.heads_kv;
   analyze(args, stream);
   decide_heads(args, stream);
